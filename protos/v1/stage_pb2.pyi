@@ -1,0 +1,102 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PHASE_UNSPECIFIED: _ClassVar[Phase]
+    OPEN: _ClassVar[Phase]
+    FORWARD: _ClassVar[Phase]
+    BACKWARD: _ClassVar[Phase]
+    STEP: _ClassVar[Phase]
+    AGGREGATE: _ClassVar[Phase]
+    EVALUATE: _ClassVar[Phase]
+    REPORT: _ClassVar[Phase]
+    CLOSE: _ClassVar[Phase]
+PHASE_UNSPECIFIED: Phase
+OPEN: Phase
+FORWARD: Phase
+BACKWARD: Phase
+STEP: Phase
+AGGREGATE: Phase
+EVALUATE: Phase
+REPORT: Phase
+CLOSE: Phase
+
+class Tensor(_message.Message):
+    __slots__ = ("codec", "dtype", "shape", "payload")
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    codec: str
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    payload: bytes
+    def __init__(self, codec: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class Frame(_message.Message):
+    __slots__ = ("job", "session", "step", "micro_batch", "phase", "tensor", "labels", "values", "open", "agreement")
+    class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    AGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    session: str
+    step: int
+    micro_batch: int
+    phase: Phase
+    tensor: Tensor
+    labels: Tensor
+    values: _containers.ScalarMap[str, float]
+    open: Open
+    agreement: Agreement
+    def __init__(self, job: _Optional[str] = ..., session: _Optional[str] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., labels: _Optional[_Union[Tensor, _Mapping]] = ..., values: _Optional[_Mapping[str, float]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., agreement: _Optional[_Union[Agreement, _Mapping]] = ...) -> None: ...
+
+class Open(_message.Message):
+    __slots__ = ("codecs", "samples", "stage_digest", "last_step", "adapter_values")
+    CODECS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    STAGE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    LAST_STEP_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_VALUES_FIELD_NUMBER: _ClassVar[int]
+    codecs: _containers.RepeatedScalarFieldContainer[str]
+    samples: int
+    stage_digest: str
+    last_step: int
+    adapter_values: int
+    def __init__(self, codecs: _Optional[_Iterable[str]] = ..., samples: _Optional[int] = ..., stage_digest: _Optional[str] = ..., last_step: _Optional[int] = ..., adapter_values: _Optional[int] = ...) -> None: ...
+
+class Agreement(_message.Message):
+    __slots__ = ("start_step", "codec", "batch_size", "sequence_length", "hidden_size", "adapter_values")
+    START_STEP_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_VALUES_FIELD_NUMBER: _ClassVar[int]
+    start_step: int
+    codec: str
+    batch_size: int
+    sequence_length: int
+    hidden_size: int
+    adapter_values: int
+    def __init__(self, start_step: _Optional[int] = ..., codec: _Optional[str] = ..., batch_size: _Optional[int] = ..., sequence_length: _Optional[int] = ..., hidden_size: _Optional[int] = ..., adapter_values: _Optional[int] = ...) -> None: ...
