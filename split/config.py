@@ -1,0 +1,149 @@
+"""What a training job is: every choice of the user that both sides must agree on, checked once, here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+
+from split.documents import DataConfig
+from split.errors import BadRequest
+
+LABELS = ("device", "server")
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("constant", "linear", "cosine")
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A split fine-tuning job. Steps, batches and sequences are counted for each device."""
+
+    cut_layer: int = 1  # a device holds blocks 0..cut_layer-1
+    labels: str = "device"  # who computes the loss: the device (U-shaped), or the server (which then reads the text)
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] = ()  # empty: the architecture's usual ones
+    steps: int = 100
+    batch_size: int = 8
+    sequence_length: int = 128
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    max_gradient_norm: float = 1.0  # 0: gradients are not clipped
+    seed: int = 0
+    precision: str = "auto"
+    aggregate_every: int = 10
+    checkpoint_every: int = 50
+    evaluate_every: int = 0  # 0: before the first step and after the last
+    packing: str = "packed"
+    text_column: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    validation_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        _one_of("labels", self.labels, LABELS)
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("precision", self.precision, PRECISIONS)
+        for name in ("rank", "steps", "batch_size", "aggregate_every", "checkpoint_every"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("cut_layer", "warmup_steps", "max_gradient_norm", "evaluate_every", "seed", "weight_decay"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("learning_rate", "alpha"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise BadRequest(f"{name} is {value}; choose a number above 0")
+        _ = self.data  # raises for what concerns the text
+
+    @property
+    def data(self) -> DataConfig:
+        return DataConfig(
+            sequence_length=self.sequence_length,
+            packing=self.packing,
+            text_column=self.text_column,
+            prompt_column=self.prompt_column,
+            completion_column=self.completion_column,
+            validation_fraction=self.validation_fraction,
+        )
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of step 0..steps-1: linear warm-up, then the schedule down to 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        if self.schedule == "linear":
+            return self.learning_rate * (1 - done)
+        if self.schedule == "cosine":
+            return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        return self.learning_rate
+
+    # What happens once `done` steps are done. Both sides know it from here, so no message has to say it.
+
+    def aggregates_after(self, done: int) -> bool:
+        return done % self.aggregate_every == 0 or done == self.steps
+
+    def checkpoints_after(self, done: int) -> bool:
+        """Whether a multiple of checkpoint_every was passed since the last aggregation, or the job ends here."""
+        before = (done - 1) // self.aggregate_every * self.aggregate_every
+        passed = done // self.checkpoint_every > before // self.checkpoint_every
+        return self.aggregates_after(done) and (passed or done == self.steps)
+
+    def evaluates_after(self, done: int) -> bool:
+        """Evaluation is of the averaged adapter, so it falls on aggregations, like checkpoints."""
+        if self.validation_fraction == 0:
+            return False
+        if done in (0, self.steps):
+            return True
+        if not self.evaluate_every or not self.aggregates_after(done):
+            return False
+        before = (done - 1) // self.aggregate_every * self.aggregate_every
+        return done // self.evaluate_every > before // self.evaluate_every
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainingConfig:
+        """Raises BadRequest for text that is not a JSON object of known fields with values of their types."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise BadRequest(f"the training configuration is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise BadRequest("the training configuration is not a JSON object")
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise BadRequest(f"unknown training options: {', '.join(unknown)}; is the other side a newer version?")
+        if "target_modules" in values:
+            values["target_modules"] = tuple(values["target_modules"])
+        for name, value in values.items():
+            if not _fits(known[name].type, value):
+                raise BadRequest(f"training option {name} has the value {value!r}; it must be {known[name].type}")
+        return cls(**values)
+
+
+def _fits(annotation: object, value: object) -> bool:
+    allowed: dict[object, tuple[type, ...]] = {
+        "int": (int,),
+        "float": (int, float),
+        "str": (str,),
+        "str | None": (str, type(None)),
+        "tuple[str, ...]": (tuple,),
+    }
+    return isinstance(value, allowed[annotation]) and not isinstance(value, bool)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise BadRequest(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+    if not value >= least:
+        raise BadRequest(f"{name} is {value}; choose {least} or more")

@@ -1,0 +1,196 @@
+"""The five resources of one participant in a job: computation, memory, energy, money, network communication.
+
+Nothing here is made up: FLOPs are counted on the operators that ran (once for each kind of work and
+shape, then multiplied), memory is the operating system's peak, bytes are of messages really sent, energy
+is measured where the machine has a meter and otherwise estimated and labelled so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+WATTS_OF_A_BUSY_CORE = 8.0  # the estimate's one assumption; a meter, where there is one, replaces it
+_RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+
+
+@dataclass(frozen=True)
+class Prices:
+    """The price table: what an hour of a device, a kilowatt-hour and a gigabyte out of it cost."""
+
+    device_hour: float = 0.05
+    kilowatt_hour: float = 0.30
+    gigabyte_sent: float = 0.09
+    currency: str = "USD"
+
+
+@dataclass
+class Traffic:
+    """Bytes and messages by direction (sent, received) and kind of message; tensor values and the rest apart.
+
+    Bytes are those of the messages as serialised: the framing of HTTP/2, TLS and TCP below them is not in it.
+    """
+
+    payload_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    overhead_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    messages: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def crossed(self, direction: str, kind: str, payload: int, total: int) -> None:
+        """A message of `total` bytes, `payload` of them tensor values, went over the wire."""
+        self.payload_bytes[direction, kind] += payload
+        self.overhead_bytes[direction, kind] += total - payload
+        self.messages[direction, kind] += 1
+
+    def add(self, other: Traffic) -> None:
+        for mine, theirs in (
+            (self.payload_bytes, other.payload_bytes),
+            (self.overhead_bytes, other.overhead_bytes),
+            (self.messages, other.messages),
+        ):
+            mine.update(theirs)
+
+    def total_bytes(self, direction: str) -> int:
+        counters = (self.payload_bytes, self.overhead_bytes)
+        return sum(size for counter in counters for (way, _), size in counter.items() if way == direction)
+
+    def rows(self) -> list[dict[str, str | int]]:
+        """JSON-ready, a row for each direction and kind."""
+        return [
+            {
+                "direction": direction,
+                "kind": kind,
+                "messages": self.messages[direction, kind],
+                "payload_bytes": self.payload_bytes[direction, kind],
+                "overhead_bytes": self.overhead_bytes[direction, kind],
+            }
+            for direction, kind in sorted(self.messages)
+        ]
+
+
+@dataclass
+class Ledger:
+    """Counts while a task runs; `summary` gives what a report shows."""
+
+    prices: Prices = field(default_factory=Prices)
+    flops: float = 0.0
+    compute_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    traffic: Traffic = field(default_factory=lambda: Traffic())
+    _flops_of: dict[Hashable, float] = field(default_factory=dict)
+    _started: float = field(default_factory=time.monotonic)
+    _cpu_started: float = field(default_factory=time.process_time)
+    _rapl_started: float | None = field(default_factory=lambda: _rapl_joules())
+
+    @contextmanager
+    def computing(self, work: Hashable) -> Iterator[None]:
+        """Times the work; counts its FLOPs the first time that this `work` (a name and shapes) is done."""
+        known = self._flops_of.get(work)
+        counter = _FlopCounter() if known is None else None
+        start = time.perf_counter()
+        try:
+            with counter or nullcontext():
+                yield
+        finally:
+            self.compute_seconds += time.perf_counter() - start
+        if counter is not None:
+            self._flops_of[work] = known = counter.total
+        self.flops += known or 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Times waiting for the other side: its computing and the link."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.wait_seconds += time.perf_counter() - start
+
+    def summary(self) -> dict[str, object]:
+        """JSON-ready. Energy is that of this process's processor time (estimate) or of the whole package (RAPL)."""
+        joules, source = self._energy()
+        hours = (time.monotonic() - self._started) / 3600
+        money = (
+            hours * self.prices.device_hour
+            + joules / 3.6e6 * self.prices.kilowatt_hour
+            + self.traffic.total_bytes("sent") / 1e9 * self.prices.gigabyte_sent
+        )
+        return {
+            "flops": self.flops,
+            "compute_seconds": self.compute_seconds,
+            "wait_seconds": self.wait_seconds,
+            "peak_bytes": peak_bytes(),
+            "accelerator_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+            "energy_joules": joules,
+            "energy_source": source,
+            "money": money,
+            "currency": self.prices.currency,
+            "bytes_sent": self.traffic.total_bytes("sent"),
+            "bytes_received": self.traffic.total_bytes("received"),
+            "traffic": self.traffic.rows(),
+        }
+
+    def _energy(self) -> tuple[float, str]:
+        now = _rapl_joules()
+        if now is not None and self._rapl_started is not None and now >= self._rapl_started:
+            return now - self._rapl_started, "rapl"
+        return (time.process_time() - self._cpu_started) * WATTS_OF_A_BUSY_CORE, "estimated"
+
+
+def _cpu_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _cpu_attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))
+
+
+_aten = torch.ops.aten
+_FORMULAS = {  # torch's own, and attention on a processor, which it lacks
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+}
+
+
+class _FlopCounter(TorchDispatchMode):
+    """Counts the FLOPs of the operators that this thread runs. torch's own FlopCounterMode hooks every module of
+    the process, which several trainers in one process do not survive."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def peak_bytes() -> int:
+    """The largest resident memory that this process has had, in bytes.
+
+    From /proc and not from getrusage, whose maximum a process inherits from the one that started it.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no VmHWM: memory cannot be measured on this system")
+
+
+def _rapl_joules() -> float | None:
+    try:
+        return int(_RAPL.read_text()) / 1e6
+    except (OSError, ValueError):
+        return None

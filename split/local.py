@@ -1,0 +1,111 @@
+"""Split training in one process: the devices are threads, and LocalLinks join them to the server's stage.
+
+No network and no processes, the same algorithm: what tests compare with and benchmarks measure.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from split.adapters.lora import add_lora, lora_config, unflatten
+from split.checkpoint import CheckpointFolder, OptimizerRecord
+from split.config import TrainingConfig
+from split.data import Sequences
+from split.errors import IsthmusError
+from split.host import Outcome, StageHost
+from split.ledger import Ledger
+from split.link import LocalLink
+from split.models.source import TensorSource
+from split.models.stage import build_stages
+from split.parts import parts_of
+from split.precision import pick_device, pick_precision
+from split.train import DeviceTrainer, ServerTrainer
+
+Text = tuple[Sequences, Sequences | None]  # to train on, and held out
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """What a split run in this process left. adapter: both sides' tensors, by their names in the whole model."""
+
+    outcome: Outcome
+    adapter: dict[str, Tensor]
+
+
+def train_split_locally(
+    source: TensorSource,
+    config: TrainingConfig,
+    texts: Sequence[Text],
+    *,
+    device: str = "cpu",
+    checkpoints: Path | None = None,
+    resume: bool = False,
+    tell: Callable[[str, str, dict[str, Any]], None] = lambda kind, device, data: None,
+) -> LocalRun:
+    """Trains the devices d0, d1, ... on their texts, each in a thread with stages of its own.
+
+    device: torch device of all stages. checkpoints: a folder for the server's and the devices' records; `resume` goes
+    on from the last. tell(kind, device, data): the host's events, in its thread (see StageHost).
+    Raises the first error of a device or of the stage.
+    """
+    where = pick_device(device)
+    dtype = pick_precision(config.precision, where)
+    parts = parts_of(source.config, config)
+    lora = lora_config(config, source.config)
+    devices: dict[str, DeviceTrainer] = {}
+    for index, (train, validation) in enumerate(texts):
+        name = f"d{index}"
+        stages = build_stages(source, parts.device, device=where)
+        add_lora(stages[0], lora, config.seed)
+        record = OptimizerRecord(checkpoints / name) if checkpoints else None
+        devices[name] = DeviceTrainer(stages, config, train, validation, Ledger(), dtype=dtype, record=record)
+    stage = build_stages(source, [parts.server], device=where)[0]
+    add_lora(stage, lora, config.seed)
+    kept = CheckpointFolder(checkpoints / "server") if checkpoints else None
+    ended = threading.Event()
+    errors: list[BaseException] = []
+
+    def told(kind: str, name: str, data: dict[str, Any]) -> None:
+        tell(kind, name, data)
+        if kind == "failed":
+            errors.append(IsthmusError(str(data["message"])))
+        if kind in ("finished", "failed"):
+            ended.set()
+
+    host = StageHost(
+        ServerTrainer(stage, config, Ledger(), dtype=dtype),
+        config,
+        set(devices),
+        adapter_values=sum(value.numel() for value in parts.adapter.values()),
+        checkpoints=kept,
+        resume=kept.last() if kept and resume else None,
+        tell=told,
+    )
+
+    def work(name: str, trainer: DeviceTrainer) -> None:
+        link = LocalLink(host, name)
+        try:
+            trainer.run(link, cancelled=threading.Event())
+        except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
+            errors.append(error)
+            link.close()  # the others go on without it
+
+    threads = [threading.Thread(target=work, args=pair, name=pair[0], daemon=True) for pair in devices.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if not errors:
+        ended.wait()
+    host.close()
+    if errors:
+        raise errors[0]
+    outcome = host.outcome()
+    adapter = {**unflatten(parts.adapter, outcome.device_adapter), **outcome.server}
+    return LocalRun(outcome, dict(sorted(adapter.items())))

@@ -1,0 +1,1 @@
+"""A causal language model as parts: which architectures, where their weights are, how a stage is cut out."""

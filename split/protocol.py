@@ -1,0 +1,127 @@
+"""What each frame from a device has to hold. A frame is checked here before memory is allocated for its tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from protos.v1 import stage_pb2
+from split.config import TrainingConfig
+from split.errors import BadFrame, BadTensor
+from split.link import Frame, Phase
+from split.wire import Expected, check_tensor, decode_tensor
+
+_MAX_SESSION = 64  # characters
+_MAX_VALUES = 64  # scalars in a frame
+_MAX_NAME = 64  # characters of a scalar's name
+_DIVERGED = "if training has diverged, lower learning_rate or set max_gradient_norm"
+_REQUIRED_VALUES = {
+    Phase.BACKWARD: ("tokens",),
+    Phase.STEP: ("tokens", "nll", "norm_squared"),
+}
+_EVALUATION = ("evaluation_nll", "evaluation_tokens")  # in a REPORT: both or neither
+_FROM_DEVICES = (
+    Phase.OPEN,
+    Phase.FORWARD,
+    Phase.BACKWARD,
+    Phase.STEP,
+    Phase.AGGREGATE,
+    Phase.EVALUATE,
+    Phase.REPORT,
+    Phase.CLOSE,
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What one job agreed on: the checks for every frame that a device sends for it."""
+
+    job: str
+    config: TrainingConfig
+    hidden_size: int
+    vocabulary_size: int
+    adapter_values: int
+
+    def decode(self, message: stage_pb2.Frame, session: str | None) -> Frame:
+        """The frame of a message in `session` (None: the first, which must be OPEN). Raises BadFrame or BadTensor."""
+        self._check_envelope(message, session)
+        tensor = labels = None
+        expected = self._tensor_of(message.phase)
+        if (expected is not None) != message.HasField("tensor"):
+            raise BadFrame(f"{Phase.Name(message.phase)} {'without its' if expected else 'with a'} tensor")
+        with_labels = self.config.labels == "server" and message.phase in (Phase.FORWARD, Phase.EVALUATE)
+        if with_labels != message.HasField("labels"):
+            raise BadFrame(f"{Phase.Name(message.phase)} {'without its' if with_labels else 'with'} labels")
+        if with_labels:
+            check_tensor(message.labels, self._labels_of(message))
+        if expected is not None:
+            tensor = decode_tensor(message.tensor, expected)
+            if not _finite(tensor):
+                raise BadTensor(
+                    f"{Phase.Name(message.phase)} of step {message.step} holds NaN or infinity: {_DIVERGED}"
+                )
+        if with_labels:
+            labels = decode_tensor(message.labels, self._labels_of(message))
+            if bool(((labels != -100) & ((labels < 0) | (labels >= self.vocabulary_size))).any()):
+                raise BadTensor(f"labels outside the vocabulary of {self.vocabulary_size}")
+        return Frame(
+            phase=message.phase,
+            step=message.step,
+            micro_batch=message.micro_batch,
+            tensor=tensor,
+            labels=labels,
+            values=dict(message.values),
+            open=message.open if message.HasField("open") else None,
+        )
+
+    def _check_envelope(self, message: stage_pb2.Frame, session: str | None) -> None:
+        if message.phase not in _FROM_DEVICES:
+            raise BadFrame(f"phase {message.phase} is not one that a device sends")
+        if message.job != self.job:
+            raise BadFrame(f"a frame for job {message.job[:32]!r}; this stage serves {self.job}")
+        if session is None:
+            if message.phase != Phase.OPEN or not 0 < len(message.session) <= _MAX_SESSION:
+                raise BadFrame("the first frame has to be OPEN, with a session of 1 to 64 characters")
+        elif message.session != session or message.phase == Phase.OPEN:
+            raise BadFrame("a frame of another session")
+        if message.step > self.config.steps:
+            raise BadFrame(f"step {message.step} of a job of {self.config.steps}")
+        if message.micro_batch != 0:
+            raise BadFrame(f"micro_batch {message.micro_batch}; this job's steps have one")
+        if len(message.values) > _MAX_VALUES or any(len(name) > _MAX_NAME for name in message.values):
+            raise BadFrame(f"more than {_MAX_VALUES} values, or one with a name of over {_MAX_NAME} characters")
+        if not all(math.isfinite(value) for value in message.values.values()):
+            raise BadFrame(f"{Phase.Name(message.phase)} with a value that is not finite: {_DIVERGED}")
+        for name in _REQUIRED_VALUES.get(message.phase, ()):
+            if name not in message.values or message.values[name] < 0:
+                raise BadFrame(f"{Phase.Name(message.phase)} without its value {name}")
+        evaluation = [message.values[name] for name in _EVALUATION if name in message.values]
+        if len(evaluation) == 1 or any(value < 0 for value in evaluation):
+            raise BadFrame(f"{' and '.join(_EVALUATION)} go together, and neither is below 0")
+        if message.values.get("tokens", 0) > self.config.batch_size * self.config.sequence_length:
+            raise BadFrame("more predicted tokens than the batch has")
+
+    def _tensor_of(self, phase: stage_pb2.Phase) -> Expected | None:
+        rows, length, hidden = self.config.batch_size, self.config.sequence_length, self.hidden_size
+        if phase in (Phase.FORWARD, Phase.BACKWARD):
+            return Expected("float32", (rows, length, hidden), rows * length * hidden)
+        if phase == Phase.EVALUATE:
+            return Expected("float32", (None, length, hidden), rows * length * hidden)
+        if phase == Phase.AGGREGATE:
+            return Expected("float32", (self.adapter_values,), self.adapter_values)
+        return None
+
+    def _labels_of(self, message: stage_pb2.Frame) -> Expected:
+        length = self.config.sequence_length
+        rows = message.tensor.shape[0] if message.tensor.shape else 0  # as many as there are hidden states
+        return Expected("int64", (rows, length), self.config.batch_size * length)
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are: their least and their greatest tell (in one pass; isfinite().all() takes several)."""
+    if not tensor.numel():
+        return True
+    least, greatest = tensor.aminmax()
+    return math.isfinite(least) and math.isfinite(greatest)
