@@ -1,0 +1,92 @@
+"""What the commands share: the connection to the coordinator, and output for people or for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import grpc
+import typer
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from rich.console import Console
+
+from protos.v1.coordinator_pb2_grpc import CoordinatorStub
+from split.errors import NotFound
+from split.tls import Credentials, channel, error_of
+
+console = Console()
+errors = Console(stderr=True)
+
+DEFAULT_STATE = Path("~/.isthmus/coordinator")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+CredentialsFolder = Annotated[
+    Path,
+    typer.Option(
+        "--credentials",
+        help="Folder with ca.pem, cert.pem, key.pem and address.json: the `admin` folder in the coordinator's state.",
+        envvar="ISTHMUS_CREDENTIALS",
+    ),
+]
+Address = Annotated[
+    str,
+    typer.Option("--coordinator", help="HOST:PORT, if not the one in address.json.", envvar="ISTHMUS_COORDINATOR"),
+]
+DEFAULT_CREDENTIALS = DEFAULT_STATE / "admin"
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A stub of the coordinator, and the host under which it was reached."""
+
+    stub: CoordinatorStub
+    address: str
+
+
+@contextmanager
+def connected(credentials: Path, address: str) -> Iterator[Connection]:
+    """The coordinator's service. A failed call inside becomes one line that says what to do."""
+    folder = credentials.expanduser()
+    if not folder.is_dir():
+        raise NotFound(
+            f"no credentials in {folder}: start the coordinator with `isthmus up`, or copy its `admin` folder here "
+            "and name it with --credentials"
+        )
+    where = address or address_of(folder)
+    with channel(where, Credentials.load(folder)) as opened:
+        try:
+            yield Connection(CoordinatorStub(opened), where)
+        except grpc.RpcError as error:
+            raise error_of(error, where) from None
+
+
+def address_of(credentials: Path) -> str:
+    """HOST:PORT that the coordinator wrote beside a user's credentials."""
+    try:
+        return str(json.loads((credentials / "address.json").read_text())["address"])
+    except (OSError, ValueError, KeyError):
+        raise NotFound(f"no usable address.json in {credentials}: give --coordinator HOST:PORT") from None
+
+
+def as_dict(message: Message) -> dict[str, Any]:
+    """A message as JSON-ready values, with every field, by the names in the .proto file."""
+    return dict(MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON on standard output."""
+    typer.echo(json.dumps(value))
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")

@@ -1,0 +1,99 @@
+"""`isthmus enroll`, `devices` and `revoke`."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from coordinator.cli.common import (
+    DEFAULT_CREDENTIALS,
+    Address,
+    CredentialsFolder,
+    Json,
+    as_dict,
+    connected,
+    console,
+    human_bytes,
+    print_json,
+)
+from protos.v1 import coordinator_pb2 as pb
+
+
+def enroll(
+    name: Annotated[str, typer.Argument(help="The device's name: 1 to 63 of a-z, 0-9 and -.")],
+    lifetime: Annotated[float, typer.Option(help="Seconds for which the token can be used.", min=1)] = 3600,
+    credentials: CredentialsFolder = DEFAULT_CREDENTIALS,
+    coordinator: Address = "",
+    json_output: Json = False,
+) -> None:
+    """Make a one-time token for a device, and print the command that enrols it.
+
+    NAME is 1 to 63 of a-z, 0-9 and -; a known name enrols that device anew.
+
+    The token also pins the coordinator's certificate authority.
+
+    Example: isthmus enroll phone
+    """
+    with connected(credentials, coordinator) as connection:
+        reply = connection.stub.CreateToken(pb.CreateTokenRequest(name=name, lifetime_seconds=lifetime))
+    command = f"isthmus-client run --coordinator {connection.address} --token {reply.token} --data NAME=FILE"
+    if json_output:
+        print_json(
+            {
+                "name": name,
+                "token": reply.token,
+                "expires": reply.expires,
+                "coordinator": connection.address,
+                "enrolment_port": reply.enrolment_port,
+                "command": command,
+            }
+        )
+        return
+    console.print(f"On the device, within {lifetime / 60:.0f} minutes (the token works once):")
+    typer.echo(command)  # not wrapped: it is to be copied
+
+
+def devices(
+    credentials: CredentialsFolder = DEFAULT_CREDENTIALS, coordinator: Address = "", json_output: Json = False
+) -> None:
+    """List the enrolled devices: connected or not, what they offer, what they work on.
+
+    Example: isthmus devices
+    """
+    with connected(credentials, coordinator) as connection:
+        reply = connection.stub.ListDevices(pb.ListDevicesRequest())
+    if json_output:
+        print_json([as_dict(device) for device in reply.devices])
+        return
+    if not reply.devices:
+        console.print("no devices yet; `isthmus enroll NAME` makes a token for one")
+        return
+    table = Table("device", "state", "offers", "cores", "memory", "job", "last seen")
+    for device in reply.devices:
+        state = "revoked" if device.revoked else "connected" if device.connected else "away"
+        offers = ", ".join(f"{data.name} ({human_bytes(data.bytes)})" for data in device.profile.datasets)
+        seen = f"{max(0.0, time.time() - device.last_seen):.0f} s ago" if device.last_seen else "never"
+        memory = human_bytes(device.profile.memory_bytes)
+        table.add_row(device.name, state, offers, str(device.profile.cores), memory, device.job, seen)
+    console.print(table)
+
+
+def revoke(
+    name: Annotated[str, typer.Argument(help="The device's name.")],
+    credentials: CredentialsFolder = DEFAULT_CREDENTIALS,
+    coordinator: Address = "",
+    json_output: Json = False,
+) -> None:
+    """Put a device out: its certificate stops working at once, also in a job that runs.
+
+    Example: isthmus revoke phone
+    """
+    with connected(credentials, coordinator) as connection:
+        connection.stub.RevokeDevice(pb.RevokeDeviceRequest(name=name))
+    if json_output:
+        print_json({"name": name, "revoked": True})
+    else:
+        console.print(f"{name} is revoked; `isthmus enroll {name}` lets it in again")

@@ -1,0 +1,239 @@
+"""`isthmus finetune`: submit a job and follow it, or train the unsplit yardstick here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coordinator.cli.common import DEFAULT_CREDENTIALS, Address, CredentialsFolder, Json, connected, console, print_json
+from coordinator.cli.watch import check_ended_well, follow, print_report
+from protos.v1 import coordinator_pb2 as pb
+from split.config import TrainingConfig
+from split.errors import BadRequest
+
+_DEFAULTS = TrainingConfig()
+_TEXT = "Text"
+_TRAINING = "Training"
+
+
+def finetune(
+    model: Annotated[
+        str, typer.Option(help="Folder in hub format or hub id, on the coordinator; or `default`.")
+    ] = "default",
+    dataset: Annotated[str, typer.Option(help="The name under which the devices' owners offer their text.")] = "",
+    devices: Annotated[str, typer.Option(help="NAME,NAME,... or a number: any that offer the dataset.")] = "1",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="splitlora: split over the devices. centralised: unsplit, in this process, on --data (the yardstick)."
+        ),
+    ] = "splitlora",
+    labels: Annotated[
+        str,
+        typer.Option(
+            help="device: text and labels are not sent (U-shaped split; docs/security.md says what a coordinator that "
+            "attacks can still work out). server: the paper's form; the labels are the text, so THE COORDINATOR CAN "
+            "READ THE TEXT."
+        ),
+    ] = _DEFAULTS.labels,
+    cut_layer: Annotated[
+        int,
+        typer.Option(
+            help="A device holds blocks 0..CUT-1. 0: only the embedding: it trains nothing, and what it sends is as "
+            "good as the text, for the embedding can be looked up."
+        ),
+    ] = _DEFAULTS.cut_layer,
+    rank: Annotated[int, typer.Option(help="Of LoRA.", rich_help_panel=_TRAINING)] = _DEFAULTS.rank,
+    alpha: Annotated[
+        float, typer.Option(help="Of LoRA: its output is scaled by ALPHA/RANK.", rich_help_panel=_TRAINING)
+    ] = _DEFAULTS.alpha,
+    target_modules: Annotated[
+        str, typer.Option(help="NAME,NAME,...; empty: the architecture's usual ones.", rich_help_panel=_TRAINING)
+    ] = "",
+    steps: Annotated[int, typer.Option(help="Optimiser steps.", rich_help_panel=_TRAINING)] = _DEFAULTS.steps,
+    batch_size: Annotated[
+        int, typer.Option(help="Sequences a device a step.", rich_help_panel=_TRAINING)
+    ] = _DEFAULTS.batch_size,
+    sequence_length: Annotated[
+        int, typer.Option(help="Tokens.", rich_help_panel=_TRAINING)
+    ] = _DEFAULTS.sequence_length,
+    optimizer: Annotated[str, typer.Option(help="adamw or sgd.", rich_help_panel=_TRAINING)] = _DEFAULTS.optimizer,
+    learning_rate: Annotated[
+        float, typer.Option(help="The largest of the schedule.", rich_help_panel=_TRAINING)
+    ] = _DEFAULTS.learning_rate,
+    weight_decay: Annotated[
+        float, typer.Option(help="Of the LoRA values.", rich_help_panel=_TRAINING)
+    ] = _DEFAULTS.weight_decay,
+    schedule: Annotated[
+        str, typer.Option(help="constant, or linear or cosine down to 0.", rich_help_panel=_TRAINING)
+    ] = _DEFAULTS.schedule,
+    warmup_steps: Annotated[
+        int, typer.Option(help="Steps of linear warm-up.", rich_help_panel=_TRAINING)
+    ] = _DEFAULTS.warmup_steps,
+    max_gradient_norm: Annotated[
+        float, typer.Option(help="Clip the whole model's gradient to it; 0: do not.", rich_help_panel=_TRAINING)
+    ] = _DEFAULTS.max_gradient_norm,
+    seed: Annotated[
+        int, typer.Option(help="Of LoRA's first values and of the batches.", rich_help_panel=_TRAINING)
+    ] = _DEFAULTS.seed,
+    precision: Annotated[
+        str,
+        typer.Option(help="float32, bfloat16, or auto: measured on each processor.", rich_help_panel=_TRAINING),
+    ] = _DEFAULTS.precision,
+    aggregate_every: Annotated[
+        int, typer.Option(help="Steps between averages of the devices' adapters.", rich_help_panel=_TRAINING)
+    ] = _DEFAULTS.aggregate_every,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Steps; rounded up to an aggregation.", rich_help_panel=_TRAINING)
+    ] = _DEFAULTS.checkpoint_every,
+    evaluate_every: Annotated[
+        int, typer.Option(help="Steps; 0: before the first and after the last.", rich_help_panel=_TRAINING)
+    ] = _DEFAULTS.evaluate_every,
+    packing: Annotated[
+        str,
+        typer.Option(help="packed: text cut into full sequences. padded: a record a sequence.", rich_help_panel=_TEXT),
+    ] = _DEFAULTS.packing,
+    text_column: Annotated[str | None, typer.Option(help="Of .csv and .jsonl.", rich_help_panel=_TEXT)] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Takes no loss.", rich_help_panel=_TEXT)] = None,
+    completion_column: Annotated[str | None, typer.Option(help="Takes the loss.", rich_help_panel=_TEXT)] = None,
+    validation_fraction: Annotated[
+        float, typer.Option(help="Share of the text held out, by hash.", rich_help_panel=_TEXT)
+    ] = _DEFAULTS.validation_fraction,
+    data: Annotated[list[Path] | None, typer.Option(help="Files for --method centralised. Repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the adapter to this folder when it is done.")] = None,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for devices that are missing.")] = 300,
+    resume: Annotated[
+        str, typer.Option(help="Go on with this job from its last checkpoint; its options are used.")
+    ] = "",
+    detach: Annotated[bool, typer.Option(help="Submit and return.")] = False,
+    credentials: CredentialsFolder = DEFAULT_CREDENTIALS,
+    coordinator: Address = "",
+    json_output: Json = False,
+) -> None:
+    """Fine-tune a model with LoRA on text that stays on the devices.
+
+    Ctrl-C cancels the job that it started; the last checkpoint is kept.
+
+    Example: isthmus finetune --model default --dataset notes --devices phone,laptop --steps 200
+    """
+    training = TrainingConfig(
+        cut_layer=cut_layer,
+        labels=labels,
+        rank=rank,
+        alpha=alpha,
+        target_modules=tuple(part.strip() for part in target_modules.split(",") if part.strip()),
+        steps=steps,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        max_gradient_norm=max_gradient_norm,
+        seed=seed,
+        precision=precision,
+        aggregate_every=aggregate_every,
+        checkpoint_every=checkpoint_every,
+        evaluate_every=evaluate_every,
+        packing=packing,
+        text_column=text_column,
+        prompt_column=prompt_column,
+        completion_column=completion_column,
+        validation_fraction=validation_fraction,
+    )
+    if method == "centralised":
+        _centralised(model, data or [], out, training, json_output)
+        return
+    if data:
+        raise BadRequest(
+            "--data is for --method centralised; a device's text is offered by its owner: isthmus-client run --data"
+        )
+    request = pb.SubmitJobRequest(resume=resume)
+    if not resume:
+        if not dataset:
+            raise BadRequest("--dataset is missing: the name under which the devices offer their text")
+        names, count = _devices(devices)
+        request.spec.CopyFrom(
+            pb.JobSpec(
+                method=method,
+                model=_model(model),
+                dataset=dataset,
+                devices=names,
+                device_count=count,
+                training=training.to_json(),
+                wait_seconds=wait,
+            )
+        )
+    if not json_output and labels == "server" and not resume:
+        console.print("[bold]labels are at the server: the coordinator can read the devices' text[/bold]")
+    with connected(credentials, coordinator) as connection:
+        job = connection.stub.SubmitJob(request)
+        if detach:
+            if json_output:
+                print_json({"job": job.id})
+            else:
+                console.print(f"job {job.id} is submitted; `isthmus watch {job.id}` follows it")
+            return
+        try:
+            ended = follow(connection, job, as_json=json_output)
+        except KeyboardInterrupt:
+            connection.stub.CancelJob(pb.JobRequest(id=job.id))
+            console.print(
+                f"job {job.id} is cancelled; isthmus finetune --resume {job.id} goes on from its last checkpoint"
+            )
+            raise typer.Exit(130) from None
+        check_ended_well(ended)
+        report = json.loads(ended.report)
+        if out is not None:
+            from coordinator.cli.jobs import write_export
+
+            report["adapter"] = str(write_export(connection, job.id, out))
+    if json_output:
+        print_json(report)
+    else:
+        print_report(report)
+        console.print(f"job {job.id} is done; adapter: {report['adapter']}")
+        if out is None:
+            console.print(f"isthmus export {job.id} --out DIR writes it where you want it")
+
+
+def _centralised(model: str, files: list[Path], out: Path | None, training: TrainingConfig, as_json: bool) -> None:
+    if not files or out is None:
+        raise BadRequest("--method centralised trains here: give it --data FILE (repeatable) and --out DIR")
+    from rich.progress import Progress
+
+    from split.centralised import train_centralised
+
+    with Progress(console=console, disable=as_json) as bar:
+        task = bar.add_task("unsplit training", total=training.steps)
+        result = train_centralised(
+            model, files, out, training, tell=lambda step, loss: bar.update(task, completed=step)
+        )
+    if as_json:
+        print_json(asdict(result))
+    else:
+        if result.perplexity_after is not None:
+            console.print(
+                f"held-out perplexity: {result.perplexity_after:.3f} (before: {result.perplexity_before:.3f})"
+            )
+        console.print(f"adapter: {result.adapter}")
+
+
+def _devices(text: str) -> tuple[list[str], int]:
+    if text.strip().isdigit():
+        if int(text) == 0:
+            raise BadRequest("--devices 0: at least one device has to take part")
+        return [], int(text)
+    return [name.strip() for name in text.split(",") if name.strip()], 0
+
+
+def _model(model: str) -> str:
+    """A folder by its full path, since the coordinator may have been started elsewhere."""
+    return (
+        str(Path(model).expanduser().resolve()) if Path(model).expanduser().is_dir() and model != "default" else model
+    )

@@ -1,0 +1,162 @@
+"""`isthmus jobs`, `watch`, `cancel` and `export`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
+
+import typer
+from rich.table import Table
+
+from coordinator.cli.common import (
+    DEFAULT_CREDENTIALS,
+    Address,
+    Connection,
+    CredentialsFolder,
+    Json,
+    as_dict,
+    connected,
+    console,
+    print_json,
+)
+from coordinator.cli.watch import check_ended_well, follow, print_report
+from protos.v1 import coordinator_pb2 as pb
+from split.errors import BadRequest, IsthmusError
+
+JobId = Annotated[str, typer.Argument(help="As `isthmus jobs` shows it.")]
+
+
+def jobs(
+    credentials: CredentialsFolder = DEFAULT_CREDENTIALS, coordinator: Address = "", json_output: Json = False
+) -> None:
+    """List the jobs, oldest first.
+
+    Example: isthmus jobs
+    """
+    with connected(credentials, coordinator) as connection:
+        listed = connection.stub.ListJobs(pb.ListJobsRequest()).jobs
+    if json_output:
+        print_json([_job_as_dict(job) for job in listed])
+        return
+    if not listed:
+        console.print("no jobs yet; `isthmus finetune` submits one")
+        return
+    table = Table("job", "state", "step", "model", "dataset", "devices", "since", "message")
+    for job in listed:
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.created))
+        table.add_row(
+            job.id,
+            pb.JobState.Name(job.state).lower(),
+            f"{job.step}/{job.steps}",
+            Path(job.spec.model).name,
+            job.spec.dataset,
+            ", ".join(job.devices or job.spec.devices) or str(job.spec.device_count),
+            since,
+            job.message,
+        )
+    console.print(table)
+
+
+def watch(
+    job: JobId,
+    credentials: CredentialsFolder = DEFAULT_CREDENTIALS,
+    coordinator: Address = "",
+    json_output: Json = False,
+) -> None:
+    """Follow a job until it ends. Ctrl-C stops watching; the job goes on.
+
+    JOB is as `isthmus jobs` shows it.
+
+    Example: isthmus watch k3v9x2ab
+    """
+    with connected(credentials, coordinator) as connection:
+        found = connection.stub.GetJob(pb.JobRequest(id=job))
+        try:
+            ended = follow(connection, found, as_json=json_output)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+    check_ended_well(ended)
+    report = json.loads(ended.report)
+    if json_output:
+        print_json(report)
+    else:
+        print_report(report)
+
+
+def cancel(
+    job: JobId,
+    credentials: CredentialsFolder = DEFAULT_CREDENTIALS,
+    coordinator: Address = "",
+    json_output: Json = False,
+) -> None:
+    """Stop a job. Its last checkpoint is kept; `isthmus finetune --resume JOB` goes on from it.
+
+    Example: isthmus cancel k3v9x2ab
+    """
+    with connected(credentials, coordinator) as connection:
+        ended = connection.stub.CancelJob(pb.JobRequest(id=job))
+    if json_output:
+        print_json(_job_as_dict(ended))
+    else:
+        console.print(f"job {job} is cancelled; its last checkpoint is of step {ended.checkpoint_step}")
+
+
+def export(
+    job: JobId,
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet, or be empty.")],
+    credentials: CredentialsFolder = DEFAULT_CREDENTIALS,
+    coordinator: Address = "",
+    json_output: Json = False,
+) -> None:
+    """Write a job's adapter to a folder: an ordinary PEFT adapter.
+
+    Of a job that has succeeded; JOB is as `isthmus jobs` shows it.
+
+    Example: isthmus export k3v9x2ab --out adapter
+    """
+    with connected(credentials, coordinator) as connection:
+        folder = write_export(connection, job, out)
+    if json_output:
+        print_json({"job": job, "adapter": str(folder)})
+    else:
+        console.print(f"adapter: {folder}")
+
+
+def write_export(connection: Connection, job: str, out: Path) -> Path:
+    """Streams the adapter's files into `out`, which appears whole or not at all."""
+    folder = out.expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadRequest(f"{folder} is there already and not an empty folder; choose another --out")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        file: BinaryIO | None = None
+        for piece in connection.stub.ExportJob(pb.JobRequest(id=job)):
+            if piece.name:
+                if Path(piece.name).name != piece.name:
+                    raise IsthmusError(f"the coordinator sent a file with the name {piece.name!r}")
+                if file is not None:
+                    file.close()
+                file = (partial / piece.name).open("wb")
+            if file is not None:
+                file.write(piece.data)
+        if file is not None:
+            file.close()
+        if folder.exists():
+            folder.rmdir()
+        os.rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _job_as_dict(job: pb.Job) -> dict[str, Any]:
+    fields = as_dict(job)
+    fields["spec"]["training"] = json.loads(job.spec.training or "{}")
+    fields["report"] = json.loads(job.report) if job.report else None
+    return fields

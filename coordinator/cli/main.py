@@ -1,0 +1,45 @@
+"""`isthmus`: what platform engineers, ML engineers and researchers type."""
+
+from __future__ import annotations
+
+import os
+
+import typer
+
+from coordinator.cli import demo, devices, evaluate, finetune, jobs, up
+from split.errors import IsthmusError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _about() -> None:
+    """Fine-tune and run large language models across a cloud coordinator and edge devices."""
+
+
+app.command()(up.up)
+app.command()(devices.enroll)
+app.command("devices")(devices.devices)
+app.command()(devices.revoke)
+app.command()(finetune.finetune)
+app.command("jobs")(jobs.jobs)
+app.command()(jobs.watch)
+app.command()(jobs.cancel)
+app.command()(jobs.export)
+app.command()(evaluate.evaluate)
+app.command()(demo.demo)
+
+
+def main() -> None:
+    """Runs the command; what a user can get wrong ends with one line and exit status 1."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own, for every file that it opens
+    try:
+        app()
+    except IsthmusError as error:
+        typer.echo(f"isthmus: {error}", err=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""`isthmus up`: the coordinator, on a Ray of its own or on a cluster, until Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+
+from coordinator.cli.common import DEFAULT_STATE, Json, console, print_json
+from coordinator.ray_host import ray_running
+from split.errors import BadRequest, IsthmusError, LinkLost
+from split.tls import private_folder
+
+
+def up(
+    state_dir: Annotated[
+        Path, typer.Option(help="Where the coordinator keeps its authority, devices, jobs and checkpoints.")
+    ] = DEFAULT_STATE,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(help="Control port; 0: any free one.", min=0, max=65535)] = 7443,
+    enrolment_port: Annotated[int, typer.Option(help="Enrolment port; 0: any free one.", min=0, max=65535)] = 7444,
+    advertise: Annotated[
+        str, typer.Option(help="Host name or address under which devices reach this machine; printed by `enroll`.")
+    ] = "127.0.0.1",
+    stage_ports: Annotated[
+        str, typer.Option(help="FIRST-LAST: ports for the stages of jobs, one each; empty: any free ones.")
+    ] = "",
+    ray_address: Annotated[
+        str | None, typer.Option(help="Join this Ray cluster (HOST:PORT) instead of starting a Ray here.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Processor threads of a stage; 0: all cores.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="torch device of the stages: auto, cpu, cuda, ...")] = "auto",
+    json_output: Json = False,
+) -> None:
+    """Start the coordinator and serve until Ctrl-C or SIGTERM.
+
+    The first start makes the certificate authority, and an administrator's
+    credentials in STATE_DIR/admin, which the other commands use.
+
+    Example: isthmus up --advertise cloud.example
+    """
+    ports = _port_range(stage_ports)
+    state = private_folder(state_dir.expanduser().resolve())
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with ray_running(state, ray_address) as ray:
+        from coordinator.control import ControlActor, ControlOptions  # it imports Ray, whose environment is set by now
+
+        options = ControlOptions(str(state), host, port, enrolment_port, advertise, threads, device, ports)
+        control = ray.remote(ControlActor).options(num_cpus=0, max_concurrency=1000).remote(options)
+        try:
+            started = ray.get(control.start.remote())
+            if json_output:
+                print_json({**started, "state": str(state), "advertise": advertise})
+            else:
+                console.print(
+                    f"coordinator: {advertise}:{started['port']}   enrolment port: {started['enrolment_port']}"
+                )
+                console.print(f"state: {state}   credentials: {started['admin']}")
+                for job in started["interrupted"]:
+                    console.print(f"job {job} was interrupted; go on with: isthmus finetune --resume {job}")
+                console.print("devices join with what `isthmus enroll NAME` prints; Ctrl-C stops")
+            while not stop.wait(1.0):
+                ray.get(control.alive.remote(), timeout=30)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, IsthmusError):
+                raise error.cause from None
+            raise
+        except ray.exceptions.RayActorError:
+            raise LinkLost("the control actor died; `isthmus up` starts again: jobs can be resumed") from None
+        finally:
+            _stop(ray, control)
+    if not json_output:
+        console.print("coordinator stopped")
+
+
+def _port_range(text: str) -> tuple[int, int]:
+    """`7500-7519` -> (7500, 7519); an empty text -> (0, 0). Raises BadRequest."""
+    if not text:
+        return 0, 0
+    first, _, last = text.partition("-")
+    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last) < 65536):
+        raise BadRequest(f"--stage-ports {text!r} is not FIRST-LAST, such as 7500-7519")
+    return int(first), int(last)
+
+
+def _stop(ray: ModuleType, control: Any) -> None:
+    try:
+        ray.get(control.stop.remote(), timeout=20)
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        console.print(f"the control actor did not stop by itself ({type(error).__name__}); ending it")
+    ray.kill(control)

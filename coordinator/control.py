@@ -1,0 +1,114 @@
+"""The control actor: the one Ray actor that devices and users talk to. It owns the state folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import ray
+
+from coordinator.authority import Authority
+from coordinator.enrolment import start_enrolment
+from coordinator.interceptors import ErrorInterceptor
+from coordinator.jobs import Jobs
+from coordinator.servicer import CoordinatorServicer
+from coordinator.sessions import Sessions
+from coordinator.stage_actor import ServingOptions, StageActor, StageTask
+from coordinator.store import Store
+from protos.v1 import coordinator_pb2_grpc
+from split.tls import SERVER_OPTIONS, bind
+
+
+@dataclass(frozen=True)
+class ControlOptions:
+    """What `isthmus up` was told."""
+
+    state: str
+    host: str  # to listen on
+    port: int  # 0: any free one
+    enrolment_port: int
+    advertise: str  # the host under which devices reach this one
+    threads: int  # of a stage actor; 0: all cores
+    device: str  # torch device of the stages
+    stage_ports: tuple[int, int]  # first and last; (0, 0): any free one
+
+
+class ControlActor:
+    """Made a Ray actor by `isthmus up`."""
+
+    def __init__(self, options: ControlOptions) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        self._options = options
+        self._servers: list[grpc.aio.Server] = []
+
+    async def start(self) -> dict[str, Any]:
+        """Opens the state folder, listens, and says where: {"port", "enrolment_port", "admin", "interrupted"}.
+
+        Raises IsthmusError: a port that is taken, a state folder that cannot be used.
+        """
+        options = self._options
+        state = Path(options.state)
+        self._authority = Authority.open(state)
+        self._store = Store(state / "state.db")
+        interrupted = self._store.interrupt_running_jobs()
+        self._sessions = Sessions()
+        self._jobs = Jobs(self._store, self._sessions, state, self._start_stage)
+        server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        port = bind(server, options.host, options.port, self._authority.control_credentials())
+        enrolment, enrolment_port = await start_enrolment(
+            self._authority, self._store, options.host, options.enrolment_port, port
+        )
+        self._servers = [enrolment, server]
+        servicer = CoordinatorServicer(self._store, self._sessions, self._jobs, self._authority.pin, enrolment_port)
+        coordinator_pb2_grpc.add_CoordinatorServicer_to_server(servicer, server)
+        await server.start()
+        admin = self._authority.write_admin(options.advertise, port)
+        return {
+            "port": port,
+            "enrolment_port": enrolment_port,
+            "admin": str(admin),
+            "interrupted": interrupted,
+        }
+
+    async def stage_event(self, job: str, kind: str, device: str, data: str) -> None:
+        """Called by a job's stage actor."""
+        await self._jobs.stage_event(job, kind, device, json.loads(data))
+
+    async def alive(self) -> bool:
+        return True
+
+    async def stop(self) -> None:
+        if not self._servers:  # the start has failed
+            return
+        await self._jobs.stop()
+        for session in self._sessions.all():
+            session.end()
+        for server in self._servers:
+            await server.stop(grace=1)
+        self._store.close()
+
+    async def _start_stage(self, task: StageTask) -> tuple[Any, str]:
+        """A stage actor, and where devices reach it. On this node the host is the one that they know already."""
+        certificate, key = self._authority.issue_server()
+        serving = ServingOptions(
+            host=self._options.host,
+            certificate=certificate,
+            key=key,
+            ca=self._authority.ca_pem,
+            threads=self._options.threads,
+            device=self._options.device,
+            ports=self._options.stage_ports,
+        )
+        control = ray.get_runtime_context().current_actor
+        actor: Any = ray.remote(StageActor).options(num_cpus=1).remote(task, serving, control)
+        try:
+            port, node = await actor.start.remote()
+        except BaseException:  # cancelled, too: a half-started stage must not stay
+            ray.kill(actor)
+            raise
+        here = ray.get_runtime_context().get_node_id()
+        return actor, f":{port}" if node["id"] == here else f"{node['address']}:{port}"

@@ -1,0 +1,403 @@
+"""Jobs from submission to report: gather devices, start the stage, hand out tasks, wait, record."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
+
+from coordinator.sessions import Session, Sessions
+from coordinator.stage_actor import StageTask
+from coordinator.store import Store
+from coordinator.weights import DeviceWeights, device_weights
+from protos.v1 import coordinator_pb2 as pb
+from split.config import TrainingConfig
+from split.errors import BadRequest, IsthmusError, NotAllowed, WrongState
+
+log = logging.getLogger(__name__)
+
+ALIVE = (pb.WAITING, pb.PREPARING, pb.RUNNING)
+_DEFAULT_WAIT = 300.0  # seconds for devices that are missing
+METHODS = ("splitlora",)
+StartStage = Callable[[StageTask], Awaitable[tuple[Any, str]]]
+
+
+@dataclass
+class Run:
+    """One run of a job in this coordinator: from submission, or from --resume."""
+
+    job: str
+    spec: pb.JobSpec
+    training: TrainingConfig
+    task_id: str
+    resume: bool
+    devices: list[str] = field(default_factory=list)
+    weights: DeviceWeights | None = None
+    stage: Any = None  # handle of the Ray actor
+    stage_address: str = ""
+    joined: set[str] = field(default_factory=set)  # at the stage now
+    seen: set[str] = field(default_factory=set)  # at the stage at some time
+    failed: dict[str, str] = field(default_factory=dict)
+    worker: asyncio.Task[None] | None = None
+
+
+class Jobs:
+    """start_stage(task) makes a stage actor and returns (handle, HOST:PORT; an empty host: the coordinator's)."""
+
+    def __init__(self, store: Store, sessions: Sessions, state: Path, start_stage: StartStage) -> None:
+        self._store, self._sessions, self._state, self._start_stage = store, sessions, state, start_stage
+        self._runs: dict[str, Run] = {}
+        self._news = asyncio.Condition()
+
+    # ---- what users ask for ----
+
+    async def submit(self, spec: pb.JobSpec, resume: str) -> pb.Job:
+        """Records a job and starts to work on it. Everything that can be seen to be wrong is refused here."""
+        if resume:
+            self._check_resumable(resume)
+            spec = self._store.job(resume).spec
+        training = TrainingConfig.from_json(spec.training)
+        if spec.method not in METHODS:
+            raise BadRequest(f"method {spec.method!r} is not one of {', '.join(METHODS)}")
+        self._check_devices(spec)
+        weights = await asyncio.to_thread(device_weights, spec.model, training, self._state / "digests.json")
+        await asyncio.to_thread(weights.folder.tokenizer)
+        if resume:
+            self._check_resumable(resume)  # again: somebody else may have resumed it meanwhile
+        identifier = resume or self._store.create_job(spec)
+        run = Run(identifier, spec, training, f"{identifier}-{secrets.token_hex(4)}", bool(resume), weights=weights)
+        self._runs[identifier] = run
+        self._store.update_job(identifier, state=pb.WAITING, message="", steps=training.steps)
+        await self._tell(run, "state", {"state": "waiting", "resumed": bool(resume)})
+        run.worker = asyncio.create_task(self._work(run))
+        return self._store.job(identifier)
+
+    async def cancel(self, identifier: str) -> pb.Job:
+        job = self._store.job(identifier)
+        run = self._runs.get(identifier)
+        if run is None or run.worker is None or job.state not in ALIVE:
+            raise WrongState(f"job {identifier} is not at work: it is {pb.JobState.Name(job.state).lower()}")
+        run.worker.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await run.worker
+        return self._store.job(identifier)
+
+    async def events(self, identifier: str, after: int) -> AsyncIterator[pb.JobEvent]:
+        """Past and coming events; ends with the job."""
+        while True:
+            job = self._store.job(identifier)
+            for event in self._store.events(identifier, after):
+                after = event.number
+                yield event
+            if job.state not in ALIVE:
+                return
+            async with self._news:
+                if not self._store.events(identifier, after) and self._store.job(identifier).state in ALIVE:
+                    await self._news.wait()
+
+    def job_of(self, device: str) -> str:
+        """The job that a device works on; empty for none."""
+        return next((run.job for run in self._runs.values() if device in run.devices), "")
+
+    def weights_for(self, identifier: str, device: str) -> DeviceWeights:
+        run = self._runs.get(identifier)
+        if run is None or device not in run.devices or run.weights is None:
+            raise NotAllowed(f"device {device} has no part in job {identifier}")
+        return run.weights
+
+    def adapter_folder(self, identifier: str) -> Path:
+        """Of a job that is done. Raises WrongState for others."""
+        job = self._store.job(identifier)
+        folder = self._state / "jobs" / identifier / "adapter"
+        if job.state != pb.SUCCEEDED or not folder.is_dir():
+            state = pb.JobState.Name(job.state).lower()
+            raise WrongState(
+                f"job {identifier} has no adapter yet: it is {state}; `isthmus watch {identifier}` follows it"
+            )
+        return folder
+
+    # ---- what devices tell ----
+
+    def device_connected(self, session: Session) -> None:
+        """Hands a device that has come back the task of the job that it takes part in."""
+        run = self._runs.get(self.job_of(session.name))
+        if run is not None and run.stage_address:
+            session.send(self._task(run))
+
+    async def task_state(self, session: Session, state: pb.TaskState) -> None:
+        run = next((run for run in self._runs.values() if run.task_id == state.task), None)
+        if run is None or session.name not in run.devices:
+            if state.state in (pb.TaskState.PREPARING, pb.TaskState.RUNNING):
+                cancel = pb.CancelTask(id=state.task, reason="the coordinator does not know this task any more")
+                session.send(pb.CoordinatorMessage(cancel=cancel))
+            return
+        name = pb.TaskState.State.Name(state.state).lower()
+        await self._tell(run, "device", {"state": name, "message": state.message}, session.name)
+        if state.state == pb.TaskState.FAILED:
+            run.failed[session.name] = state.message
+
+    async def stage_event(self, identifier: str, kind: str, device: str, data: dict[str, Any]) -> None:
+        run = self._runs.get(identifier)
+        if run is None:
+            return
+        if kind == "joined":
+            run.joined.add(device)
+            run.seen.add(device)
+        elif kind == "left":
+            run.joined.discard(device)
+        elif kind == "step":
+            self._store.update_job(identifier, step=data["step"])
+        elif kind == "checkpoint":
+            self._store.update_job(identifier, checkpoint_step=data["step"])
+        await self._tell(run, kind, data, device)
+
+    async def revoke(self, device: str) -> None:
+        run = self._runs.get(self.job_of(device))
+        if run is not None:
+            run.failed[device] = "was revoked"
+            if run.stage is not None:
+                await run.stage.revoke.remote(device)
+
+    async def stop(self) -> None:
+        """The coordinator goes down: jobs at work can be resumed."""
+        for run in list(self._runs.values()):
+            if run.worker is not None and not run.worker.done():
+                run.worker.cancel("stop")
+                with contextlib.suppress(asyncio.CancelledError):
+                    await run.worker
+
+    # ---- the work ----
+
+    async def _work(self, run: Run) -> None:
+        try:
+            await self._gather(run)
+            await self._state_is(run, pb.PREPARING, "starting the stage")
+            await self._start(run)
+            finished = await self._wait(run)
+            report = self._report(run, finished)
+            self._store.update_job(run.job, report=json.dumps(_finite(report)))
+            await self._state_is(run, pb.SUCCEEDED, "")
+        except asyncio.CancelledError as cancelled:
+            if "stop" in cancelled.args:
+                await self._state_is(run, pb.INTERRUPTED, f"the coordinator stopped; --resume {run.job} goes on")
+            else:
+                await self._state_is(run, pb.CANCELLED, "cancelled by a user")
+        except RayTaskError as error:  # before IsthmusError: Ray makes its errors instances of their causes, too
+            cause = error.cause
+            known = isinstance(cause, IsthmusError)
+            if not known:
+                log.error("the stage of job %s failed", run.job, exc_info=error)
+            await self._state_is(run, pb.FAILED, str(cause) if known else f"the stage failed: {cause!r}")
+        except IsthmusError as error:
+            await self._state_is(run, pb.FAILED, str(error))
+        except RayActorError:
+            await self._state_is(
+                run, pb.FAILED, f"the stage's process died; --resume {run.job} goes on from the last checkpoint"
+            )
+        except Exception as error:  # a bug must not leave a job at work for ever
+            log.exception("job %s failed", run.job)
+            await self._state_is(run, pb.FAILED, f"a bug in the coordinator: {error!r}; its log has the details")
+        finally:
+            await self._clear(run)
+
+    async def _gather(self, run: Run) -> None:
+        """Waits until the devices are here, and takes them for this run."""
+        wait = run.spec.wait_seconds or _DEFAULT_WAIT
+        deadline = time.monotonic() + wait
+        async with self._sessions.changed:
+            while True:
+                names, missing = self._available(run.spec)
+                if not missing:
+                    run.devices = names
+                    self._store.update_job(run.job, devices=names)
+                    return
+                message = f"waiting for {missing}"
+                if self._store.job(run.job).message != message:
+                    self._store.update_job(run.job, message=message)
+                    await self._tell(run, "log", {"message": message})
+                try:
+                    async with asyncio.timeout(deadline - time.monotonic()):
+                        await self._sessions.changed.wait()
+                except TimeoutError:
+                    raise WrongState(f"gave up after {wait:.0f} s of waiting for {missing}") from None
+
+    def _available(self, spec: pb.JobSpec) -> tuple[list[str], str]:
+        """Devices that can take part now, and in words which ones are missing (empty: none)."""
+        if spec.devices:
+            missing = []
+            for name in spec.devices:
+                session = self._sessions.get(name)
+                if session is None:
+                    missing.append(f"{name} (not connected)")
+                    continue
+                if not session.offers(spec.dataset):
+                    offered = ", ".join(offer.name for offer in session.profile.datasets) or "nothing"
+                    raise BadRequest(
+                        f"device {name} does not offer the dataset {spec.dataset!r} (it offers {offered}); "
+                        f"its owner offers it with --data {spec.dataset}=FILE"
+                    )
+                if not session.runs(spec.method):
+                    raise BadRequest(f"the owner of device {name} does not allow {spec.method} tasks")
+                if self.job_of(name):
+                    missing.append(f"{name} (at work on job {self.job_of(name)})")
+            return list(spec.devices), ", ".join(missing)
+        free = [
+            session.name
+            for session in self._sessions.all()
+            if session.offers(spec.dataset) and session.runs(spec.method) and not self.job_of(session.name)
+        ]
+        lacking = spec.device_count - len(free)
+        what = f"{lacking} more free {'devices that offer' if lacking > 1 else 'device that offers'} {spec.dataset!r}"
+        return sorted(free)[: spec.device_count], what if lacking > 0 else ""
+
+    def _check_resumable(self, identifier: str) -> None:
+        if self._store.job(identifier).state == pb.SUCCEEDED:
+            raise WrongState(f"job {identifier} is done; `isthmus export {identifier} --out DIR` writes its adapter")
+        if identifier in self._runs:
+            raise WrongState(f"job {identifier} is at work; `isthmus watch {identifier}` follows it")
+
+    def _check_devices(self, spec: pb.JobSpec) -> None:
+        if not spec.devices and not spec.device_count:
+            raise BadRequest("no devices: name them, or say how many")
+        if len(set(spec.devices)) != len(spec.devices):
+            raise BadRequest("a device is named twice")
+        for name in spec.devices:
+            if self._store.device(name).revoked:  # raises NotFound for one that was never enrolled
+                raise WrongState(f"device {name} is revoked; `isthmus enroll {name}` lets it in again")
+        self._available(spec)
+
+    async def _start(self, run: Run) -> None:
+        assert run.weights is not None
+        task = StageTask(
+            job=run.job,
+            model=str(run.weights.folder.path),
+            base_model=run.spec.model,
+            training=run.spec.training,
+            devices={name: self._serial(name) for name in run.devices},
+            stage_digest=run.weights.digest,
+            folder=str(self._state / "jobs" / run.job),
+            resume=run.resume,
+        )
+        run.stage, run.stage_address = await self._start_stage(task)
+        for name in list(run.failed):  # revoked while the stage started
+            await run.stage.revoke.remote(name)
+        await self._state_is(run, pb.RUNNING, "")
+        for name in run.devices:
+            session = self._sessions.get(name)
+            if session is not None:
+                session.send(self._task(run))
+
+    async def _wait(self, run: Run) -> dict[str, Any]:
+        """Until the stage has finished. Gives up when devices stay away for longer than the job waits for them."""
+        wait = run.spec.wait_seconds or _DEFAULT_WAIT
+        finished = asyncio.ensure_future(run.stage.finished.remote())
+        complete_since = time.monotonic()
+        while True:
+            done, _ = await asyncio.wait({finished}, timeout=0.5)
+            if done:
+                result: dict[str, Any] = finished.result()
+                return result
+            started = run.seen >= set(run.devices)
+            if run.failed and not started:
+                raise WrongState("; ".join(f"device {name}: {why}" for name, why in sorted(run.failed.items())))
+            if started and set(run.devices) <= run.failed.keys():
+                raise WrongState("every device has failed: " + "; ".join(sorted(run.failed.values())))
+            if run.joined if started else run.seen >= set(run.devices):
+                complete_since = time.monotonic()
+            if time.monotonic() - complete_since < wait:
+                continue
+            missing = sorted(set(run.devices) - run.joined)
+            if started or not run.joined:
+                raise WrongState(
+                    f"waited {wait:.0f} s for {', '.join(missing)}; --resume {run.job} goes on from the last checkpoint"
+                )
+            await run.stage.start_without.remote(missing)
+            run.seen |= set(missing)
+            await self._tell(
+                run, "log", {"message": f"starting without {', '.join(missing)}: they did not come in {wait:.0f} s"}
+            )
+
+    async def _clear(self, run: Run) -> None:
+        """Whatever the end was: no device works on, no actor stays."""
+        cancel = pb.CoordinatorMessage(cancel=pb.CancelTask(id=run.task_id, reason="the job has ended"))
+        for name in run.devices:
+            session = self._sessions.get(name)
+            if session is not None:
+                session.send(cancel)
+        if run.stage is not None:
+            import ray
+
+            with contextlib.suppress(RayActorError, RayTaskError):
+                await run.stage.stop.remote()
+            ray.kill(run.stage)
+        if self._runs.get(run.job) is run:
+            del self._runs[run.job]
+        await self._sessions.notify()
+
+    def _task(self, run: Run) -> pb.CoordinatorMessage:
+        task = pb.Task(id=run.task_id, job=run.job, spec=run.spec, stage_address=run.stage_address)
+        return pb.CoordinatorMessage(task=task)
+
+    def _serial(self, device: str) -> str:
+        session = self._sessions.get(device)
+        if session is None:
+            raise WrongState(f"device {device} has gone before the job began")
+        return session.serial
+
+    def _report(self, run: Run, finished: dict[str, Any]) -> dict[str, Any]:
+        """The job's report: what the stage knows, and the first evaluation of an earlier run of a resumed job."""
+        perplexities = {}
+        for event in self._store.events(run.job):
+            if event.kind == "evaluation":
+                data = json.loads(event.data)
+                perplexities[str(data["step"])] = data["perplexity"]
+        devices = []
+        for name in run.devices:
+            traffic = finished["traffic"][name]
+            # What the stage received is what the device sent.
+            sent = sum(r["payload_bytes"] + r["overhead_bytes"] for r in traffic if r["direction"] == "received")
+            received = sum(r["payload_bytes"] + r["overhead_bytes"] for r in traffic if r["direction"] == "sent")
+            resources = finished["resources"].get(name, {})
+            row = {**resources, "name": name, "bytes_sent": sent, "bytes_received": received, "traffic": traffic}
+            devices.append({**row, "peak_bytes": int(resources.get("peak_bytes", 0))})
+        return {
+            "job": run.job,
+            "method": run.spec.method,
+            "model": run.spec.model,
+            "training": json.loads(run.spec.training),
+            "adapter": finished["adapter"],
+            "perplexity_before": perplexities.get("0"),
+            "perplexity_after": perplexities.get(str(run.training.steps)),
+            "perplexities": perplexities,
+            "losses": finished["losses"],
+            "devices": devices,
+            "coordinator": finished["coordinator"],
+        }
+
+    async def _state_is(self, run: Run, state: pb.JobState, message: str) -> None:
+        self._store.update_job(run.job, state=state, message=message)
+        await self._tell(run, "state", {"state": pb.JobState.Name(state).lower(), "message": message})
+
+    async def _tell(self, run: Run, kind: str, data: dict[str, Any], device: str = "") -> None:
+        self._store.append_event(run.job, kind, device, _finite(data))
+        async with self._news:
+            self._news.notify_all()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: a loss that is either is shown as null."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,152 @@
+"""isthmus.v1.Coordinator on the wire: it checks who calls, translates, and leaves the rest to those who know."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from coordinator import sessions
+from coordinator.interceptors import caller
+from coordinator.jobs import Jobs
+from coordinator.sessions import Sessions
+from coordinator.store import Store
+from protos.v1 import coordinator_pb2 as pb
+from protos.v1 import coordinator_pb2_grpc
+from split.errors import BadFrame, IsthmusError, LinkLost
+from split.tls import Peer, Token
+
+HEARTBEAT_SECONDS = 5
+_CHUNK = 1024 * 1024  # bytes
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
+    def __init__(self, store: Store, sessions: Sessions, jobs: Jobs, pin: bytes, enrolment_port: int) -> None:
+        self._store, self._sessions, self._jobs = store, sessions, jobs
+        self._pin, self._enrolment_port = pin, enrolment_port
+
+    # ---- devices ----
+
+    async def Session(
+        self, requests: AsyncIterator[pb.DeviceMessage], context: Context
+    ) -> AsyncIterator[pb.CoordinatorMessage]:
+        peer = self._caller(context, "device")
+        first = await anext(requests, None)
+        if first is None or first.WhichOneof("kind") != "profile":
+            raise BadFrame("a session begins with the device's profile")
+        session = sessions.Session(peer.name, peer.serial, first.profile)
+        self._store.record_device(peer.name, first.profile)
+        await self._sessions.opened(session)
+        welcome = pb.Welcome(name=peer.name, heartbeat_seconds=HEARTBEAT_SECONDS)
+        session.send(pb.CoordinatorMessage(welcome=welcome))
+        self._jobs.device_connected(session)
+        reading = asyncio.create_task(self._read(session, requests))
+        try:
+            async for message in session.messages():
+                yield message
+            if reading.done():
+                reading.result()  # raises what ended it
+            else:
+                self._check(peer)  # a revoked device is told so
+        finally:
+            reading.cancel()
+            with contextlib.suppress(asyncio.CancelledError, IsthmusError):
+                await reading
+            await self._sessions.ended(session)
+
+    async def _read(self, session: sessions.Session, requests: AsyncIterator[pb.DeviceMessage]) -> None:
+        """Until the device closes, or is silent for three heartbeats."""
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(3 * HEARTBEAT_SECONDS):
+                        message = await anext(requests, None)
+                except TimeoutError:
+                    raise LinkLost(f"no heartbeat for {3 * HEARTBEAT_SECONDS} s") from None
+                if message is None:
+                    return
+                self._store.seen(session.name)
+                if message.WhichOneof("kind") == "task":
+                    await self._jobs.task_state(session, message.task)
+        finally:
+            session.end()
+
+    async def GetManifest(self, request: pb.ManifestRequest, context: Context) -> pb.Manifest:
+        peer = self._caller(context, "device")
+        return self._jobs.weights_for(request.job, peer.name).manifest.to_proto()
+
+    async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.Chunk]:
+        peer = self._caller(context, "device")
+        weights = self._jobs.weights_for(request.job, peer.name)
+        async for data in weights.chunks(request.digest, request.offset):
+            yield pb.Chunk(data=data)
+
+    # ---- users ----
+
+    async def CreateToken(self, request: pb.CreateTokenRequest, context: Context) -> pb.CreateTokenReply:
+        self._caller(context, "user")
+        secret, expires = self._store.create_token(request.name, request.lifetime_seconds)
+        token = Token(secret, self._pin, self._enrolment_port)
+        return pb.CreateTokenReply(token=token.format(), enrolment_port=self._enrolment_port, expires=expires)
+
+    async def ListDevices(self, request: pb.ListDevicesRequest, context: Context) -> pb.ListDevicesReply:
+        self._caller(context, "user")
+        devices = self._store.devices()
+        for device in devices:
+            device.connected = self._sessions.get(device.name) is not None
+            device.job = self._jobs.job_of(device.name)
+        return pb.ListDevicesReply(devices=devices)
+
+    async def RevokeDevice(self, request: pb.RevokeDeviceRequest, context: Context) -> pb.RevokeDeviceReply:
+        self._caller(context, "user")
+        self._store.revoke(request.name)
+        await self._jobs.revoke(request.name)
+        session = self._sessions.get(request.name)
+        if session is not None:
+            session.end()
+        return pb.RevokeDeviceReply()
+
+    async def SubmitJob(self, request: pb.SubmitJobRequest, context: Context) -> pb.Job:
+        self._caller(context, "user")
+        return await self._jobs.submit(request.spec, request.resume)
+
+    async def GetJob(self, request: pb.JobRequest, context: Context) -> pb.Job:
+        self._caller(context, "user")
+        return self._store.job(request.id)
+
+    async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsReply:
+        self._caller(context, "user")
+        return pb.ListJobsReply(jobs=self._store.jobs())
+
+    async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.JobEvent]:
+        self._caller(context, "user")
+        async for event in self._jobs.events(request.id, request.after):
+            yield event
+
+    async def CancelJob(self, request: pb.JobRequest, context: Context) -> pb.Job:
+        self._caller(context, "user")
+        return await self._jobs.cancel(request.id)
+
+    async def ExportJob(self, request: pb.JobRequest, context: Context) -> AsyncIterator[pb.ExportedFile]:
+        self._caller(context, "user")
+        folder = self._jobs.adapter_folder(request.id)
+        for path in sorted(folder.iterdir()):
+            name = path.name
+            with path.open("rb") as file:
+                while True:
+                    data = await asyncio.to_thread(file.read, _CHUNK)
+                    if not data and not name:
+                        break
+                    yield pb.ExportedFile(name=name, data=data)
+                    name = ""
+
+    def _caller(self, context: Context, role: str) -> Peer:
+        return caller(context, self._store, role)
+
+    def _check(self, peer: Peer) -> None:
+        self._store.check_certificate(peer.name, peer.serial)

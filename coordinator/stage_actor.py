@@ -1,0 +1,186 @@
+"""The Ray actor that hosts one job's stage and serves Stage.Exchange itself: activations pass no other process."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import ray
+import torch
+
+from coordinator.exchange import ExchangeServicer
+from coordinator.interceptors import ErrorInterceptor
+from protos.v1 import stage_pb2_grpc
+from split.adapters.lora import add_lora, lora_config, save_adapter, unflatten
+from split.checkpoint import CheckpointFolder
+from split.config import TrainingConfig
+from split.errors import IsthmusError
+from split.host import StageHost
+from split.ledger import Ledger, Traffic
+from split.models.source import open_model
+from split.models.stage import build_stages
+from split.parts import Parts, parts_of
+from split.precision import pick_device, pick_precision
+from split.protocol import Rules
+from split.tls import SERVER_OPTIONS, Peer, bind_one_of, server_credentials
+from split.train import ServerTrainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageTask:
+    """What a stage actor is told: plain values, for they travel through Ray."""
+
+    job: str
+    model: str  # folder on this machine
+    base_model: str  # as the user named it
+    training: str  # JSON of TrainingConfig
+    devices: dict[str, str]  # name -> serial of its certificate
+    stage_digest: str  # of what a device holds
+    folder: str  # of the job: checkpoints and the adapter go there
+    resume: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingOptions:
+    """How a stage actor computes and listens."""
+
+    host: str
+    certificate: bytes
+    ca: bytes
+    threads: int  # 0: all cores
+    device: str  # torch device: auto, cpu, cuda
+    ports: tuple[int, int]  # first and last that a stage may listen on; (0, 0): any free one
+    key: bytes = dataclasses.field(repr=False)
+
+
+class StageActor:
+    """Made a Ray actor by `start_stage_actor`. `control` is told of every event."""
+
+    def __init__(self, task: StageTask, serving: ServingOptions, control: Any) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        self._task, self._serving, self._control = task, serving, control
+        self._devices = dict(task.devices)
+        self._finished: asyncio.Future[dict[str, Any]] | None = None
+        self._traffic = {name: Traffic() for name in task.devices}
+        self._server: grpc.aio.Server | None = None
+        self._host: StageHost | None = None
+        self._events: asyncio.Queue[tuple[str, str, dict[str, Any]]] = asyncio.Queue()
+        self._telling: asyncio.Task[None] | None = None
+
+    async def start(self) -> tuple[int, dict[str, str]]:
+        """Loads the stage and serves it at a free port; returns the port, and this node's id and address."""
+        torch.set_num_threads(self._serving.threads or os.cpu_count() or 1)
+        loop = asyncio.get_running_loop()
+        self._finished = loop.create_future()
+        self._config = TrainingConfig.from_json(self._task.training)
+        self._trainer, parts, self._lora = await asyncio.to_thread(self._build)
+
+        self._telling = asyncio.create_task(self._tell_events())
+
+        def tell(kind: str, device: str, data: dict[str, Any]) -> None:  # in the host's thread
+            loop.call_soon_threadsafe(self._events.put_nowait, (kind, device, data))
+
+        checkpoints = CheckpointFolder(Path(self._task.folder) / "checkpoints")
+        self._device_adapter = parts.adapter
+        values = sum(value.numel() for value in self._device_adapter.values())
+        self._host = StageHost(
+            self._trainer,
+            self._config,
+            set(self._task.devices),
+            adapter_values=values,
+            stage_digest=self._task.stage_digest,
+            checkpoints=checkpoints,
+            resume=await asyncio.to_thread(checkpoints.last) if self._task.resume else None,
+            tell=tell,
+        )
+        model = self._trainer.stage.model.config
+        rules = Rules(self._task.job, self._config, model.hidden_size, model.vocab_size, values)
+        self._servicer = ExchangeServicer(self._host, rules, self._allowed, self._traffic)
+        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        stage_pb2_grpc.add_StageServicer_to_server(self._servicer, self._server)
+        credentials = server_credentials(self._serving.certificate, self._serving.key, self._serving.ca)
+        port = bind_one_of(self._server, self._serving.host, self._serving.ports, credentials)
+        await self._server.start()
+        return port, {"id": ray.get_runtime_context().get_node_id(), "address": ray.util.get_node_ip_address()}
+
+    async def finished(self) -> dict[str, Any]:
+        """Waits for the end; the report's parts that only this side knows, and the adapter's folder."""
+        assert self._finished is not None
+        return await self._finished
+
+    async def start_without(self, missing: list[str]) -> None:
+        assert self._host is not None
+        self._host.start_without(set(missing))
+
+    async def revoke(self, device: str) -> None:
+        self._devices.pop(device, None)
+        self._servicer.drop(device)
+
+    async def stop(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
+        if self._server is not None:
+            await self._server.stop(grace=1)
+        if self._host is not None:
+            await asyncio.to_thread(self._host.close)
+
+    def _build(self) -> tuple[ServerTrainer, Parts, Any]:
+        source = open_model(self._task.model)
+        parts = parts_of(source.config, self._config)
+        device = pick_device(self._serving.device)
+        stage = build_stages(source, [parts.server], device=device)[0]
+        lora = lora_config(self._config, source.config)
+        add_lora(stage, lora, self._config.seed)
+        dtype = pick_precision(self._config.precision, device)
+        return ServerTrainer(stage, self._config, Ledger(), dtype=dtype), parts, lora
+
+    def _allowed(self, peer: Peer) -> bool:
+        return self._devices.get(peer.name) == peer.serial
+
+    async def _tell_events(self) -> None:
+        """One after the other, and the end after all others: Ray may run an async actor's calls in any order."""
+        while True:
+            kind, device, data = await self._events.get()
+            if kind == "finished":
+                try:
+                    self._end(await asyncio.to_thread(self._result))
+                except Exception as error:  # whatever it is, the job ends with it and does not wait for ever
+                    log.exception("job %s: the adapter cannot be written", self._task.job)
+                    self._give_up(f"the adapter cannot be written: {error}")
+            elif kind == "failed":
+                self._give_up(str(data["message"]))
+            else:
+                await self._control.stage_event.remote(self._task.job, kind, device, json.dumps(data))
+
+    def _result(self) -> dict[str, Any]:
+        """Writes the adapter; the report's parts that only this side knows."""
+        assert self._host is not None
+        outcome = self._host.outcome()
+        tensors = {**unflatten(self._device_adapter, outcome.device_adapter), **outcome.server}
+        folder = Path(self._task.folder) / "adapter"
+        save_adapter(folder, dict(sorted(tensors.items())), self._lora, self._task.base_model)
+        for traffic in self._traffic.values():
+            self._trainer.ledger.traffic.add(traffic)
+        return {
+            "adapter": str(folder),
+            "losses": outcome.losses,
+            "resources": outcome.resources,
+            "coordinator": self._trainer.ledger.summary(),
+            "traffic": {name: traffic.rows() for name, traffic in self._traffic.items()},
+        }
+
+    def _end(self, result: dict[str, Any]) -> None:
+        if self._finished is not None and not self._finished.done():
+            self._finished.set_result(result)
+
+    def _give_up(self, message: str) -> None:
+        if self._finished is not None and not self._finished.done():
+            self._finished.set_exception(IsthmusError(message))
