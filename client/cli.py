@@ -1,0 +1,180 @@
+"""`isthmus-client`: what the owner of a device types."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from client.identity import Identity, enrol
+from split.errors import BadData, BadRequest, IsthmusError, NotEnrolled
+
+log = logging.getLogger(__name__)
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _about() -> None:
+    """The Isthmus edge daemon: takes part in fine-tuning with text that stays on this device."""
+
+
+@app.command()
+def run(
+    coordinator: Annotated[
+        str, typer.Option(help="HOST:PORT of the coordinator; needed the first time.", envvar="ISTHMUS_COORDINATOR")
+    ] = "",
+    token: Annotated[
+        str, typer.Option(help="One-time token from `isthmus enroll`; needed the first time.", envvar="ISTHMUS_TOKEN")
+    ] = "",
+    token_file: Annotated[Path | None, typer.Option(help="A file that holds the token.")] = None,
+    state_dir: Annotated[
+        Path,
+        typer.Option(help="Where this device keeps its key, its certificate and weights.", envvar="ISTHMUS_STATE_DIR"),
+    ] = Path("~/.isthmus/device"),
+    data: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE: offer a .txt, .jsonl or .csv file under a name. Repeatable.")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="MODEL=FOLDER: use this copy of a job's model (as the job names it, or its folder's last name) "
+            "instead of fetching it. Repeatable."
+        ),
+    ] = None,
+    allow: Annotated[
+        str,
+        typer.Option(
+            help="What this device does, separated by commas. Without labels-leave, jobs of `--labels server` are "
+            "refused: in them the labels, which are the text, go to the coordinator."
+        ),
+    ] = "splitlora,labels-leave",
+    device: Annotated[str, typer.Option(help="torch device: auto, cpu, cuda, cuda:1, ...")] = "auto",
+    threads: Annotated[int, typer.Option(help="Processor threads for computing; 0: all cores.", min=0)] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Log as JSON lines.")] = False,
+) -> None:
+    """Enrol (the first time), connect, and work until stopped by Ctrl-C or SIGTERM.
+
+    The files stay here; hidden states, gradients and adapters leave. In a job
+    of `--labels server` the labels, which are the text, leave too: the log
+    says so, and `--allow splitlora` refuses such jobs.
+
+    Example: isthmus-client run --coordinator cloud.example:7443 --token ist1.… --data notes=notes.txt
+    """
+    _log_to_stderr(json_output)
+    from client.daemon import Daemon  # torch and gRPC: not for --help
+    from client.runner import DeviceOptions
+
+    state = state_dir.expanduser()
+    options = DeviceOptions(
+        state=state,
+        data=_files(data or []),
+        models=_folders(model or []),
+        allow=tuple(part.strip() for part in allow.split(",") if part.strip()),
+        device=device,
+        threads=threads,
+    )
+    token = token or _read_token(token_file)
+    can_enrol = bool(coordinator and token)
+
+    async def serve(identity: Identity) -> None:
+        daemon = Daemon(identity, options)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, daemon.stop)
+        await daemon.run()
+
+    try:
+        identity = Identity.open(state)
+        if identity is not None and coordinator:
+            identity = identity.moved_to(coordinator)
+        if identity is not None:
+            asyncio.run(serve(identity))
+    except NotEnrolled as refused:  # revoked, expired, damaged: a token lets the device in again
+        if not can_enrol:
+            raise
+        log.warning("%s; trying the token", refused)
+        identity = None
+    if identity is None:
+        asyncio.run(serve(_enrol(state, coordinator, token)))
+    log.info("left the coordinator")
+
+
+def _enrol(state: Path, coordinator: str, token: str) -> Identity:
+    if not coordinator or not token:
+        raise NotEnrolled(
+            "this device is not enrolled: give --coordinator HOST:PORT and --token TOKEN, "
+            "as `isthmus enroll NAME` prints them"
+        )
+    return enrol(state, coordinator, token)
+
+
+def _read_token(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return path.expanduser().read_text().strip()
+    except OSError as error:
+        raise BadRequest(f"the token file {path} cannot be read: {error.strerror}") from None
+
+
+def _files(pairs: list[str]) -> dict[str, Path]:
+    files = {name: Path(value).expanduser().resolve() for name, value in map(_pair, pairs)}
+    for name, path in files.items():
+        if not path.is_file():
+            raise BadData(f"--data {name}: there is no file {path}")
+    return files
+
+
+def _folders(pairs: list[str]) -> dict[str, Path]:
+    folders = {name: Path(value).expanduser().resolve() for name, value in map(_pair, pairs)}
+    for name, path in folders.items():
+        if not path.is_dir():
+            raise BadRequest(f"--model {name}: there is no folder {path}")
+    return folders
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise BadRequest(f"{text!r} is not NAME=PATH")
+    return name, value
+
+
+def _log_to_stderr(as_json: bool) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    if as_json:
+        handler.setFormatter(_JsonLines())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": record.created, "level": record.levelname.lower(), "message": record.getMessage()}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def main() -> None:
+    """Runs the command; what a user can get wrong ends with one line and exit status 1."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own, for every file that it opens
+    try:
+        app()
+    except IsthmusError as error:
+        typer.echo(f"isthmus-client: {error}", err=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Runs one task on this device, in a thread of its own: weights, text, then training over the link."""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from client.identity import Identity
+from client.weights import device_source
+from protos.v1 import coordinator_pb2 as pb
+from protos.v1.coordinator_pb2_grpc import CoordinatorStub
+from split.adapters.lora import add_lora, lora_config
+from split.checkpoint import OptimizerRecord
+from split.config import TrainingConfig
+from split.data import Sequences, sequences_of_file
+from split.errors import IsthmusError, LinkLost, NotAllowed, NotFound
+from split.ledger import Ledger
+from split.link import GrpcLink
+from split.models.source import TensorSource
+from split.models.stage import build_stages
+from split.parts import parts_of
+from split.precision import pick_device, pick_precision
+from split.tls import channel, join_address, split_address
+from split.train import Cancelled, DeviceTrainer, Progress
+
+log = logging.getLogger(__name__)
+
+State = pb.TaskState
+LABELS_LEAVE = "labels-leave"  # a permission: jobs whose labels, which are the text, go to the coordinator
+TASK_KINDS = ("splitlora", LABELS_LEAVE)
+_FIRST_RETRY, _LAST_RETRY = 0.5, 15.0  # seconds between attempts to reach the stage again
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """What the owner of this device decided."""
+
+    state: Path
+    data: Mapping[str, Path]  # files offered, under the owner's names
+    models: Mapping[str, Path] = field(default_factory=dict)  # own copies, by a job's model or its folder's name
+    allow: tuple[str, ...] = TASK_KINDS
+    device: str = "auto"  # torch device
+    threads: int = 0  # 0: all cores
+
+
+Tell = Callable[[pb.TaskState], None]
+
+
+class Runner(threading.Thread):
+    """A task under way. `tell` gets every change of its state, the last one included; it is called in this thread."""
+
+    def __init__(self, task: pb.Task, identity: Identity, options: DeviceOptions, tell: Tell) -> None:
+        super().__init__(name=f"task-{task.id}", daemon=True)
+        self.task = task
+        self._identity, self._options, self._tell = identity, options, tell
+        self._cancelled = threading.Event()
+        self._link: GrpcLink | None = None
+
+    def cancel(self) -> None:
+        """Stops the task soon: at once when it waits for the link, after its present computation otherwise."""
+        self._cancelled.set()
+        link = self._link
+        if link is not None:
+            link.close()
+
+    def run(self) -> None:
+        try:
+            self._run()
+            self._state(State.DONE)
+        except IsthmusError as error:
+            if self._cancelled.is_set():
+                self._state(State.CANCELLED)
+            else:
+                log.error("task %s failed: %s", self.task.id, error)
+                self._state(State.FAILED, str(error))
+        except MemoryError:
+            self._state(State.FAILED, "this device has not enough memory for its part; choose a smaller cut or batch")
+        except Exception as error:  # a bug: the daemon lives on, and the coordinator learns of it
+            log.exception("task %s failed", self.task.id)
+            self._state(State.FAILED, f"a bug in the device's software: {type(error).__name__}: {error}")
+
+    def _run(self) -> None:
+        spec = self.task.spec
+        data = self._allowed(spec)
+        config = TrainingConfig.from_json(spec.training)
+        if config.labels == "server":
+            if LABELS_LEAVE not in self._options.allow:
+                raise NotAllowed(
+                    "the owner of this device keeps its labels: only jobs with --labels device may run here"
+                )
+            log.warning("job %s: labels go to the coordinator, which can read the text of %s", self.task.job, data.name)
+        if self._options.threads:
+            torch.set_num_threads(self._options.threads)
+        self._state(State.PREPARING, "weights")
+        with channel(self._identity.address, self._identity.credentials) as control:
+            source, digest = device_source(
+                CoordinatorStub(control),
+                self._identity.address,
+                self.task.job,
+                self._options.state,
+                self._options.models.get(spec.model) or self._options.models.get(Path(spec.model).name),
+                self._tell_download(),
+            )
+        self._state(State.PREPARING, "text")
+        train, validation = sequences_of_file(data, config.data, source.tokenizer())
+        trainer = self._trainer(source, digest, config, train, validation)
+        self._state(State.RUNNING)
+        self._train(trainer, trainer.ledger)
+
+    def _allowed(self, spec: pb.JobSpec) -> Path:
+        """The file that the owner offers under this name: the owner's word counts, not the coordinator's."""
+        if spec.method not in self._options.allow:
+            raise NotAllowed(f"the owner of this device does not allow {spec.method} tasks")
+        if spec.dataset not in self._options.data:
+            raise NotFound(f"this device offers no dataset {spec.dataset!r}")
+        return self._options.data[spec.dataset]
+
+    def _trainer(
+        self, source: TensorSource, digest: str, config: TrainingConfig, train: Sequences, validation: Sequences | None
+    ) -> DeviceTrainer:
+        device = pick_device(self._options.device)
+        stages = build_stages(source, parts_of(source.config, config).device, device=device)
+        add_lora(stages[0], lora_config(config, source.config), config.seed)
+        return DeviceTrainer(
+            stages,
+            config,
+            train,
+            validation,
+            Ledger(),
+            dtype=pick_precision(config.precision, device),
+            record=OptimizerRecord(self._options.state / "jobs" / self.task.job),
+            stage_digest=digest,
+        )
+
+    def _train(self, trainer: DeviceTrainer, ledger: Ledger) -> None:
+        """Takes part until the end; a broken link is dialled again, and the job joined anew."""
+        host, port = _stage_address(self.task.stage_address, self._identity.host)
+        delay = _FIRST_RETRY
+        while True:
+            before = ledger.traffic.messages["received", "forward"]
+            with channel(join_address(host, port), self._identity.credentials) as stage:
+                self._link = GrpcLink(stage, self.task.job, secrets.token_hex(8), ledger)
+                if self._cancelled.is_set():  # before there was a link to close
+                    self._link.close()
+                try:
+                    trainer.run(self._link, cancelled=self._cancelled, tell=self._log_progress)
+                    return
+                except LinkLost as error:
+                    lost = error
+                finally:
+                    self._link.close()
+            if ledger.traffic.messages["received", "forward"] > before:
+                delay = _FIRST_RETRY
+            if not self._cancelled.is_set():
+                log.warning("job %s: %s; trying again in about %.1f s", self.task.job, lost, delay)
+            if self._cancelled.wait(delay * random.uniform(0.5, 1.5)):
+                raise Cancelled("the task was cancelled")
+            delay = min(2 * delay, _LAST_RETRY)
+
+    def _log_progress(self, progress: Progress) -> None:
+        if progress.step % 10 == 0 or progress.step == progress.steps:
+            log.info("job %s: step %d of %d, loss %.4f", self.task.job, progress.step, progress.steps, progress.loss)
+
+    def _tell_download(self) -> Callable[[int, int], None]:
+        last = -1
+
+        def tell(here: int, total: int) -> None:
+            nonlocal last
+            if self._cancelled.is_set():
+                raise Cancelled("the task was cancelled")
+            percent = 100 * here // max(1, total)
+            if percent // 10 > last // 10 or last < 0:
+                last = percent
+                self._state(State.PREPARING, f"weights {percent} % of {total / 2**20:.1f} MiB")
+
+        return tell
+
+    def _state(self, state: pb.TaskState.State, message: str = "") -> None:
+        self._tell(pb.TaskState(task=self.task.id, state=state, message=message))
+
+
+def _stage_address(address: str, coordinator_host: str) -> tuple[str, int]:
+    """HOST:PORT; an empty host is the one under which this device knows the coordinator."""
+    if address.startswith(":"):
+        return coordinator_host, int(address[1:])
+    return split_address(address)
