@@ -1,0 +1,190 @@
+"""What the cluster tests share: texts, jobs, and waiting for what a job does."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from client.identity import Identity
+from coordinator.cli import main as cli
+from coordinator.cli.common import Connection
+from coordinator.local_cluster import LocalCluster, submit
+from protos.v1 import coordinator_pb2 as pb
+from split.config import TrainingConfig
+from split.tls import Credentials
+
+LIMIT = 120.0  # seconds for anything that a test waits for; nothing takes as long on an idle machine
+
+TINY = TrainingConfig(
+    steps=12,
+    batch_size=2,
+    sequence_length=16,
+    precision="float32",
+    aggregate_every=2,
+    checkpoint_every=4,
+    validation_fraction=0.2,
+)
+
+
+@dataclass(frozen=True)
+class House:
+    """A running coordinator and its devices."""
+
+    cluster: LocalCluster
+    model: Path
+    texts: dict[str, Path]  # by device
+
+    @contextlib.contextmanager
+    def connect(self) -> Iterator[Connection]:
+        with self.cluster.connect() as connection:
+            yield connection
+
+    def identity(self, device: str) -> Identity:
+        identity = Identity.open(self.cluster.folder / device)
+        assert identity is not None
+        return identity
+
+    @property
+    def user(self) -> Credentials:
+        return Credentials.load(self.cluster.credentials)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.cluster.ports[0]}"
+
+    def submit(
+        self,
+        connection: Connection,
+        config: TrainingConfig,
+        devices: Sequence[str],
+        *,
+        dataset: str = "notes",
+        model: Path | None = None,
+        wait: float = LIMIT,
+    ) -> str:
+        spec = pb.JobSpec(
+            method="splitlora",
+            model=str(model or self.model),
+            dataset=dataset,
+            devices=devices,
+            training=config.to_json(),
+            wait_seconds=wait,
+        )
+        return submit(connection, spec).id
+
+    def start(self, *devices: str, **settings: Any) -> None:
+        """Starts what is not running, and waits until all of the devices are connected."""
+        coordinator = self.cluster.processes.get("coordinator")
+        if coordinator is None or coordinator.poll() is not None:
+            port, enrolment_port = self.cluster.ports
+            self.cluster.start_coordinator(port=port, enrolment_port=enrolment_port)
+        for name in devices:
+            process = self.cluster.processes.get(name)
+            if process is None or process.poll() is not None:
+                enrolled = (self.cluster.folder / name / "coordinator.json").exists()
+                self.cluster.start_device(
+                    name, {"notes": self.texts[name]}, arguments=["--threads", "1"], enrolled=enrolled, **settings
+                )
+        self.cluster.wait_connected(devices)
+
+    def cancel_all(self) -> None:
+        """Cancels what a test, perhaps one that failed, has left at work."""
+        with self.connect() as connection:
+            for job in connection.stub.ListJobs(pb.ListJobsRequest()).jobs:
+                if job.state in (pb.WAITING, pb.PREPARING, pb.RUNNING):
+                    connection.stub.CancelJob(pb.JobRequest(id=job.id))
+
+    def cli(self, *arguments: str) -> tuple[int, str, str]:
+        """`isthmus ARGUMENTS` in this process (an interpreter with torch takes seconds to start)."""
+        words = [*arguments, "--credentials", str(self.cluster.credentials)]
+        return run_cli(*words)
+
+
+def run_cli(*arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of `isthmus ARGUMENTS`, as its entry point runs it."""
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv
+    sys.argv = ["isthmus", *arguments]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.main()
+        status = 0
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    finally:
+        sys.argv = before
+    return status, out.getvalue(), err.getvalue()
+
+
+def write_text(path: Path, device: int, paragraphs: int = 40) -> Path:
+    """A device's own text, of paragraphs that no other device has."""
+    lines = [
+        f"Bridge {device}-{i} carries {i * 7919 % 997} boats and {i * 31 % 101} carts a day." for i in range(paragraphs)
+    ]
+    path.write_text("\n\n".join(lines) + "\n")
+    return path
+
+
+def events_until(
+    connection: Connection, job: str, wanted: Callable[[pb.JobEvent, dict[str, Any]], bool], after: int = 0
+) -> pb.JobEvent:
+    """Follows a job to the first event that is wanted. Fails when the job ends, or LIMIT passes, before it."""
+    call = connection.stub.WatchJob(pb.WatchJobRequest(id=job, after=after), timeout=LIMIT)
+    for event in call:
+        if wanted(event, json.loads(event.data or "{}")):
+            call.cancel()
+            return event
+    ended = connection.stub.GetJob(pb.JobRequest(id=job))
+    raise AssertionError(f"the job ended first: {pb.JobState.Name(ended.state)}: {ended.message}")
+
+
+def step_reached(connection: Connection, job: str, step: int, after: int = 0) -> pb.JobEvent:
+    return events_until(connection, job, lambda event, data: event.kind == "step" and data["step"] >= step, after)
+
+
+def ended(connection: Connection, job: str) -> pb.Job:
+    """The job once it has ended, however that was."""
+    for _ in connection.stub.WatchJob(pb.WatchJobRequest(id=job), timeout=LIMIT):
+        pass
+    return connection.stub.GetJob(pb.JobRequest(id=job))
+
+
+def succeeded(connection: Connection, job: str) -> dict[str, Any]:
+    """The report of a job that has to end well."""
+    last = ended(connection, job)
+    assert last.state == pb.SUCCEEDED, f"{pb.JobState.Name(last.state)}: {last.message}"
+    return json.loads(last.report)
+
+
+def events_of(connection: Connection, job: str, kind: str = "") -> list[tuple[pb.JobEvent, dict[str, Any]]]:
+    """All events of a job that has ended."""
+    events = connection.stub.WatchJob(pb.WatchJobRequest(id=job), timeout=LIMIT)
+    return [(event, json.loads(event.data or "{}")) for event in events if not kind or event.kind == kind]
+
+
+def wait_for(condition: Callable[[], bool], what: str, limit: float = LIMIT) -> None:
+    """Until the condition holds; asks every few milliseconds."""
+    tick = threading.Event()
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {limit:.0f} s: {what}"
+        tick.wait(0.02)
+
+
+def refusal(call: Callable[[], Any]) -> grpc.RpcError:
+    """The error with which a call is refused."""
+    try:
+        call()
+    except grpc.RpcError as error:
+        return error
+    raise AssertionError("it was not refused")

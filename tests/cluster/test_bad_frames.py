@@ -1,0 +1,234 @@
+"""A device that sends what was not agreed is refused with one line, and the job of the others goes on."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import grpc
+import pytest
+import torch
+
+from client.identity import Identity
+from protos.v1 import coordinator_pb2 as pb
+from protos.v1 import stage_pb2
+from protos.v1.coordinator_pb2_grpc import CoordinatorStub
+from protos.v1.stage_pb2_grpc import StageStub
+from split.config import TrainingConfig
+from split.models.source import ModelFolder
+from split.parts import parts_of
+from split.tls import channel
+from split.wire import encode_tensor
+from tests.cluster.house import LIMIT, TINY, House, events_of, refusal, succeeded
+
+pytestmark = pytest.mark.cluster
+
+HIDDEN = 32
+CONFIG = replace(TINY, steps=300, aggregate_every=1, checkpoint_every=100)
+
+
+@dataclass
+class RawDevice:
+    """A device made of nothing but its certificate and a gRPC client: it can say whatever it likes."""
+
+    identity: Identity
+    outbox: queue.SimpleQueue[pb.DeviceMessage | None] = field(default_factory=queue.SimpleQueue)
+
+    @contextmanager
+    def session(self) -> Iterator[Iterator[pb.CoordinatorMessage]]:
+        """What the coordinator tells it once it has sent its profile."""
+        profile = pb.Profile(datasets=[pb.Dataset(name="notes", bytes=1)], task_kinds=["splitlora"])
+        self.outbox.put(pb.DeviceMessage(profile=profile))
+        with channel(self.identity.address, self.identity.credentials) as control:
+            call = CoordinatorStub(control).Session(iter(self.outbox.get, None), timeout=LIMIT)
+            assert next(call).WhichOneof("kind") == "welcome"
+            yield call
+            self.outbox.put(None)
+            call.cancel()
+
+    def digest(self, job: str) -> str:
+        from split.models.manifest import Manifest, holder_digest
+
+        with channel(self.identity.address, self.identity.credentials) as control:
+            manifest = Manifest.from_proto(
+                CoordinatorStub(control).GetManifest(pb.ManifestRequest(job=job), timeout=LIMIT)
+            )
+        return holder_digest(manifest, manifest.tensors)
+
+
+@dataclass
+class Stream:
+    """One stream of Stage.Exchange."""
+
+    call: Any
+    outbox: queue.SimpleQueue[stage_pb2.Frame | None]
+
+    def send(self, frame: stage_pb2.Frame) -> None:
+        self.outbox.put(frame)
+
+    def receive(self) -> stage_pb2.Frame:
+        return next(self.call)
+
+
+@contextmanager
+def exchange(stage: grpc.Channel) -> Iterator[Stream]:
+    outbox: queue.SimpleQueue[stage_pb2.Frame | None] = queue.SimpleQueue()
+    call = StageStub(stage).Exchange(iter(outbox.get, None), timeout=LIMIT)
+    yield Stream(call, outbox)
+    outbox.put(None)
+    call.cancel()
+
+
+def tensor(*shape: int, fill: float = 0.5) -> stage_pb2.Tensor:
+    return encode_tensor(torch.full(shape, fill))
+
+
+def frame(job: str, **changes: Any) -> stage_pb2.Frame:
+    """The FORWARD that is due, but for the changes."""
+    right: Mapping[str, Any] = {
+        "job": job,
+        "session": "raw",
+        "phase": stage_pb2.FORWARD,
+        "tensor": tensor(CONFIG.batch_size, CONFIG.sequence_length, HIDDEN),
+    }
+    return stage_pb2.Frame(**{**right, **changes})
+
+
+def lying_shape(*shape: int) -> stage_pb2.Tensor:
+    """A few bytes that say they are a tensor of this shape."""
+    return stage_pb2.Tensor(codec="none", dtype="float32", shape=shape, payload=b"\0" * 16)
+
+
+def bad_frames(job: str, step: int) -> dict[str, tuple[stage_pb2.Frame, str]]:
+    """By what is wrong with it: a frame in place of FORWARD of `step`, and a part of the line that answers it."""
+    rows, length = CONFIG.batch_size, CONFIG.sequence_length
+    whole = tensor(rows, length, HIDDEN)
+    short, long = stage_pb2.Tensor(), stage_pb2.Tensor()
+    short.CopyFrom(whole)
+    short.payload = whole.payload[:-4]
+    long.CopyFrom(whole)
+    long.payload = whole.payload + b"\0\0\0\0"
+    norms = {"tokens": 1.0, "nll": 1.0, "norm_squared": 1.0}
+    here = {"step": step}
+    return {
+        "another job": (frame("other", **here), "a frame for job 'other'"),
+        "another session": (frame(job, session="else", **here), "another session"),
+        "a later step": (frame(job, step=step + 1), f"due from d2 is FORWARD of step {step}"),
+        "a step behind the end": (frame(job, step=CONFIG.steps + 1), f"of a job of {CONFIG.steps}"),
+        "another phase": (
+            frame(job, phase=stage_pb2.STEP, values=norms, tensor=None, **here),
+            "due from d2 is FORWARD",
+        ),
+        "a phase that nobody knows": (frame(job, phase=77, **here), "phase 77 is not one that a device sends"),
+        "opened twice": (frame(job, phase=stage_pb2.OPEN, tensor=None, **here), "another session"),
+        "a micro-batch": (frame(job, micro_batch=1, **here), "micro_batch 1"),
+        "no tensor": (frame(job, tensor=None, **here), "FORWARD without its tensor"),
+        "another shape": (
+            frame(job, tensor=tensor(rows, length + 1, HIDDEN), **here),
+            "shape (2, 17, 32) was not agreed",
+        ),
+        "fewer dimensions": (frame(job, tensor=tensor(rows, length * HIDDEN), **here), "2 dimensions; 3 were"),
+        "another dtype": (
+            frame(job, tensor=encode_tensor(torch.zeros(rows, length, HIDDEN).half()), **here),
+            "'float16'",
+        ),
+        "another codec": (frame(job, tensor=stage_pb2.Tensor(codec="zip", dtype="float32"), **here), "codec 'zip'"),
+        "a short payload": (frame(job, tensor=short, **here), "bytes of payload"),
+        "a long payload": (frame(job, tensor=long, **here), "bytes of payload"),
+        "a huge shape": (frame(job, tensor=lying_shape(2**31, 2**31, 2**31), **here), "was not agreed"),
+        "a huge evaluation": (
+            frame(job, phase=stage_pb2.EVALUATE, tensor=lying_shape(2**31, length, HIDDEN), **here),
+            "values are more than",
+        ),
+        "an empty evaluation": (
+            frame(job, phase=stage_pb2.EVALUATE, tensor=lying_shape(0, length, HIDDEN), **here),
+            "was not agreed",
+        ),
+        "NaN": (frame(job, tensor=tensor(rows, length, HIDDEN, fill=float("nan")), **here), "NaN or infinity"),
+        "infinity": (frame(job, tensor=tensor(rows, length, HIDDEN, fill=float("inf")), **here), "NaN or infinity"),
+        "labels that nobody agreed on": (
+            frame(job, labels=encode_tensor(torch.zeros(rows, length, dtype=torch.int64)), **here),
+            "FORWARD with labels",
+        ),
+        "too many values": (frame(job, values={str(i): 1.0 for i in range(257)}, **here), "more than 64 values"),
+        "a value that is no number": (
+            frame(job, values={"tokens": float("nan")}, **here),
+            "a value that is not finite",
+        ),
+        "half of an evaluation": (
+            frame(job, phase=stage_pb2.REPORT, tensor=None, values={"evaluation_tokens": 3.0}, **here),
+            "go together",
+        ),
+    }
+
+
+def test_a_bad_frame_ends_its_senders_stream_and_nothing_else(house: House) -> None:
+    house.cluster.kill("d2", 15)
+    raw = RawDevice(house.identity("d2"))
+    with raw.session() as told, house.connect() as connection:
+        job = house.submit(connection, CONFIG, ["d0", "d1", "d2"])
+        task = next(message.task for message in told if message.WhichOneof("kind") == "task")
+        good_open = frame(job, phase=stage_pb2.OPEN, tensor=None, open=agreeable_open(house, CONFIG, raw.digest(job)))
+        address = f"127.0.0.1{task.stage_address}"
+        with channel(address, raw.identity.credentials) as stage:
+            for wrong, line in bad_openings(good_open).items():
+                with exchange(stage) as stream:
+                    stream.send(wrong_opening(good_open, wrong))
+                    refused(stream, wrong, line)
+            with exchange(stage) as stream:
+                stream.send(frame(job))
+                refused(stream, "no OPEN at first", "the first frame has to be OPEN")
+
+            for wrong in bad_frames(job, 0):
+                with exchange(stage) as stream:
+                    stream.send(good_open)
+                    step = stream.receive().agreement.start_step
+                    bad, line = bad_frames(job, step)[wrong]
+                    stream.send(bad)
+                    refused(stream, wrong, line)
+        report = succeeded(connection, job)
+        left = [data for event, data in events_of(connection, job, "left") if event.device == "d2"]
+        together = [data for _, data in events_of(connection, job, "step") if data["devices"] == ["d0", "d1"]]
+    assert len(left) == len(bad_frames(job, 0))  # it was let in again each time, and not one step more
+    assert len(together) == len(report["losses"]) == CONFIG.steps
+    assert report["perplexity_after"] < report["perplexity_before"]
+
+
+def refused(stream: Stream, wrong: str, line: str) -> None:
+    error = refusal(stream.receive)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, f"{wrong}: {error}"
+    assert line in error.details(), f"{wrong}: {error.details()}"
+    assert "\n" not in error.details()
+
+
+def agreeable_open(house: House, config: TrainingConfig, digest: str) -> stage_pb2.Open:
+    adapter = parts_of(ModelFolder(house.model).config, config).adapter
+    values = sum(value.numel() for value in adapter.values())
+    return stage_pb2.Open(codecs=["none"], samples=3, stage_digest=digest, adapter_values=values)
+
+
+def bad_openings(good: stage_pb2.Frame) -> dict[str, str]:
+    """What is wrong with an OPEN, and a part of the line that answers it."""
+    return {
+        "codecs": "no codec in common",
+        "samples": "at least one is needed",
+        "stage_digest": "differ from the coordinator's",
+        "adapter_values": f"this job's devices have {good.open.adapter_values}",
+        "session": "a session of 1 to 64 characters",
+        "job": "a frame for job ''",
+        "open": "no codec in common",
+    }
+
+
+def wrong_opening(good: stage_pb2.Frame, field_name: str) -> stage_pb2.Frame:
+    """The OPEN without the field, or without its contents."""
+    wrong = stage_pb2.Frame()
+    wrong.CopyFrom(good)
+    if field_name in stage_pb2.Open.DESCRIPTOR.fields_by_name:
+        wrong.open.ClearField(field_name)
+    else:
+        wrong.ClearField(field_name)
+    return wrong

@@ -1,0 +1,165 @@
+"""Split training in one process, for tests: several devices as threads on LocalLinks, and the unsplit yardstick."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from split.adapters.lora import add_lora, draw_initial_values, lora_config, unflatten
+from split.checkpoint import CheckpointFolder, OptimizerRecord
+from split.config import TrainingConfig
+from split.data import Sequences, batch_indices
+from split.evaluate import nll
+from split.host import Outcome, StageHost
+from split.ledger import Ledger
+from split.link import LocalLink
+from split.models.source import ModelFolder
+from split.models.stage import build_stages, cut_in_two, cut_u_shaped
+from split.train import DeviceTrainer, ServerTrainer
+
+
+def random_text(seed: int, count: int, length: int, vocabulary: int) -> Sequences:
+    ids = torch.randint(1, vocabulary, (count, length), generator=torch.Generator().manual_seed(seed))
+    return Sequences(ids, ids.clone())
+
+
+@dataclass
+class Run:
+    """What a split run left."""
+
+    outcome: Outcome
+    adapter: dict[str, Tensor]  # names as in the whole model
+    events: list[tuple[str, str, dict]]
+
+
+def device_trainer(
+    folder: Path,
+    config: TrainingConfig,
+    train: Sequences,
+    validation: Sequences | None = None,
+    record: Path | None = None,
+) -> DeviceTrainer:
+    source = ModelFolder(folder)
+    if config.labels == "device":
+        front, _, tail = cut_u_shaped(source.config, config.cut_layer)
+        stages = build_stages(source, [front, tail])
+    else:
+        stages = build_stages(source, [cut_in_two(source.config, config.cut_layer)[0]])
+    add_lora(stages[0], lora_config(config, source.config), config.seed)
+    return DeviceTrainer(
+        stages, config, train, validation, Ledger(), record=OptimizerRecord(record) if record else None
+    )
+
+
+def server_trainer(folder: Path, config: TrainingConfig) -> ServerTrainer:
+    source = ModelFolder(folder)
+    cut = cut_u_shaped if config.labels == "device" else cut_in_two
+    stage = build_stages(source, [cut(source.config, config.cut_layer)[1]])[0]
+    add_lora(stage, lora_config(config, source.config), config.seed)
+    return ServerTrainer(stage, config, Ledger(), dtype=torch.float32)
+
+
+def split_run(
+    folder: Path,
+    config: TrainingConfig,
+    texts: Sequence[Sequences],
+    validation: Sequence[Sequences] | None = None,
+    checkpoints: Path | None = None,
+    resume: bool = False,
+) -> Run:
+    """Trains the devices d0, d1, ... on their texts."""
+    names = [f"d{i}" for i in range(len(texts))]
+    records = [checkpoints / name if checkpoints else None for name in names]
+    devices = [
+        device_trainer(folder, config, text, validation[i] if validation else None, records[i])
+        for i, text in enumerate(texts)
+    ]
+    events: list[tuple[str, str, dict]] = []
+    finished = threading.Event()
+
+    def tell(kind: str, device: str, data: dict) -> None:
+        events.append((kind, device, data))
+        if kind in ("finished", "failed"):
+            finished.set()
+
+    kept = CheckpointFolder(checkpoints / "server") if checkpoints else None
+    host = StageHost(
+        server_trainer(folder, config),
+        config,
+        set(names),
+        adapter_values=sum(p.numel() for p in devices[0].parameters.values()),
+        checkpoints=kept,
+        resume=kept.last() if kept and resume else None,
+        tell=tell,
+    )
+    errors: list[BaseException] = []
+
+    def work(name: str, trainer: DeviceTrainer) -> None:
+        link = LocalLink(host, name, timeout=60)
+        try:
+            trainer.run(link, cancelled=threading.Event())
+        except Exception as error:  # noqa: BLE001  # raised again in the test's thread
+            errors.append(error)
+            link.close()
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(names, devices, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    if errors:
+        raise errors[0]
+    assert finished.wait(10)
+    outcome = host.outcome()
+    host.close()
+    adapter = {**unflatten(devices[0].parameters, outcome.device_adapter), **outcome.server}
+    return Run(outcome, dict(sorted(adapter.items())), events)
+
+
+def unsplit_run(
+    folder: Path, config: TrainingConfig, texts: Sequence[Sequences]
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Plain peft and torch on the joined batches of all texts: losses and adapter, by names in the whole model."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model = get_peft_model(base, lora_config(config, base.config))
+    model.eval()
+    draw_initial_values(
+        ((name.removeprefix("base_model.model."), module) for name, module in model.named_modules()), config.seed
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=config.learning_rate)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    losses = []
+    for step in range(config.steps):
+        rows = [batch_indices(len(t.input_ids), config.batch_size, step, config.seed) for t in texts]
+        ids = torch.cat([t.input_ids[r] for t, r in zip(texts, rows, strict=True)])
+        labels = torch.cat([t.labels[r] for t, r in zip(texts, rows, strict=True)])
+        total, tokens = nll(model(input_ids=ids).logits, labels)
+        loss = total / tokens
+        loss.backward()
+        if config.max_gradient_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    adapter = {
+        name.removeprefix("base_model.model.").replace(".default.", "."): value.detach()
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    }
+    return losses, dict(sorted(adapter.items()))

@@ -1,0 +1,78 @@
+"""A job's options: checked once, the same on both sides, and a schedule that both can compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from split.config import TrainingConfig
+from split.errors import BadRequest
+
+
+def test_a_configuration_survives_the_way_to_the_other_side() -> None:
+    config = TrainingConfig(target_modules=("q_proj",), learning_rate=3e-4, prompt_column="a", completion_column="b")
+    assert TrainingConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"labels": "cloud"}, "labels is 'cloud'; choose one of device, server"),
+        ({"steps": 0}, "steps is 0; choose 1 or more"),
+        ({"rank": 0}, "rank is 0"),
+        ({"cut_layer": -1}, "cut_layer is -1; choose 0 or more"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"optimizer": "adagrad"}, "choose one of adamw, sgd"),
+        ({"sequence_length": 1}, "sequence_length 1 leaves nothing to predict"),
+        ({"max_gradient_norm": float("nan")}, "max_gradient_norm"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_a_line_that_says_so(change: dict, line: str) -> None:
+    with pytest.raises(BadRequest, match=line):
+        TrainingConfig(**change)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"steps": "10"}', '{"steps": true}', '{"nonsense": 1}', "null"])
+def test_a_configuration_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(BadRequest):
+        TrainingConfig.from_json(text)
+
+
+@given(
+    steps=st.integers(1, 60),
+    aggregate=st.integers(1, 20),
+    checkpoint=st.integers(1, 30),
+    evaluate=st.integers(0, 30),
+)
+def test_checkpoints_and_evaluations_fall_on_aggregations_and_none_is_left_out(
+    steps: int, aggregate: int, checkpoint: int, evaluate: int
+) -> None:
+    config = dataclasses.replace(
+        TrainingConfig(), steps=steps, aggregate_every=aggregate, checkpoint_every=checkpoint, evaluate_every=evaluate
+    )
+    done = range(1, steps + 1)
+    aggregations = [step for step in done if config.aggregates_after(step)]
+    checkpoints = [step for step in done if config.checkpoints_after(step)]
+    assert aggregations[-1] == checkpoints[-1] == steps
+    assert set(checkpoints) <= set(aggregations)
+    assert config.evaluates_after(0)
+    assert config.evaluates_after(steps)
+    assert all(step in aggregations for step in done if config.evaluates_after(step))
+    for passed in range(checkpoint, steps + 1, checkpoint):  # each is at most one aggregation late
+        assert any(passed <= step < passed + aggregate or step == steps for step in checkpoints)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_nothing() -> None:
+    config = TrainingConfig(steps=100, warmup_steps=10, learning_rate=1.0, schedule="cosine")
+    rates = [config.learning_rate_at(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10] == 1.0
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
+    assert rates[-1] < 0.01
+    linear = dataclasses.replace(config, schedule="linear", warmup_steps=0)
+    assert linear.learning_rate_at(50) == pytest.approx(0.5)
+    assert dataclasses.replace(config, schedule="constant").learning_rate_at(99) == 1.0

@@ -1,0 +1,244 @@
+"""Devices that leave and come back, at any frame: the job of the others goes on, and every step is applied once."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from protos.v1 import stage_pb2
+from split.config import TrainingConfig
+from split.errors import BadRequest, IsthmusError, LinkLost, WrongState
+from split.host import StageHost
+from split.link import Frame, LocalLink, Phase
+from split.train import DeviceTrainer
+from tests.split.jobs import device_trainer, random_text, server_trainer
+from tests.split.tiny_models import VOCABULARY, make_model
+
+CONFIG = TrainingConfig(
+    steps=6, batch_size=2, sequence_length=8, precision="float32", rank=2, aggregate_every=2, validation_fraction=0.1
+)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama"), "llama", layers=3, hidden=16)
+
+
+class CutLink(LocalLink):
+    """A link that breaks after a number of frames sent."""
+
+    def __init__(self, host: StageHost, device: str, frames: int) -> None:
+        super().__init__(host, device, timeout=60)
+        self._left = frames
+
+    def send(self, frame: Frame) -> None:
+        if self._left == 0:
+            self.close()
+            raise LinkLost("the link was cut")
+        self._left -= 1
+        super().send(frame)
+
+
+class Job:
+    """A host and its devices' trainers."""
+
+    def __init__(self, folder: Path, config: TrainingConfig, names: list[str]) -> None:
+        self.trainers = {
+            name: device_trainer(
+                folder, config, random_text(i, 20, 8, VOCABULARY), random_text(90 + i, 3, 8, VOCABULARY)
+            )
+            for i, name in enumerate(names)
+        }
+        self.events: list[tuple[str, str, dict[str, Any]]] = []
+        self.finished = threading.Event()
+        values = sum(p.numel() for p in self.trainers[names[0]].parameters.values())
+        self.host = StageHost(
+            server_trainer(folder, config), config, set(names), adapter_values=values, tell=self._tell
+        )
+        self.errors: dict[str, IsthmusError] = {}
+
+    def _tell(self, kind: str, device: str, data: dict[str, Any]) -> None:
+        self.events.append((kind, device, data))
+        if kind in ("finished", "failed"):
+            self.finished.set()
+
+    def steps(self) -> list[dict[str, Any]]:
+        return [data for kind, _, data in self.events if kind == "step"]
+
+    def work(self, name: str, cut_after: int | None = None, *, rejoin: bool = False) -> None:
+        """Trains one device; with `cut_after` its link breaks once, and with `rejoin` it then comes back."""
+        trainer: DeviceTrainer = self.trainers[name]
+        link: LocalLink = LocalLink(self.host, name, timeout=60)
+        if cut_after is not None:
+            try:
+                trainer.run(CutLink(self.host, name, cut_after), cancelled=threading.Event())
+                return
+            except LinkLost:
+                if not rejoin:
+                    return
+        try:
+            trainer.run(link, cancelled=threading.Event())
+        except IsthmusError as error:
+            self.errors[name] = error
+
+    def run(self, work: dict[str, dict[str, Any]]) -> None:
+        threads = [threading.Thread(target=self.work, args=(name,), kwargs=how) for name, how in work.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert self.finished.wait(10)
+        self.host.close()
+
+
+@pytest.mark.parametrize("labels", ["device", "server"])
+@pytest.mark.parametrize("frames", range(2, 14, 3))
+def test_a_device_that_leaves_for_good_does_not_stop_the_others(llama: Path, frames: int, labels: str) -> None:
+    job = Job(llama, dataclasses.replace(CONFIG, labels=labels), ["a", "b", "c"])
+    job.run({"a": {}, "b": {"cut_after": frames}, "c": {}})
+    assert not job.errors
+    assert [step["step"] for step in job.steps()] == [1, 2, 3, 4, 5, 6]
+    assert job.steps()[-1]["devices"] == ["a", "c"]
+    assert 6 in job.host.outcome().perplexities
+
+
+@pytest.mark.parametrize("frames", range(1, 24, 2))
+def test_a_device_that_comes_back_takes_part_again(llama: Path, frames: int) -> None:
+    job = Job(llama, dataclasses.replace(CONFIG, steps=30), ["a", "b"])
+    job.run({"a": {}, "b": {"cut_after": frames, "rejoin": True}})
+    assert not job.errors
+    assert [step["step"] for step in job.steps()] == list(range(1, 31))
+    assert job.steps()[-1]["devices"] == ["a", "b"]
+    assert all(torch.isfinite(value).all() for value in job.host.outcome().server.values())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(llama: Path) -> Job:
+    job = Job(llama, CONFIG, ["a"])
+    job.run({"a": {}})
+    return job
+
+
+@pytest.mark.parametrize("frames", range(1, 45, 2))
+def test_a_job_whose_only_device_loses_its_link_ends_with_the_very_same_adapter(
+    llama: Path, undisturbed: Job, frames: int
+) -> None:
+    job = Job(llama, CONFIG, ["a"])
+    job.run({"a": {"cut_after": frames, "rejoin": True}})
+    assert not job.errors
+    disturbed, expected = job.host.outcome(), undisturbed.host.outcome()
+    assert disturbed.losses == expected.losses
+    assert disturbed.perplexities == expected.perplexities
+    assert torch.equal(disturbed.device_adapter, expected.device_adapter)
+    for name, value in expected.server.items():
+        assert torch.equal(disturbed.server[name], value), name
+
+
+def test_a_device_that_is_connected_and_silent_does_not_stop_the_others(llama: Path) -> None:
+    job = Job(llama, CONFIG, ["a", "b"])
+    job.host._patience = 0.5
+    other = threading.Thread(target=job.work, args=("a",))
+    other.start()
+    link = _open(job, "b")
+    assert link.receive().phase == Phase.OPEN
+    with pytest.raises(LinkLost, match="b owed a frame"):
+        link.receive()
+    other.join(60)
+    assert job.finished.wait(10)
+    job.host.close()
+    assert not job.errors
+    assert [step["devices"] for step in job.steps()] == [["a"]] * 6
+
+
+def test_what_a_replaced_stream_still_sends_does_not_touch_the_new_one(llama: Path, undisturbed: Job) -> None:
+    job = Job(llama, CONFIG, ["a"])
+    late = _open(job, "a")
+    assert late.receive().phase == Phase.OPEN
+    worker = threading.Thread(target=job.work, args=("a",))
+    worker.start()
+    with pytest.raises(WrongState, match="opened this job again"):
+        late.receive()
+    for _ in range(50):
+        late.send(Frame(Phase.FORWARD, 0, tensor=torch.zeros(2, 8, 16)))
+    late.close()
+    worker.join(60)
+    assert job.finished.wait(10)
+    job.host.close()
+    assert not job.errors
+    assert job.host.outcome().losses == undisturbed.host.outcome().losses
+
+
+def _open(job: Job, name: str, **changes: Any) -> LocalLink:
+    values = sum(p.numel() for p in job.trainers["a"].parameters.values())
+    opened = {"codecs": ["none"], "samples": 5, "adapter_values": values} | changes
+    link = LocalLink(job.host, name, timeout=10)
+    link.send(Frame(Phase.OPEN, open=stage_pb2.Open(**opened)))
+    return link
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "line"),
+    [
+        ("stranger", {}, "has no part in this job"),
+        ("a", {"codecs": ["zip"]}, "no codec in common"),
+        ("a", {"adapter_values": 1}, "an adapter of 1 values"),
+        ("a", {"samples": 0}, "0 training sequences"),
+    ],
+)
+def test_a_device_that_does_not_fit_the_job_is_not_let_in(
+    llama: Path, name: str, changes: dict[str, Any], line: str
+) -> None:
+    job = Job(llama, CONFIG, ["a"])
+    with pytest.raises(BadRequest, match=line):
+        _open(job, name, **changes).receive()
+    job.run({"a": {}})  # and the job is none the worse for it
+    assert not job.errors
+
+
+def test_another_model_than_the_coordinators_is_not_let_in(llama: Path) -> None:
+    job = Job(llama, CONFIG, ["a"])
+    job.host._stage_digest = "0" * 64
+    with pytest.raises(BadRequest, match="model files differ from the coordinator's"):
+        _open(job, "a", stage_digest="1" * 64).receive()
+    job.host.close()
+
+
+@pytest.mark.parametrize(
+    ("frame", "line"),
+    [
+        (Frame(Phase.FORWARD, 3, tensor=torch.zeros(2, 8, 16)), "FORWARD of step 3; due from b is FORWARD of step 0"),
+        (Frame(Phase.BACKWARD, 0, tensor=torch.zeros(2, 8, 16)), "BACKWARD of step 0; due from b is FORWARD of step 0"),
+        (Frame(Phase.AGGREGATE, 0, tensor=torch.zeros(3)), "AGGREGATE of step 0; due from b is FORWARD"),
+        (Frame(Phase.FORWARD, 0), "FORWARD without its tensor"),
+        (Frame(Phase.EVALUATE, 3, tensor=torch.zeros(2, 8, 16)), "EVALUATE after step 3, where no evaluation is due"),
+        (Frame(Phase.REPORT, 2, values={"evaluation_tokens": 1.0}), "REPORT after step 2, where no evaluation is due"),
+    ],
+)
+def test_a_frame_that_is_not_due_ends_that_device_and_no_other(llama: Path, frame: Frame, line: str) -> None:
+    job = Job(llama, CONFIG, ["a", "b"])
+    other = threading.Thread(target=job.work, args=("a",))
+    other.start()
+    link = _open(job, "b")
+    assert link.receive().phase == Phase.OPEN
+    link.send(frame)
+    with pytest.raises(BadRequest, match=line):
+        link.receive()
+    other.join(60)
+    assert job.finished.wait(10)
+    job.host.close()
+    assert not job.errors
+    assert [step["devices"] for step in job.steps()] == [["a"]] * 6
+
+
+def test_a_frame_before_the_session_is_agreed_is_refused(llama: Path) -> None:
+    job = Job(llama, CONFIG, ["a", "b"])
+    link = _open(job, "b")  # waits for a
+    link.send(Frame(Phase.FORWARD, 0, tensor=torch.zeros(2, 8, 16)))
+    with pytest.raises(BadRequest, match="before the session was agreed"):
+        link.receive()
+    job.host.close()
