@@ -1,0 +1,113 @@
+"""What the benchmarks share: the machine in words, tables, JSON, and jobs on a local cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from coordinator.cli.common import Connection
+from coordinator.local_cluster import submit, wait_for_job
+from protos.v1 import coordinator_pb2 as pb
+from split.config import TrainingConfig
+from split.errors import IsthmusError
+
+console = Console()
+if not console.is_terminal:
+    console = Console(width=160)  # a log or a pipe: tables are not squeezed into 80 columns
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.", dir_okay=False)]
+
+
+def machine() -> dict[str, Any]:
+    """What a figure has to be read with: processor, cores, memory, load at the start, versions."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "load_at_start": round(os.getloadavg()[0], 2),  # the mean of the last minute: above 0.5, it was not quiet
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def describe(machine: dict[str, Any]) -> str:
+    """The machine in one line."""
+    memory = machine["memory_bytes"] / 2**30
+    return (
+        f"{machine['processor']}, {machine['cores']} cores ({machine['cpu_capability']}), {memory:.0f} GiB, "
+        f"torch {machine['torch']}, Python {machine['python']}; load at the start {machine['load_at_start']}"
+    )
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """The first column is the row's name; the others are figures, on the right."""
+    made = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        made.add_row(*map(str, row))
+    return made
+
+
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+        console.print(f"written to {path}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that has succeeded: the coordinator's report, and when each of its steps was done (seconds)."""
+
+    id: str
+    report: dict[str, Any]
+    step_times: list[float]
+
+
+def run_job(connection: Connection, model: str, dataset: str, devices: Sequence[str], training: TrainingConfig) -> Job:
+    """Submits a SplitLoRA job and waits for its end. Raises IsthmusError with its message if that is not success."""
+    spec = pb.JobSpec(
+        method="splitlora", model=model, dataset=dataset, devices=devices, training=training.to_json(), wait_seconds=60
+    )
+    job = submit(connection, spec)
+    report = wait_for_job(connection, job.id)
+    events = connection.stub.WatchJob(pb.WatchJobRequest(id=job.id))
+    return Job(job.id, report, [event.time for event in events if event.kind == "step"])
+
+
+def command(main: Callable[..., None]) -> None:
+    """Runs a benchmark's command line; what goes wrong is one line."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' bar for loading weights, into the midst of ours
+    warnings.simplefilter("ignore", FutureWarning)  # of transformers, about itself
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    try:
+        app()
+    except IsthmusError as error:
+        console.print(f"error: {error}", style="red")
+        raise SystemExit(1) from None
