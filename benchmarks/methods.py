@@ -209,12 +209,7 @@ class Bench:
             enrolled = name in cluster.processes
             if enrolled:
                 cluster.kill(name, SIGTERM)
-            arguments = [
-                "--threads",
-                "1",
-                "--allow",
-                "splitlora,labels-leave",
-            ]  # for the runs with labels at the server
+            arguments = ["--threads", "1"]
             cluster.start_device(name, {_DATASET: path}, arguments=arguments, enrolled=enrolled)
         cluster.wait_connected(list(self.files))
 
