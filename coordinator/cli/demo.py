@@ -34,7 +34,7 @@ def demo(
         "isthmus-demo"
     ),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 60,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 50,
     cut_layer: Annotated[int, typer.Option(help="Blocks that each device holds.")] = 2,
     labels: Annotated[str, typer.Option(help="device or server (see `isthmus finetune --help`).")] = "device",
 ) -> None:
@@ -50,7 +50,7 @@ def demo(
         cut_layer=cut_layer,
         labels=labels,
         steps=steps,
-        batch_size=4,
+        batch_size=8,
         sequence_length=128,
         learning_rate=4e-3,
         warmup_steps=5,
