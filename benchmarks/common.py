@@ -7,7 +7,6 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from coordinator.cli.common import Connection
-from coordinator.local_cluster import submit, wait_for_job
+from coordinator.local_cluster import submit
 from protos.v1 import coordinator_pb2 as pb
 from split.config import TrainingConfig
 from split.errors import IsthmusError
@@ -80,30 +79,25 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
         console.print(f"written to {path}")
 
 
-@dataclass(frozen=True)
-class Job:
-    """A job that has succeeded: the coordinator's report, and when each of its steps was done (seconds)."""
-
-    id: str
-    report: dict[str, Any]
-    step_times: list[float]
-
-
-def run_job(connection: Connection, model: str, dataset: str, devices: Sequence[str], training: TrainingConfig) -> Job:
-    """Submits a SplitLoRA job and waits for its end. Raises IsthmusError with its message if that is not success."""
+def start_job(
+    connection: Connection, model: str, dataset: str, devices: Sequence[str], training: TrainingConfig
+) -> str:
+    """Submits a SplitLoRA job; returns its id."""
     spec = pb.JobSpec(
         method="splitlora", model=model, dataset=dataset, devices=devices, training=training.to_json(), wait_seconds=60
     )
-    job = submit(connection, spec)
-    report = wait_for_job(connection, job.id)
-    events = connection.stub.WatchJob(pb.WatchJobRequest(id=job.id))
-    return Job(job.id, report, [event.time for event in events if event.kind == "step"])
+    return submit(connection, spec).id
+
+
+def quieten() -> None:
+    """In this process, no bar for loading weights in the midst of ours, and no warning of transformers about itself."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.simplefilter("ignore", FutureWarning)
 
 
 def command(main: Callable[..., None]) -> None:
     """Runs a benchmark's command line; what goes wrong is one line."""
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' bar for loading weights, into the midst of ours
-    warnings.simplefilter("ignore", FutureWarning)  # of transformers, about itself
+    quieten()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     try:

@@ -24,10 +24,10 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import JsonFile, command, console, describe, machine, run_job, table, write_json
+from benchmarks.common import JsonFile, command, console, describe, machine, start_job, table, write_json
 from coordinator.cli.common import human_bytes
 from coordinator.cli.jobs import write_export
-from coordinator.local_cluster import LocalCluster
+from coordinator.local_cluster import LocalCluster, wait_for_job
 from split.config import TrainingConfig
 from split.documents import read_documents, split_documents
 from split.errors import BadData, IsthmusError
@@ -181,11 +181,12 @@ class Bench:
         self.start_devices(cluster)
         started = time.monotonic()
         with cluster.connect() as connection:
-            job = run_job(connection, _MODEL, _DATASET, list(self.files), training)
+            job = start_job(connection, _MODEL, _DATASET, list(self.files), training)
+            report = wait_for_job(connection, job)
             seconds = time.monotonic() - started
-            adapter = write_export(connection, job.id, self.folder / f"adapter-{job.id}")
-        devices = job.report["devices"]
-        before, last = last_tenths(job.report["losses"])
+            adapter = write_export(connection, job, self.folder / f"adapter-{job}")
+        devices = report["devices"]
+        before, last = last_tenths(report["losses"])
         parts = parts_of(open_model(_MODEL).config, training)
         return Result(
             method="splitlora",

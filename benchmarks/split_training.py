@@ -1,17 +1,25 @@
 """What splitting costs: tokens per second of plain peft, of the split in one process, and of the split over gRPC.
 
-All of them train the same adapter from the same seed on batches of the same size. The variants take turns, round
-after round, and every ratio is taken within a round: a machine that is slower for a minute is so for all of them.
+All of them train the same adapter from the same seed on batches of the same size. Every variant and the unsplit run
+take turns of a few steps, each with its processes stopped while the other computes, and a ratio is that of two turns
+beside each other: a machine that is slower for some seconds is so for both.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import queue
 import random
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -22,20 +30,22 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.common import JsonFile, command, console, describe, machine, run_job, table, write_json
+from benchmarks.common import JsonFile, command, console, describe, machine, quieten, start_job, table, write_json
 from coordinator.cli.common import Connection, human_bytes
-from coordinator.local_cluster import LocalCluster
+from coordinator.local_cluster import LocalCluster, wait_for_job
+from protos.v1 import coordinator_pb2 as pb
 from split.adapters.lora import lora_config
 from split.config import TrainingConfig
 from split.data import Sequences, batch_indices, sequences_of_file
+from split.errors import IsthmusError
 from split.local import train_split_locally
 from split.models.source import ModelFolder, open_model
 
 UNSPLIT, LOCAL, ONE, THREE = "unsplit", "split_local", "grpc_one_device", "grpc_three_devices"
-VARIANTS = {UNSPLIT: 1, LOCAL: 1, ONE: 1, THREE: 3}  # and their batches a step
+VARIANTS = {LOCAL: 1, ONE: 1, THREE: 3}  # and their devices
 _DEVICES = ("edge-1", "edge-2", "edge-3")
 _DATASET = "text"
-_WARM_UP = 3  # steps that are not counted: allocation, caches, and the counting of FLOPs in the very first
+_ENDLESS = 1_000_000  # steps: a run is ended after its last turn
 
 
 @dataclass(frozen=True)
@@ -47,15 +57,15 @@ class Workload:
     batch_size: int
     sequence_length: int
 
-    def training(self, steps: int, cut_layer: int) -> TrainingConfig:
+    def training(self, cut_layer: int) -> TrainingConfig:
         return TrainingConfig(
             cut_layer=cut_layer,
-            steps=steps + _WARM_UP,
+            steps=_ENDLESS,
             batch_size=self.batch_size,
             sequence_length=self.sequence_length,
             precision="float32",
             aggregate_every=10,
-            checkpoint_every=steps + _WARM_UP,  # at the end, behind the last step that is timed
+            checkpoint_every=_ENDLESS,
             validation_fraction=0,
         )
 
@@ -101,96 +111,207 @@ def write_text(path: Path, seed: int) -> Path:
     return path
 
 
-def time_unsplit(folder: Path, text: Sequences, config: TrainingConfig) -> list[float]:
-    """The loop that a user of plain peft writes. Returns when each step was done, in seconds."""
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = get_peft_model(base, lora_config(config, base.config))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+class Run:
+    """A training run that goes on only in its turns: in between, its processes `pids` are stopped.
+
+    times: when each of its steps was done, in seconds, as they come; an error where it ended otherwise.
+    """
+
+    def __init__(self, pids: Sequence[int], times: queue.SimpleQueue[float | IsthmusError]) -> None:
+        self.pids, self._times = pids, times
+
+    def turn(self, steps: int) -> list[float]:
+        """How long each of `steps` whole steps took. The one that was under way when it was stopped is not counted."""
+        while not self._times.empty():
+            self._next()
+        self.go_on()
+        times = [self._next() for _ in range(steps + 1)]
+        self._signal(signal.SIGSTOP)
+        return [after - before for before, after in pairwise(times)]
+
+    def go_on(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _next(self) -> float:
+        time_or_error = self._times.get()
+        if isinstance(time_or_error, IsthmusError):
+            raise time_or_error
+        return time_or_error
+
+    def _signal(self, number: signal.Signals) -> None:
+        for pid in self.pids:
+            os.kill(pid, number)
+
+
+@contextmanager
+def child(train: Callable[..., None], *arguments: Any) -> Iterator[Run]:
+    """A run in a process of its own, on this machine's processors alone. `train` calls its last argument every step."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=_report_steps, args=(sender, train, *arguments))
+    process.start()
+    sender.close()
+    times: queue.SimpleQueue[float | IsthmusError] = queue.SimpleQueue()
+
+    def read() -> None:
+        try:
+            while True:
+                times.put(receiver.recv())
+        except EOFError:
+            times.put(IsthmusError(f"the run of {train.__name__} ended before its last turn"))
+
+    threading.Thread(target=read, daemon=True).start()
+    assert process.pid is not None
+    try:
+        yield Run([process.pid], times)
+    finally:
+        process.kill()
+        process.join()
+
+
+def _report_steps(sender: Pipe, train: Callable[..., None], *arguments: Any) -> None:
+    quieten()
+    train(*arguments, lambda: sender.send(time.time()))
+
+
+@contextmanager
+def over_grpc(
+    cluster: LocalCluster, connection: Connection, model: str, devices: Sequence[str], training: TrainingConfig
+) -> Iterator[Run]:
+    """A job on the cluster, cancelled at the end. Between its turns its devices are stopped, so its stage waits."""
+    job = start_job(connection, model, _DATASET, devices, training)
+    times: queue.SimpleQueue[float | IsthmusError] = queue.SimpleQueue()
+
+    def watch() -> None:
+        for event in connection.stub.WatchJob(pb.WatchJobRequest(id=job)):
+            if event.kind == "step":
+                times.put(event.time)
+        times.put(IsthmusError(f"job {job} ended before its last turn"))
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    run = Run([cluster.processes[name].pid for name in devices], times)
+    try:
+        yield run
+    finally:
+        run.go_on()  # a stopped process does not hear that it is to end
+    connection.stub.CancelJob(pb.JobRequest(id=job))
+    watching.join()
+
+
+def bytes_a_step(connection: Connection, model: str, training: TrainingConfig) -> dict[str, float]:
+    """What one device sends and receives in a short job, by step, with an aggregation in every `aggregate_every`."""
+    short = replace(training, steps=training.aggregate_every)
+    device = wait_for_job(connection, start_job(connection, model, _DATASET, _DEVICES[:1], short))["devices"][0]
+    return {way: device[f"bytes_{way}"] / short.steps for way in ("sent", "received")}
+
+
+def train_unsplit(model: str, text_file: Path, config: TrainingConfig, step_done: Callable[[], None]) -> None:
+    """The loop that a user of plain peft writes."""
+    source, text = _text(model, text_file, config)
+    base = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    peft_model = get_peft_model(base, lora_config(config, base.config))
+    parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    times = []
     for step in range(config.steps):
         rows = batch_indices(len(text), config.batch_size, step, config.seed)
-        loss = model(input_ids=text.input_ids[rows], labels=text.labels[rows], use_cache=False).loss
+        loss = peft_model(input_ids=text.input_ids[rows], labels=text.labels[rows], use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
         optimizer.step()
         optimizer.zero_grad()
-        times.append(time.perf_counter())
-    return times
+        step_done()
 
 
-def time_split_locally(folder: Path, text: Sequences, config: TrainingConfig) -> list[float]:
-    """The same over a LocalLink, device and server in this process."""
-    times: list[float] = []
+def train_split(model: str, text_file: Path, config: TrainingConfig, step_done: Callable[[], None]) -> None:
+    """The same over a LocalLink, device and server in one process."""
+    source, text = _text(model, text_file, config)
 
     def tell(kind: str, device: str, data: dict[str, Any]) -> None:
         if kind == "step":
-            times.append(time.perf_counter())
+            step_done()
 
-    train_split_locally(ModelFolder(folder), config, [(text, None)], tell=tell)
-    return times
-
-
-def step_seconds(times: Sequence[float]) -> list[float]:
-    """From when each step was done: how long the steps after the warm-up took."""
-    return [after - before for before, after in pairwise(times[_WARM_UP - 1 :])]
+    train_split_locally(source, config, [(text, None)], tell=tell)
 
 
-def summarise(workload: Workload, rounds: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, Any]:
-    """rounds: for each, a variant's seconds of every step. Ratios are the median over rounds of a round's own."""
-    speeds = [
-        {name: VARIANTS[name] * workload.tokens / median(seconds) for name, seconds in one.items()} for one in rounds
-    ]
+def _text(model: str, file: Path, config: TrainingConfig) -> tuple[ModelFolder, Sequences]:
+    source = open_model(model)
+    text, _ = sequences_of_file(file, config.data, source.tokenizer())
+    return source, text
+
+
+Turns = Sequence[tuple[Sequence[float], Sequence[float]]]  # seconds of the steps: unsplit, and of the variant beside it
+
+
+def take_turns(unsplit: Run, variant: Run, rounds: int, steps: int) -> Turns:
+    """A turn of each in every round; who begins changes from round to round. The first turns are not counted."""
+    turns = []
+    for number in range(rounds + 1):
+        if number % 2 == 0:
+            yardstick = unsplit.turn(steps)
+            turns.append((yardstick, variant.turn(steps)))
+        else:
+            seconds = variant.turn(steps)
+            turns.append((unsplit.turn(steps), seconds))
+    return turns[1:]
+
+
+def summarise(workload: Workload, turns: Mapping[str, Turns]) -> dict[str, Any]:
+    """turns: of each split variant. Speeds and ratios are medians over turns, a ratio that of two beside each other."""
+
+    def speed(seconds: Sequence[float], batches: int) -> float:
+        return batches * workload.tokens * len(seconds) / sum(seconds)
+
+    speeds = {
+        name: [(speed(unsplit, 1), speed(split, VARIANTS[name])) for unsplit, split in pairs]
+        for name, pairs in turns.items()
+    }
     result: dict[str, Any] = {
         "tokens_a_device_and_step": workload.tokens,
         "batch_size": workload.batch_size,
         "sequence_length": workload.sequence_length,
-        "tokens_per_second": {name: median(speed[name] for speed in speeds) for name in rounds[0]},
+        "tokens_per_second": {
+            UNSPLIT: median(unsplit for pairs in speeds.values() for unsplit, _ in pairs),
+            **{name: median(split for _, split in pairs) for name, pairs in speeds.items()},
+        },
     }
-    for name in rounds[0]:
-        if name != UNSPLIT:
-            ratios = [speed[name] / speed[UNSPLIT] for speed in speeds]
-            result[f"{name}_over_unsplit"] = median(ratios)
-            result[f"{name}_over_unsplit_rounds"] = ratios
-    result["step_seconds"] = [{name: list(seconds) for name, seconds in one.items()} for one in rounds]
+    for name, pairs in speeds.items():
+        ratios = [split / unsplit for unsplit, split in pairs]
+        result[f"{name}_over_unsplit"] = median(ratios)
+        result[f"{name}_over_unsplit_turns"] = ratios
+    result["step_seconds"] = {
+        name: [{UNSPLIT: list(unsplit), name: list(split)} for unsplit, split in pairs] for name, pairs in turns.items()
+    }
     return result
 
 
 def measure(
-    workload: Workload, folder: Path, connection: Connection, *, rounds: int, steps: int, cut: int
+    workload: Workload,
+    folder: Path,
+    cluster: LocalCluster,
+    connection: Connection,
+    *,
+    rounds: int,
+    steps: int,
+    cut: int,
 ) -> dict[str, Any]:
-    """All variants in turn, `rounds` times; the order is turned around in every second round."""
-    config = workload.training(steps, cut)
-    source = open_model(workload.model)
-    text, _ = sequences_of_file(folder / f"{_DEVICES[0]}.txt", config.data, source.tokenizer())
-    reports: dict[str, dict[str, Any]] = {}
-
-    def over_grpc(variant: str) -> list[float]:
-        job = run_job(connection, workload.model, _DATASET, _DEVICES[: VARIANTS[variant]], config)
-        reports[variant] = job.report
-        return job.step_times
-
-    variants: dict[str, Callable[[], list[float]]] = {
-        UNSPLIT: lambda: time_unsplit(source.path, text, config),
-        LOCAL: lambda: time_split_locally(source.path, text, config),
-        ONE: lambda: over_grpc(ONE),
-        THREE: lambda: over_grpc(THREE),
-    }
-    measured = []
-    for number in range(rounds):
-        one: dict[str, list[float]] = {}
-        for name in list(variants) if number % 2 == 0 else list(reversed(variants)):
-            with console.status(f"{workload.name}, round {number + 1} of {rounds}: {name}"):
-                one[name] = step_seconds(variants[name]())
-        measured.append(one)
-    result = {"model": workload.name, "cut_layer": cut, "steps": steps, **summarise(workload, measured)}
-    device = reports[ONE]["devices"][0]
-    result["bytes_a_step"] = {
-        "sent": device["bytes_sent"] / config.steps,
-        "received": device["bytes_received"] / config.steps,
-    }
-    result["waited_share"] = device["wait_seconds"] / (device["wait_seconds"] + device["compute_seconds"])
-    return result
+    """Each variant against the unsplit run."""
+    config = workload.training(cut)
+    arguments = (workload.model, folder / f"{_DEVICES[0]}.txt", config)
+    turns: dict[str, Turns] = {}
+    for name, devices in VARIANTS.items():
+        with (
+            console.status(f"{workload.name}: {name}, in turns with {UNSPLIT}"),
+            child(train_unsplit, *arguments) as unsplit,
+        ):
+            unsplit.turn(1)  # it has loaded, and is stopped
+            if name == LOCAL:
+                with child(train_split, *arguments) as run:
+                    turns[name] = take_turns(unsplit, run, rounds, steps)
+                continue
+            with over_grpc(cluster, connection, workload.model, _DEVICES[:devices], config) as run:
+                turns[name] = take_turns(unsplit, run, rounds, steps)
+    result = {"model": workload.name, "cut_layer": cut, "rounds": rounds, "steps": steps, **summarise(workload, turns)}
+    return {**result, "bytes_a_step": bytes_a_step(connection, workload.model, config)}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -208,10 +329,10 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="Times that all variants take their turn.", min=1)] = 3,
+    rounds: Annotated[int, typer.Option(help="Turns that are counted of every variant.", min=1)] = 8,
     steps: Annotated[
-        int, typer.Option(help="Timed steps of the large model in a turn; the small has 4 x as many.", min=2)
-    ] = 12,
+        int, typer.Option(help="Timed steps of the large model in a turn; the small has 4 x as many.", min=1)
+    ] = 2,
     cut: Annotated[int, typer.Option(help="Blocks that a device holds.", min=0)] = 1,
     only: Annotated[str, typer.Option(help="large or default: measure just this model.")] = "",
     json_file: JsonFile = None,
@@ -239,7 +360,7 @@ def main(
         with cluster.connect() as connection:
             for key, (workload, timed) in workloads.items():
                 if only in ("", key):
-                    measured = measure(workload, folder, connection, rounds=rounds, steps=timed, cut=cut)
+                    measured = measure(workload, folder, cluster, connection, rounds=rounds, steps=timed, cut=cut)
                     result["models"][key] = measured
                     show(measured)
     first = next(iter(result["models"].values()))  # the large one's are the headline

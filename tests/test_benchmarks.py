@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.common import describe, machine, table, write_json
@@ -20,9 +23,9 @@ from benchmarks.methods import (
     worst_ratio,
     write_rows,
 )
-from benchmarks.split_training import LOCAL, ONE, THREE, UNSPLIT, Workload, step_seconds, summarise, write_random_llama
+from benchmarks.split_training import LOCAL, ONE, THREE, UNSPLIT, Workload, child, summarise, write_random_llama
 from split.documents import DataConfig, read_documents
-from split.errors import BadData
+from split.errors import BadData, IsthmusError
 from split.models.source import ModelFolder
 
 
@@ -102,24 +105,41 @@ def test_the_last_two_tenths_of_the_losses_are_averaged() -> None:
     assert last_tenths([5.0]) == (5.0, 5.0)
 
 
-def test_warm_up_steps_are_not_counted() -> None:
-    assert step_seconds([10.0, 20.0, 30.0, 31.0, 33.0]) == [1.0, 2.0]
-
-
-def test_ratios_are_of_speeds_within_a_round() -> None:
+def test_ratios_are_of_turns_beside_each_other() -> None:
     workload = Workload("tiny", "tiny", batch_size=2, sequence_length=10)
-    rounds = [
-        {UNSPLIT: [1.0, 1.0, 9.0], LOCAL: [1.0], ONE: [1.25], THREE: [3.0]},
-        {UNSPLIT: [2.0], LOCAL: [2.0], ONE: [2.0], THREE: [12.0]},
-        {UNSPLIT: [4.0], LOCAL: [5.0], ONE: [4.0], THREE: [6.0]},
-    ]
-    result = summarise(workload, rounds)
+    turns = {
+        LOCAL: [([1.0, 1.0], [1.0, 1.5]), ([2.0, 2.0], [2.0, 2.0]), ([4.0, 4.0], [4.0, 5.0])],
+        ONE: [([1.0], [1.25]), ([2.0], [2.0]), ([4.0], [4.0])],
+        THREE: [([1.0], [3.0]), ([2.0], [12.0]), ([4.0], [6.0])],
+    }
+    result = summarise(workload, turns)
     assert result["tokens_a_device_and_step"] == 20
     assert result["tokens_per_second"] == {UNSPLIT: 10.0, LOCAL: 10.0, ONE: 10.0, THREE: 10.0}
-    assert result["split_local_over_unsplit"] == 1.0
-    assert result["grpc_one_device_over_unsplit_rounds"] == [0.8, 1.0, 1.0]
+    assert result["split_local_over_unsplit_turns"] == pytest.approx([0.8, 1.0, 8 / 9])
+    assert result["split_local_over_unsplit"] == pytest.approx(8 / 9)
     assert result["grpc_one_device_over_unsplit"] == 1.0
-    assert result["grpc_three_devices_over_unsplit_rounds"] == [1.0, 0.5, 2.0]
+    assert result["grpc_three_devices_over_unsplit_turns"] == [1.0, 0.5, 2.0]
+
+
+def test_a_run_takes_steps_in_its_turns_only_and_its_process_ends_with_it() -> None:
+    with child(_count, 10_000) as run:
+        first = run.turn(3)
+        pid = run.pids[0]
+        assert len(first) == 3
+        assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
+        assert len(run.turn(2)) == 2
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_run_that_ends_before_its_turn_is_over_is_an_error() -> None:
+    with child(_count, 3) as run, pytest.raises(IsthmusError, match="ended before its last turn"):
+        run.turn(5)
+
+
+def _count(steps: int, step_done: Callable[[], None]) -> None:
+    for _ in range(steps):
+        sum(range(100_000))  # long enough for the process to be stopped before its last step
+        step_done()
 
 
 def test_the_large_model_has_the_parameters_and_the_tokenizer_that_are_said(tmp_path: Path) -> None:

@@ -85,11 +85,14 @@ def demo(
     with console.status(
         "measuring the unsplit model: memory of its training, perplexity in plain transformers and peft"
     ):
-        whole = _whole_model_peak(folder, next(iter(texts.values())), training)
+        peaks = {
+            "whole_model_bytes": _whole_model_peak(folder, next(iter(texts.values())), training),
+            "libraries_bytes": _libraries_peak(),
+        }
         from split.evaluate import evaluate_files  # torch and transformers: only now
 
         check = evaluate_files("default", held_out, adapter=adapter, data=training.data)
-    result = _result(report, adapter, held_out, training, whole, check.perplexity, time.monotonic() - started)
+    result = _result(report, adapter, held_out, training, peaks, check.perplexity, time.monotonic() - started)
     _show(result)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
@@ -129,10 +132,20 @@ def _whole_model_peak(folder: Path, text: Path, training: TrainingConfig) -> int
     command += ["--data", str(text), "--out", str(folder / "unsplit"), "--steps", "3", "--validation-fraction", "0"]
     command += ["--batch-size", str(training.batch_size), "--sequence-length", str(training.sequence_length)]
     command += ["--target-modules", ",".join(training.target_modules)]
+    return int(json.loads(_output_of(command, "the unsplit run"))["resources"]["peak_bytes"])
+
+
+def _libraries_peak() -> int:
+    """Peak memory of a process that has imported what a device imports, and has no model."""
+    program = "import client.runner, split.ledger; print(split.ledger.peak_bytes())"
+    return int(_output_of([sys.executable, "-c", program], "importing the device's libraries"))
+
+
+def _output_of(command: list[str], what: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise IsthmusError(f"the unsplit run failed: {done.stderr.strip().splitlines()[-1]}")
-    return int(json.loads(done.stdout)["resources"]["peak_bytes"])
+        raise IsthmusError(f"{what} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return done.stdout
 
 
 def _result(
@@ -140,7 +153,7 @@ def _result(
     adapter: Path,
     held_out: list[Path],
     training: TrainingConfig,
-    whole_model_bytes: int,
+    peaks: dict[str, int],
     unsplit_perplexity: float,
     seconds: float,
 ) -> dict[str, Any]:
@@ -155,7 +168,7 @@ def _result(
         "sequence_length": training.sequence_length,
         "devices": report["devices"],
         "coordinator": report["coordinator"],
-        "whole_model_bytes": whole_model_bytes,
+        **peaks,
         "training": report["training"],
         "losses": report["losses"],
         "seconds": seconds,
@@ -177,6 +190,8 @@ def _show(result: dict[str, Any]) -> None:
     peak = result["coordinator"]["peak_bytes"]
     table.add_row("coordinator's stage", "", "", human_bytes(peak), f"{100 * peak / whole:.0f} %")
     table.add_row("the whole model, unsplit", "", "", human_bytes(whole), "100 %")
+    libraries = result["libraries_bytes"]
+    table.add_row("in each: the libraries", "", "", human_bytes(libraries), f"{100 * libraries / whole:.0f} %")
     console.print(table)
     console.print(f"adapter: {result['adapter']}", soft_wrap=True)
     console.print(f"done in {result['seconds']:.0f} s", highlight=False)

@@ -52,7 +52,7 @@ def test_each_device_is_accounted_for(report: dict[str, Any]) -> None:
         assert device["name"] in report["_printed"]
         assert device["bytes_sent"] > 2**20
         assert device["bytes_received"] > 2**20
-        assert 0 < device["peak_bytes"] < report["whole_model_bytes"]
+        assert report["libraries_bytes"] < device["peak_bytes"] < report["whole_model_bytes"]
         assert device["flops"] > 0
 
 
