@@ -7,19 +7,10 @@ beside each other: a machine that is slower for some seconds is so for both.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import queue
 import random
-import signal
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -30,14 +21,13 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.common import JsonFile, command, console, describe, machine, quieten, start_job, table, write_json
+from benchmarks.common import JsonFile, command, console, describe, machine, start_job, table, write_json
+from benchmarks.turns import Turns, child, over_grpc, take_turns
 from coordinator.cli.common import Connection, human_bytes
 from coordinator.local_cluster import LocalCluster, wait_for_job
-from protos.v1 import coordinator_pb2 as pb
 from split.adapters.lora import lora_config
 from split.config import TrainingConfig
 from split.data import Sequences, batch_indices, sequences_of_file
-from split.errors import IsthmusError
 from split.local import train_split_locally
 from split.models.source import ModelFolder, open_model
 
@@ -111,93 +101,6 @@ def write_text(path: Path, seed: int) -> Path:
     return path
 
 
-class Run:
-    """A training run that goes on only in its turns: in between, its processes `pids` are stopped.
-
-    times: when each of its steps was done, in seconds, as they come; an error where it ended otherwise.
-    """
-
-    def __init__(self, pids: Sequence[int], times: queue.SimpleQueue[float | IsthmusError]) -> None:
-        self.pids, self._times = pids, times
-
-    def turn(self, steps: int) -> list[float]:
-        """How long each of `steps` whole steps took. The one that was under way when it was stopped is not counted."""
-        while not self._times.empty():
-            self._next()
-        self.go_on()
-        times = [self._next() for _ in range(steps + 1)]
-        self._signal(signal.SIGSTOP)
-        return [after - before for before, after in pairwise(times)]
-
-    def go_on(self) -> None:
-        self._signal(signal.SIGCONT)
-
-    def _next(self) -> float:
-        time_or_error = self._times.get()
-        if isinstance(time_or_error, IsthmusError):
-            raise time_or_error
-        return time_or_error
-
-    def _signal(self, number: signal.Signals) -> None:
-        for pid in self.pids:
-            os.kill(pid, number)
-
-
-@contextmanager
-def child(train: Callable[..., None], *arguments: Any) -> Iterator[Run]:
-    """A run in a process of its own, on this machine's processors alone. `train` calls its last argument every step."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=_report_steps, args=(sender, train, *arguments))
-    process.start()
-    sender.close()
-    times: queue.SimpleQueue[float | IsthmusError] = queue.SimpleQueue()
-
-    def read() -> None:
-        try:
-            while True:
-                times.put(receiver.recv())
-        except EOFError:
-            times.put(IsthmusError(f"the run of {train.__name__} ended before its last turn"))
-
-    threading.Thread(target=read, daemon=True).start()
-    assert process.pid is not None
-    try:
-        yield Run([process.pid], times)
-    finally:
-        process.kill()
-        process.join()
-
-
-def _report_steps(sender: Pipe, train: Callable[..., None], *arguments: Any) -> None:
-    quieten()
-    train(*arguments, lambda: sender.send(time.time()))
-
-
-@contextmanager
-def over_grpc(
-    cluster: LocalCluster, connection: Connection, model: str, devices: Sequence[str], training: TrainingConfig
-) -> Iterator[Run]:
-    """A job on the cluster, cancelled at the end. Between its turns its devices are stopped, so its stage waits."""
-    job = start_job(connection, model, _DATASET, devices, training)
-    times: queue.SimpleQueue[float | IsthmusError] = queue.SimpleQueue()
-
-    def watch() -> None:
-        for event in connection.stub.WatchJob(pb.WatchJobRequest(id=job)):
-            if event.kind == "step":
-                times.put(event.time)
-        times.put(IsthmusError(f"job {job} ended before its last turn"))
-
-    watching = threading.Thread(target=watch, daemon=True)
-    watching.start()
-    run = Run([cluster.processes[name].pid for name in devices], times)
-    try:
-        yield run
-    finally:
-        run.go_on()  # a stopped process does not hear that it is to end
-    connection.stub.CancelJob(pb.JobRequest(id=job))
-    watching.join()
-
-
 def bytes_a_step(connection: Connection, model: str, training: TrainingConfig) -> dict[str, float]:
     """What one device sends and receives in a short job, by step, with an aggregation in every `aggregate_every`."""
     short = replace(training, steps=training.aggregate_every)
@@ -237,22 +140,6 @@ def _text(model: str, file: Path, config: TrainingConfig) -> tuple[ModelFolder, 
     source = open_model(model)
     text, _ = sequences_of_file(file, config.data, source.tokenizer())
     return source, text
-
-
-Turns = Sequence[tuple[Sequence[float], Sequence[float]]]  # seconds of the steps: unsplit, and of the variant beside it
-
-
-def take_turns(unsplit: Run, variant: Run, rounds: int, steps: int) -> Turns:
-    """A turn of each in every round; who begins changes from round to round. The first turns are not counted."""
-    turns = []
-    for number in range(rounds + 1):
-        if number % 2 == 0:
-            yardstick = unsplit.turn(steps)
-            turns.append((yardstick, variant.turn(steps)))
-        else:
-            seconds = variant.turn(steps)
-            turns.append((unsplit.turn(steps), seconds))
-    return turns[1:]
 
 
 def summarise(workload: Workload, turns: Mapping[str, Turns]) -> dict[str, Any]:
@@ -308,7 +195,8 @@ def measure(
                 with child(train_split, *arguments) as run:
                     turns[name] = take_turns(unsplit, run, rounds, steps)
                 continue
-            with over_grpc(cluster, connection, workload.model, _DEVICES[:devices], config) as run:
+            job = start_job(connection, workload.model, _DATASET, _DEVICES[:devices], config)
+            with over_grpc(cluster, connection, _DEVICES[:devices], job) as run:
                 turns[name] = take_turns(unsplit, run, rounds, steps)
     result = {"model": workload.name, "cut_layer": cut, "rounds": rounds, "steps": steps, **summarise(workload, turns)}
     return {**result, "bytes_a_step": bytes_a_step(connection, workload.model, config)}

@@ -23,7 +23,8 @@ from benchmarks.methods import (
     worst_ratio,
     write_rows,
 )
-from benchmarks.split_training import LOCAL, ONE, THREE, UNSPLIT, Workload, child, summarise, write_random_llama
+from benchmarks.split_training import LOCAL, ONE, THREE, UNSPLIT, Workload, summarise, write_random_llama
+from benchmarks.turns import child
 from split.documents import DataConfig, read_documents
 from split.errors import BadData, IsthmusError
 from split.models.source import ModelFolder
