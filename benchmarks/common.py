@@ -27,7 +27,16 @@ console = Console()
 if not console.is_terminal:
     console = Console(width=160)  # a log or a pipe: tables are not squeezed into 80 columns
 
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.", dir_okay=False)]
+
+def _touched(path: Path | None) -> Path | None:
+    if path is not None:
+        path.touch()  # a place that cannot be written to is known now, not at the end
+    return path
+
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Write the result to this file.", dir_okay=False, callback=_touched)
+]
 
 
 def machine() -> dict[str, Any]:

@@ -70,14 +70,14 @@ def run(
     """
     _log_to_stderr(json_output)
     from client.daemon import Daemon  # torch and gRPC: not for --help
-    from client.runner import DeviceOptions
+    from client.runner import TASK_KINDS, DeviceOptions
 
     state = state_dir.expanduser()
     options = DeviceOptions(
         state=state,
         data=_files(data or []),
         models=_folders(model or []),
-        allow=tuple(part.strip() for part in allow.split(",") if part.strip()),
+        allow=_kinds(allow, TASK_KINDS),
         device=device,
         threads=threads,
     )
@@ -126,7 +126,7 @@ def _read_token(path: Path | None) -> str:
 
 
 def _files(pairs: list[str]) -> dict[str, Path]:
-    files = {name: Path(value).expanduser().resolve() for name, value in map(_pair, pairs)}
+    files = _paths("--data", pairs)
     for name, path in files.items():
         if not path.is_file():
             raise BadData(f"--data {name}: there is no file {path}")
@@ -134,18 +134,31 @@ def _files(pairs: list[str]) -> dict[str, Path]:
 
 
 def _folders(pairs: list[str]) -> dict[str, Path]:
-    folders = {name: Path(value).expanduser().resolve() for name, value in map(_pair, pairs)}
+    folders = _paths("--model", pairs)
     for name, path in folders.items():
         if not path.is_dir():
             raise BadRequest(f"--model {name}: there is no folder {path}")
     return folders
 
 
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise BadRequest(f"{text!r} is not NAME=PATH")
-    return name, value
+def _paths(option: str, pairs: list[str]) -> dict[str, Path]:
+    paths: dict[str, Path] = {}
+    for text in pairs:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise BadRequest(f"{option} {text!r} is not NAME=PATH")
+        if name in paths:
+            raise BadRequest(f"{option} has the name {name!r} twice: every name stands for one path")
+        paths[name] = Path(value).expanduser().resolve()
+    return paths
+
+
+def _kinds(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    kinds = tuple(part.strip() for part in text.split(",") if part.strip())
+    unknown = [kind for kind in kinds if kind not in known]
+    if unknown:
+        raise BadRequest(f"--allow {unknown[0]!r} is not one of {', '.join(known)}")
+    return kinds
 
 
 def _log_to_stderr(as_json: bool) -> None:
@@ -173,6 +186,9 @@ def main() -> None:
         app()
     except IsthmusError as error:
         typer.echo(f"isthmus-client: {error}", err=True)
+        raise SystemExit(1) from None
+    except OSError as error:  # a disk that is full, a file that may not be written
+        typer.echo(f"isthmus-client: {error.filename or 'input or output'}: {error.strerror or error}", err=True)
         raise SystemExit(1) from None
 
 

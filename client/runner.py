@@ -80,11 +80,10 @@ class Runner(threading.Thread):
             else:
                 log.error("task %s failed: %s", self.task.id, error)
                 self._state(State.FAILED, str(error))
-        except MemoryError:
-            self._state(State.FAILED, "this device has not enough memory for its part; choose a smaller cut or batch")
-        except Exception as error:  # a bug: the daemon lives on, and the coordinator learns of it
-            log.exception("task %s failed", self.task.id)
-            self._state(State.FAILED, f"a bug in the device's software: {type(error).__name__}: {error}")
+        except Exception as error:  # the daemon lives on, and the coordinator learns of it
+            known = _known_failure(error)
+            log.error("task %s failed: %s", self.task.id, known or error, exc_info=None if known else error)
+            self._state(State.FAILED, known or f"a bug in the device's software: {type(error).__name__}: {error}")
 
     def _run(self) -> None:
         spec = self.task.spec
@@ -184,6 +183,17 @@ class Runner(threading.Thread):
 
     def _state(self, state: pb.TaskState.State, message: str = "") -> None:
         self._tell(pb.TaskState(task=self.task.id, state=state, message=message))
+
+
+def _known_failure(error: Exception) -> str:
+    """What a device's limits do, in words; empty for what only a bug does."""
+    # torch has a type of its own for an accelerator that is full, and none for the processor's memory.
+    full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if full:
+        return "this device has not enough memory for its part; choose a smaller cut or batch"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input or output'} on this device: {error.strerror or error}"
+    return ""
 
 
 def _stage_address(address: str, coordinator_host: str) -> tuple[str, int]:

@@ -12,10 +12,11 @@ from protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from split.errors import BadModelFolder, BadTensor, LinkLost
 from split.models.blobs import BlobModel, BlobStore
 from split.models.manifest import Manifest, build_manifest, holder_digest, restrict
-from split.models.source import ModelFolder, TensorSource
+from split.models.source import TOKENIZER_FILES, ModelFolder, TensorSource
 from split.tls import error_of
 
 Tell = Callable[[int, int], None]  # bytes that are here, bytes in all
+_DECIDING = {"config.json", *TOKENIZER_FILES} - {"chat_template.jinja", "chat_template.json"}  # files, for training
 _ATTEMPTS = 5  # of one blob, each going on where the last one broke off
 
 
@@ -51,8 +52,8 @@ def _own_copy(folder: Path, manifest: Manifest, cache: Path) -> ModelFolder:
                 f"the model files in {folder} differ from the coordinator's (first in {name}): bring them up to date, "
                 "or leave --model away to get them from the coordinator"
             )
-    for name in ("config.json", "tokenizer.json"):
-        if name in manifest.files and mine.files.get(name) != manifest.files[name]:
+    for name in sorted(manifest.files.keys() & _DECIDING):
+        if mine.files.get(name) != manifest.files[name]:
             raise BadModelFolder(
                 f"{folder}/{name} differs from the coordinator's: bring it up to date, or leave --model away"
             )

@@ -54,7 +54,6 @@ class ControlActor:
         state = Path(options.state)
         self._authority = Authority.open(state)
         self._store = Store(state / "state.db")
-        interrupted = self._store.interrupt_running_jobs()
         self._sessions = Sessions()
         self._jobs = Jobs(self._store, self._sessions, state, self._start_stage)
         server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
@@ -63,6 +62,7 @@ class ControlActor:
             self._authority, self._store, options.host, options.enrolment_port, port
         )
         self._servers = [enrolment, server]
+        interrupted = self._store.interrupt_running_jobs()
         servicer = CoordinatorServicer(self._store, self._sessions, self._jobs, self._authority.pin, enrolment_port)
         coordinator_pb2_grpc.add_CoordinatorServicer_to_server(servicer, server)
         await server.start()

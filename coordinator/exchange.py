@@ -32,8 +32,7 @@ class ExchangeServicer(stage_pb2_grpc.StageServicer):
         self, requests: AsyncIterator[stage_pb2.Frame], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[stage_pb2.Frame]:
         peer = peer_of(context.auth_context())
-        if peer.role != "device" or not self._allowed(peer):
-            raise NotAllowed(f"{peer.role} {peer.name} has no part in job {self._rules.job}, or is revoked")
+        self._check(peer)
         device = peer.name
         loop = asyncio.get_running_loop()
         answers: asyncio.Queue[Frame | IsthmusError | None] = asyncio.Queue()
@@ -44,6 +43,7 @@ class ExchangeServicer(stage_pb2_grpc.StageServicer):
         first = await anext(requests, None)
         if first is None:
             return
+        self._check(peer)  # again: it may have been revoked since
         frame = self._rules.decode(first, None)
         self._count(device, "received", first)
         self._streams[device] = answers
@@ -85,9 +85,13 @@ class ExchangeServicer(stage_pb2_grpc.StageServicer):
             answers.put_nowait(last)
 
     def drop(self, device: str) -> None:
-        """Ends a device's stream: it was revoked."""
+        """Ends a device's stream: its certificate does not count any more."""
         if device in self._streams:
-            self._streams[device].put_nowait(NotAllowed(f"device {device} was revoked"))
+            self._streams[device].put_nowait(NotAllowed(f"device {device} was revoked, or enrolled anew"))
+
+    def _check(self, peer: Peer) -> None:
+        if peer.role != "device" or not self._allowed(peer):
+            raise NotAllowed(f"{peer.role} {peer.name} has no part in job {self._rules.job}, or is revoked")
 
     def _count(self, device: str, direction: str, message: stage_pb2.Frame) -> None:
         self._traffic[device].crossed(direction, kind_of(message), payload_size(message), message.ByteSize())

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from coordinator.sessions import Session, Sessions
@@ -45,8 +46,8 @@ class Run:
     weights: DeviceWeights | None = None
     stage: Any = None  # handle of the Ray actor
     stage_address: str = ""
+    started: bool = False  # the stage waits no longer for devices to begin
     joined: set[str] = field(default_factory=set)  # at the stage now
-    seen: set[str] = field(default_factory=set)  # at the stage at some time
     failed: dict[str, str] = field(default_factory=dict)
     worker: asyncio.Task[None] | None = None
 
@@ -70,6 +71,8 @@ class Jobs:
         if spec.method not in METHODS:
             raise BadRequest(f"method {spec.method!r} is not one of {', '.join(METHODS)}")
         self._check_devices(spec)
+        if not 0 <= spec.wait_seconds < math.inf:
+            raise BadRequest(f"a wait of {spec.wait_seconds} s for devices: choose one above 0")
         weights = await asyncio.to_thread(device_weights, spec.model, training, self._state / "digests.json")
         await asyncio.to_thread(weights.folder.tokenizer)
         if resume:
@@ -88,8 +91,7 @@ class Jobs:
         if run is None or run.worker is None or job.state not in ALIVE:
             raise WrongState(f"job {identifier} is not at work: it is {pb.JobState.Name(job.state).lower()}")
         run.worker.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await run.worker
+        await asyncio.wait({run.worker})  # unlike `await run.worker`, not another cancel if this caller goes away
         return self._store.job(identifier)
 
     async def events(self, identifier: str, after: int) -> AsyncIterator[pb.JobEvent]:
@@ -128,11 +130,11 @@ class Jobs:
 
     # ---- what devices tell ----
 
-    def device_connected(self, session: Session) -> None:
+    async def device_connected(self, session: Session) -> None:
         """Hands a device that has come back the task of the job that it takes part in."""
         run = self._runs.get(self.job_of(session.name))
         if run is not None and run.stage_address:
-            session.send(self._task(run))
+            await self._hand_out(run, session)
 
     async def task_state(self, session: Session, state: pb.TaskState) -> None:
         run = next((run for run in self._runs.values() if run.task_id == state.task), None)
@@ -152,9 +154,11 @@ class Jobs:
             return
         if kind == "joined":
             run.joined.add(device)
-            run.seen.add(device)
+            run.failed.pop(device, None)
         elif kind == "left":
             run.joined.discard(device)
+        elif kind == "started":
+            run.started = True
         elif kind == "step":
             self._store.update_job(identifier, step=data["step"])
         elif kind == "checkpoint":
@@ -173,8 +177,7 @@ class Jobs:
         for run in list(self._runs.values()):
             if run.worker is not None and not run.worker.done():
                 run.worker.cancel("stop")
-                with contextlib.suppress(asyncio.CancelledError):
-                    await run.worker
+                await asyncio.wait({run.worker})
 
     # ---- the work ----
 
@@ -295,7 +298,7 @@ class Jobs:
         for name in run.devices:
             session = self._sessions.get(name)
             if session is not None:
-                session.send(self._task(run))
+                await self._hand_out(run, session)
 
     async def _wait(self, run: Run) -> dict[str, Any]:
         """Until the stage has finished. Gives up when devices stay away for longer than the job waits for them."""
@@ -307,22 +310,21 @@ class Jobs:
             if done:
                 result: dict[str, Any] = finished.result()
                 return result
-            started = run.seen >= set(run.devices)
-            if run.failed and not started:
+            if run.failed and not run.started:
                 raise WrongState("; ".join(f"device {name}: {why}" for name, why in sorted(run.failed.items())))
-            if started and set(run.devices) <= run.failed.keys():
+            if run.started and set(run.devices) <= run.failed.keys():
                 raise WrongState("every device has failed: " + "; ".join(sorted(run.failed.values())))
-            if run.joined if started else run.seen >= set(run.devices):
+            if run.joined if run.started else run.joined >= set(run.devices):
                 complete_since = time.monotonic()
             if time.monotonic() - complete_since < wait:
                 continue
             missing = sorted(set(run.devices) - run.joined)
-            if started or not run.joined:
+            if run.started or not run.joined:
                 raise WrongState(
                     f"waited {wait:.0f} s for {', '.join(missing)}; --resume {run.job} goes on from the last checkpoint"
                 )
             await run.stage.start_without.remote(missing)
-            run.seen |= set(missing)
+            complete_since = time.monotonic()  # of those that are here now
             await self._tell(
                 run, "log", {"message": f"starting without {', '.join(missing)}: they did not come in {wait:.0f} s"}
             )
@@ -334,19 +336,23 @@ class Jobs:
             session = self._sessions.get(name)
             if session is not None:
                 session.send(cancel)
-        if run.stage is not None:
-            import ray
-
-            with contextlib.suppress(RayActorError, RayTaskError):
-                await run.stage.stop.remote()
-            ray.kill(run.stage)
-        if self._runs.get(run.job) is run:
-            del self._runs[run.job]
+        try:
+            if run.stage is not None:
+                with contextlib.suppress(RayActorError, RayTaskError):
+                    await run.stage.stop.remote()
+        finally:  # cancelled once more, too
+            if run.stage is not None:
+                ray.kill(run.stage)
+            if self._runs.get(run.job) is run:
+                del self._runs[run.job]
         await self._sessions.notify()
 
-    def _task(self, run: Run) -> pb.CoordinatorMessage:
+    async def _hand_out(self, run: Run, session: Session) -> None:
+        """The task to a device, whose certificate may be another than when the job began: the stage learns it first."""
+        with contextlib.suppress(RayActorError):  # the job's own waiting sees that its stage has died
+            await run.stage.allow.remote(session.name, session.serial)
         task = pb.Task(id=run.task_id, job=run.job, spec=run.spec, stage_address=run.stage_address)
-        return pb.CoordinatorMessage(task=task)
+        session.send(pb.CoordinatorMessage(task=task))
 
     def _serial(self, device: str) -> str:
         session = self._sessions.get(device)

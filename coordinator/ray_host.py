@@ -22,9 +22,10 @@ from split.tls import split_address, write_private
 @contextmanager
 def ray_running(state: Path, address: str | None) -> Iterator[ModuleType]:
     """Connects to the Ray cluster at `address`, or starts a Ray of its own; ends what it began."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     if address is None:
+        os.environ["RAY_AUTH_MODE"] = "token"
         _use_token(state)
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 makes the stage wait for everything else here
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray hides the accelerator from a stage

@@ -16,11 +16,13 @@ from coordinator.sessions import Sessions
 from coordinator.store import Store
 from protos.v1 import coordinator_pb2 as pb
 from protos.v1 import coordinator_pb2_grpc
-from split.errors import BadFrame, IsthmusError, LinkLost
+from split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
 from split.tls import Peer, Token
 
 HEARTBEAT_SECONDS = 5
 _CHUNK = 1024 * 1024  # bytes
+_MAX_PROFILE = 64 * 1024  # bytes
+_MAX_TEXT = 2000  # characters of what a device says about a task
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -39,12 +41,14 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         first = await anext(requests, None)
         if first is None or first.WhichOneof("kind") != "profile":
             raise BadFrame("a session begins with the device's profile")
+        if first.ByteSize() > _MAX_PROFILE:
+            raise BadRequest(f"a profile of {first.ByteSize()} bytes; {_MAX_PROFILE} are taken: offer fewer datasets")
         session = sessions.Session(peer.name, peer.serial, first.profile)
         self._store.record_device(peer.name, first.profile)
         await self._sessions.opened(session)
         welcome = pb.Welcome(name=peer.name, heartbeat_seconds=HEARTBEAT_SECONDS)
         session.send(pb.CoordinatorMessage(welcome=welcome))
-        self._jobs.device_connected(session)
+        await self._jobs.device_connected(session)
         reading = asyncio.create_task(self._read(session, requests))
         try:
             async for message in session.messages():
@@ -72,6 +76,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
                     return
                 self._store.seen(session.name)
                 if message.WhichOneof("kind") == "task":
+                    message.task.message = message.task.message[:_MAX_TEXT]
                     await self._jobs.task_state(session, message.task)
         finally:
             session.end()
@@ -121,7 +126,10 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsReply:
         self._caller(context, "user")
-        return pb.ListJobsReply(jobs=self._store.jobs())
+        jobs = self._store.jobs()
+        for job in jobs:
+            job.ClearField("report")  # GetJob has it: those of all jobs would not fit a message for ever
+        return pb.ListJobsReply(jobs=jobs)
 
     async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.JobEvent]:
         self._caller(context, "user")

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,12 @@ class StageActor:
         assert self._host is not None
         self._host.start_without(set(missing))
 
+    async def allow(self, device: str, serial: str) -> None:
+        """From now on a device of this job comes with this certificate, and with no other."""
+        if self._devices.get(device) != serial:
+            self._devices[device] = serial
+            self._servicer.drop(device)
+
     async def revoke(self, device: str) -> None:
         self._devices.pop(device, None)
         self._servicer.drop(device)
@@ -158,7 +165,11 @@ class StageActor:
             elif kind == "failed":
                 self._give_up(str(data["message"]))
             else:
-                await self._control.stage_event.remote(self._task.job, kind, device, json.dumps(data))
+                try:
+                    await self._control.stage_event.remote(self._task.job, kind, device, json.dumps(data))
+                except Exception as error:  # a full disk, say: what cannot be recorded must not go on unseen
+                    log.exception("job %s: the coordinator did not take an event", self._task.job)
+                    self._give_up(f"the coordinator could not record the job's progress: {error}")
 
     def _result(self) -> dict[str, Any]:
         """Writes the adapter; the report's parts that only this side knows."""
@@ -166,6 +177,7 @@ class StageActor:
         outcome = self._host.outcome()
         tensors = {**unflatten(self._device_adapter, outcome.device_adapter), **outcome.server}
         folder = Path(self._task.folder) / "adapter"
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, which ended before it could say so
         save_adapter(folder, dict(sorted(tensors.items())), self._lora, self._task.base_model)
         for traffic in self._traffic.values():
             self._trainer.ledger.traffic.add(traffic)

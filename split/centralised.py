@@ -67,7 +67,7 @@ def train_centralised(
     ledger = Ledger()
     stepper = Stepper(trainable, config)
     held_out = [validation for _, validation in parts if validation is not None]
-    before = _evaluate(wrapped, held_out, config.batch_size, dtype, ledger)
+    before = _evaluate(wrapped, held_out, config.batch_size, ledger)
     losses = []
     for step in range(config.steps):
         input_ids, labels = _joined([train for train, _ in parts], config, step)
@@ -79,7 +79,7 @@ def train_centralised(
         stepper.step(step, stepper.gradient_norm_squared())
         losses.append(float(total.detach()) / max(tokens, 1))
         tell(step + 1, losses[-1])
-    after = _evaluate(wrapped, held_out, config.batch_size, dtype, ledger)
+    after = _evaluate(wrapped, held_out, config.batch_size, ledger)
     folder = out.expanduser().resolve()
     save_adapter(folder, dict(sorted(trainable.items())), lora, model)
     count = sum(parameter.numel() for parameter in trainable.values())
@@ -94,9 +94,7 @@ def _joined(texts: Sequence[Sequences], config: TrainingConfig, step: int) -> tu
 
 
 @torch.no_grad()
-def _evaluate(
-    model: nn.Module, held_out: Sequence[Sequences], batch_size: int, dtype: torch.dtype, ledger: Ledger
-) -> float | None:
+def _evaluate(model: nn.Module, held_out: Sequence[Sequences], batch_size: int, ledger: Ledger) -> float | None:
     if not held_out:
         return None
     where = next(model.parameters()).device
@@ -104,8 +102,7 @@ def _evaluate(
     for text in held_out:
         for input_ids, labels in zip(text.input_ids.split(batch_size), text.labels.split(batch_size), strict=True):
             with ledger.computing(("evaluate", input_ids.shape)):
-                with autocast(dtype, where):
-                    logits = model(input_ids=input_ids.to(where), use_cache=False).logits
+                logits = model(input_ids=input_ids.to(where), use_cache=False).logits
                 loss, tokens = nll(logits, labels.to(where))
             total, count = total + float(loss), count + tokens
     return perplexity(total, count)

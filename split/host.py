@@ -46,8 +46,8 @@ class Outcome:
 
 
 class StageHost:
-    """tell(kind, device, data) is called in the host's thread, with kind one of: joined, left, step, evaluation,
-    checkpoint, log, finished, failed."""
+    """tell(kind, device, data) is called in the host's thread, with kind one of: joined, left, started, step,
+    evaluation, checkpoint, log, finished, failed."""
 
     def __init__(
         self,
@@ -184,9 +184,10 @@ class StageHost:
     def _admit(self) -> None:
         """Lets devices in: all together at the start; later at an aggregation, or at once when none is at work."""
         if not self._started:
-            if self._members.keys() < self._awaited:
+            if not self._awaited <= self._members.keys():
                 return
             self._started = True
+            self.tell("started", "", {"step": self.step})
         for _, member in sorted(self._members.items()):
             if member.admitted:
                 continue

@@ -16,6 +16,8 @@ from split.models.architectures import architecture_of
 from split.models.stage import Stage, StageSpec, cut_in_two, cut_u_shaped, skeleton
 from split.tls import MAX_MESSAGE_BYTES
 
+_LARGEST_FRAME = 0.9 * MAX_MESSAGE_BYTES  # bytes of one tensor: the rest is for labels, values and the envelope
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -31,7 +33,7 @@ class Parts:
 
 
 def parts_of(config: PretrainedConfig, training: TrainingConfig) -> Parts:
-    """Cuts the model as the job says. Raises BadRequest for a cut, a target module or a batch that cannot be."""
+    """Cuts the model as the job says. Raises BadRequest for a cut, modules, a batch or an adapter that cannot be."""
     if training.labels == "device":
         front, server, tail = cut_u_shaped(config, training.cut_layer)
         device: tuple[StageSpec, ...] = (front, tail)
@@ -42,7 +44,7 @@ def parts_of(config: PretrainedConfig, training: TrainingConfig) -> Parts:
     if limit and training.sequence_length > limit:
         raise BadRequest(f"sequence_length {training.sequence_length} is more than this model's {limit}")
     frame = 4 * training.batch_size * training.sequence_length * config.hidden_size
-    if frame > MAX_MESSAGE_BYTES * 0.9:
+    if frame > _LARGEST_FRAME:
         raise BadRequest(
             f"hidden states of {frame / 2**20:.0f} MiB a step do not fit a message of "
             f"{MAX_MESSAGE_BYTES / 2**20:.0f} MiB; choose a smaller batch_size or sequence_length"
@@ -53,4 +55,11 @@ def parts_of(config: PretrainedConfig, training: TrainingConfig) -> Parts:
         with torch.device("meta"):
             inject_adapter_in_model(lora, model)
     stage = Stage(front, model, architecture_of(config))
-    return Parts(device, server, {name: value.detach() for name, value in lora_parameters([stage]).items()})
+    adapter = {name: value.detach() for name, value in lora_parameters([stage]).items()}
+    size = 4 * sum(value.numel() for value in adapter.values())
+    if size > _LARGEST_FRAME:
+        raise BadRequest(
+            f"a device's adapter of {size / 2**20:.0f} MiB does not fit a message of {MAX_MESSAGE_BYTES / 2**20:.0f} "
+            "MiB; choose a smaller rank or cut_layer, or fewer target_modules"
+        )
+    return Parts(device, server, adapter)

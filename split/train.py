@@ -89,7 +89,7 @@ class ServerTrainer:
     def evaluate(self, hidden_states: Tensor) -> Tensor:
         """(batch, sequence, hidden) -> the last hidden states, or logits where the head is here."""
         work = ("evaluate", hidden_states.shape)
-        with self.ledger.computing(work), autocast(self._dtype, self._device):
+        with self.ledger.computing(work):  # in float32 whatever training computes in: what is reported is exact
             outputs: Tensor = self.stage(hidden_states.to(self._device))
             return outputs
 
@@ -288,7 +288,7 @@ class DeviceTrainer:
         total, count = 0.0, 0
         for input_ids, labels in _batches(self.validation, self.config.batch_size):
             where = self._device
-            with self.ledger.computing(("evaluate front", input_ids.shape)), autocast(self._dtype, where):
+            with self.ledger.computing(("evaluate front", input_ids.shape)):
                 smashed = self.front(input_ids.to(where)).float()
             if self.tail is None:
                 link.send(Frame(Phase.EVALUATE, done, tensor=smashed, labels=labels))
@@ -298,8 +298,7 @@ class DeviceTrainer:
             link.send(Frame(Phase.EVALUATE, done, tensor=smashed))
             last = _tensor(_answer(link, Phase.EVALUATE, done), smashed.shape).to(where)
             with self.ledger.computing(("evaluate tail", last.shape)):
-                with autocast(self._dtype, where):
-                    logits = self.tail(last)
+                logits = self.tail(last)
                 loss, tokens = nll(logits, labels.to(where))
             total, count = total + float(loss), count + tokens
         link.send(Frame(Phase.REPORT, done, values={"evaluation_nll": total, "evaluation_tokens": float(count)}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ from google.protobuf.message import Message
 from rich.console import Console
 
 from protos.v1.coordinator_pb2_grpc import CoordinatorStub
-from split.errors import NotFound
+from split.errors import BadRequest, NotFound
 from split.tls import Credentials, channel, error_of
 
-console = Console()
-errors = Console(stderr=True)
+console = Console(markup=False)  # what devices and users call things is text, whatever brackets it has
+errors = Console(stderr=True, markup=False)
 
 DEFAULT_STATE = Path("~/.isthmus/coordinator")
 
@@ -63,6 +64,17 @@ def connected(credentials: Path, address: str) -> Iterator[Connection]:
             yield Connection(CoordinatorStub(opened), where)
         except grpc.RpcError as error:
             raise error_of(error, where) from None
+
+
+def new_folder(path: Path) -> Path:
+    """The full path of a folder that can be made: not there yet, or empty. Raises BadRequest, before work is lost."""
+    folder = path.expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadRequest(f"{folder} is there already and not an empty folder; choose another --out")
+    parent = next(above for above in folder.parents if above.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise BadRequest(f"{folder} cannot be made: {parent} is not a folder that you may write to")
+    return folder
 
 
 def address_of(credentials: Path) -> str:

@@ -45,6 +45,8 @@ def demo(
 
     Example: isthmus demo --json report.json
     """
+    if json_file is not None:
+        json_file.touch()  # a place that cannot be written to is known now, not at the end
     folder = _fresh(out.expanduser().resolve())
     training = TrainingConfig(
         cut_layer=cut_layer,
@@ -177,7 +179,7 @@ def _result(
 
 def _show(result: dict[str, Any]) -> None:
     before, after = result["perplexity_before"], result["perplexity_after"]
-    console.print(f"held-out perplexity: {before:.3f} before, [bold]{after:.3f}[/bold] after")
+    console.print(f"held-out perplexity: {before:.3f} before, {after:.3f} after", style="bold")
     console.print(
         f"the adapter in the unsplit model, by plain transformers and peft: {result['perplexity_after_unsplit']:.3f}"
     )

@@ -9,7 +9,16 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli.common import DEFAULT_CREDENTIALS, Address, CredentialsFolder, Json, connected, console, print_json
+from coordinator.cli.common import (
+    DEFAULT_CREDENTIALS,
+    Address,
+    CredentialsFolder,
+    Json,
+    connected,
+    console,
+    new_folder,
+    print_json,
+)
 from coordinator.cli.watch import check_ended_well, follow, print_report
 from protos.v1 import coordinator_pb2 as pb
 from split.config import TrainingConfig
@@ -105,7 +114,7 @@ def finetune(
     ] = _DEFAULTS.validation_fraction,
     data: Annotated[list[Path] | None, typer.Option(help="Files for --method centralised. Repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the adapter to this folder when it is done.")] = None,
-    wait: Annotated[float, typer.Option(help="Seconds to wait for devices that are missing.")] = 300,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for devices that are missing.", min=1)] = 300,
     resume: Annotated[
         str, typer.Option(help="Go on with this job from its last checkpoint; its options are used.")
     ] = "",
@@ -146,13 +155,21 @@ def finetune(
         completion_column=completion_column,
         validation_fraction=validation_fraction,
     )
+    if out is not None:
+        out = new_folder(out)
     if method == "centralised":
+        if dataset or resume or detach or devices != "1":
+            raise BadRequest(
+                "--dataset, --devices, --resume and --detach are of jobs; --method centralised trains here"
+            )
         _centralised(model, data or [], out, training, json_output)
         return
     if data:
         raise BadRequest(
             "--data is for --method centralised; a device's text is offered by its owner: isthmus-client run --data"
         )
+    if detach and out is not None:
+        raise BadRequest("--detach returns before there is an adapter; `isthmus export JOB --out DIR` writes it later")
     request = pb.SubmitJobRequest(resume=resume)
     if not resume:
         if not dataset:
@@ -170,7 +187,7 @@ def finetune(
             )
         )
     if not json_output and labels == "server" and not resume:
-        console.print("[bold]labels are at the server: the coordinator can read the devices' text[/bold]")
+        console.print("labels are at the server: the coordinator can read the devices' text", style="bold")
     with connected(credentials, coordinator) as connection:
         job = connection.stub.SubmitJob(request)
         if detach:
@@ -197,7 +214,7 @@ def finetune(
         print_json(report)
     else:
         print_report(report)
-        console.print(f"job {job.id} is done; adapter: {report['adapter']}")
+        console.print(f"job {job.id} is done; adapter: {report['adapter']}", soft_wrap=True)
         if out is None:
             console.print(f"isthmus export {job.id} --out DIR writes it where you want it")
 
@@ -221,7 +238,7 @@ def _centralised(model: str, files: list[Path], out: Path | None, training: Trai
             console.print(
                 f"held-out perplexity: {result.perplexity_after:.3f} (before: {result.perplexity_before:.3f})"
             )
-        console.print(f"adapter: {result.adapter}")
+        console.print(f"adapter: {result.adapter}", soft_wrap=True)
 
 
 def _devices(text: str) -> tuple[list[str], int]:

@@ -21,11 +21,12 @@ from coordinator.cli.common import (
     as_dict,
     connected,
     console,
+    new_folder,
     print_json,
 )
 from coordinator.cli.watch import check_ended_well, follow, print_report
 from protos.v1 import coordinator_pb2 as pb
-from split.errors import BadRequest, IsthmusError
+from split.errors import IsthmusError
 
 JobId = Annotated[str, typer.Argument(help="As `isthmus jobs` shows it.")]
 
@@ -123,14 +124,12 @@ def export(
     if json_output:
         print_json({"job": job, "adapter": str(folder)})
     else:
-        console.print(f"adapter: {folder}")
+        console.print(f"adapter: {folder}", soft_wrap=True)
 
 
 def write_export(connection: Connection, job: str, out: Path) -> Path:
     """Streams the adapter's files into `out`, which appears whole or not at all."""
-    folder = out.expanduser().resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadRequest(f"{folder} is there already and not an empty folder; choose another --out")
+    folder = new_folder(out)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -147,8 +146,6 @@ def write_export(connection: Connection, job: str, out: Path) -> Path:
                 file.write(piece.data)
         if file is not None:
             file.close()
-        if folder.exists():
-            folder.rmdir()
         os.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

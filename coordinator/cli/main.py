@@ -39,6 +39,9 @@ def main() -> None:
     except IsthmusError as error:
         typer.echo(f"isthmus: {error}", err=True)
         raise SystemExit(1) from None
+    except OSError as error:  # a disk that is full, a file that may not be written
+        typer.echo(f"isthmus: {error.filename or 'input or output'}: {error.strerror or error}", err=True)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

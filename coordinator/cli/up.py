@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 
-from coordinator.cli.common import DEFAULT_STATE, Json, console, print_json
+from coordinator.cli.common import DEFAULT_STATE, Json, console, errors, print_json
 from coordinator.ray_host import ray_running
-from split.errors import BadRequest, IsthmusError, LinkLost
+from split.errors import BadRequest, IsthmusError, LinkLost, WrongState
 from split.tls import private_folder
 
 
@@ -48,11 +51,15 @@ def up(
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with ray_running(state, ray_address) as ray:
+    with _alone_in(state), ray_running(state, ray_address) as ray:
         from coordinator.control import ControlActor, ControlOptions  # it imports Ray, whose environment is set by now
 
         options = ControlOptions(str(state), host, port, enrolment_port, advertise, threads, device, ports)
-        control = ray.remote(ControlActor).options(num_cpus=0, max_concurrency=1000).remote(options)
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(ControlActor).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)
+        control = actor.remote(options)
         try:
             started = ray.get(control.start.remote())
             if json_output:
@@ -61,12 +68,15 @@ def up(
                 console.print(
                     f"coordinator: {advertise}:{started['port']}   enrolment port: {started['enrolment_port']}"
                 )
-                console.print(f"state: {state}   credentials: {started['admin']}")
+                console.print(f"state: {state}   credentials: {started['admin']}", soft_wrap=True)
                 for job in started["interrupted"]:
                     console.print(f"job {job} was interrupted; go on with: isthmus finetune --resume {job}")
                 console.print("devices join with what `isthmus enroll NAME` prints; Ctrl-C stops")
             while not stop.wait(1.0):
-                ray.get(control.alive.remote(), timeout=30)
+                try:
+                    ray.get(control.alive.remote(), timeout=30)
+                except ray.exceptions.GetTimeoutError:  # a stalled disk, say: it may come back
+                    errors.print("the control actor has not answered for 30 s; is this machine overloaded?")
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, IsthmusError):
                 raise error.cause from None
@@ -77,6 +87,19 @@ def up(
             _stop(ray, control)
     if not json_output:
         console.print("coordinator stopped")
+
+
+@contextmanager
+def _alone_in(state: Path) -> Iterator[None]:
+    """Holds the state folder for this process. Raises WrongState while another coordinator has it."""
+    with (state / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise WrongState(
+                f"another coordinator is at work in {state}: stop it first, or choose another --state-dir"
+            ) from None
+        yield
 
 
 def _port_range(text: str) -> tuple[int, int]:

@@ -105,7 +105,10 @@ def unflatten(like: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
 
 
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig, base_model: str) -> None:
-    """Writes what `PeftModel.from_pretrained(base, folder)` loads. `folder` appears whole or not at all."""
+    """Writes what `PeftModel.from_pretrained(base, folder)` loads. `folder` appears whole or not at all.
+
+    Raises OSError where `folder` is there already and not empty.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -117,6 +120,4 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig
     described = json.loads((partial / "adapter_config.json").read_text())
     described.update(base_model_name_or_path=base_model, inference_mode=True)
     (partial / "adapter_config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.rename(partial, folder)
+    os.rename(partial, folder)  # over an empty folder, too; never over a file or what a folder holds

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from protos.v1 import coordinator_pb2 as pb
-from tests.cluster.house import LIMIT, House, run_cli
+from tests.cluster.house import LIMIT, TINY, House, run_cli
 from tests.split.tiny_models import change_config, make_model
 
 pytestmark = pytest.mark.cluster
@@ -177,11 +177,11 @@ def test_a_job_that_cannot_be_is_refused_at_once(house: House, tmp_path: Path) -
 
 def test_too_few_devices_are_waited_for_by_name_or_number_and_not_for_ever(house: House) -> None:
     status, out, err = house.cli(
-        *("finetune", "--model", str(house.model), "--dataset", "notes", "--devices", "5", "--wait", "0.5", "--json")
+        *("finetune", "--model", str(house.model), "--dataset", "notes", "--devices", "5", "--wait", "1", "--json")
     )
     assert status == 1
     assert err.count("\n") == 1
-    assert "gave up after 0 s of waiting for 2 more free devices that offer 'notes'" in err
+    assert "gave up after 1 s of waiting for 2 more free devices that offer 'notes'" in err
     said = [json.loads(line)["data"].get("message") for line in out.splitlines()]
     assert "waiting for 2 more free devices that offer 'notes'" in said
 
@@ -212,6 +212,52 @@ def test_a_coordinator_that_is_not_there_is_one_line(house: House, tmp_path: Pat
     assert f"the coordinator at 127.0.0.1:{port} cannot be reached" in said
     said = one_line(run_cli("devices", "--credentials", str(tmp_path / "none")))
     assert "start the coordinator with `isthmus up`" in said
+
+
+def test_options_that_would_be_ignored_are_refused(house: House, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert "--detach returns before there is an adapter" in finetune(house, "--detach", *out)
+    text = str(house.texts["d0"])
+    said = one_line(house.cli("finetune", "--method", "centralised", "--data", text, "--resume", "job", *out))
+    assert "--method centralised trains here" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["centralised", "splitlora"])
+def test_a_folder_that_holds_something_is_refused_before_training_and_left_alone(
+    house: House, tmp_path: Path, method: str
+) -> None:
+    (tmp_path / "kept").touch()
+    given = ["--data", str(house.texts["d0"])] if method == "centralised" else ["--dataset", "notes"]
+    said = one_line(house.cli("finetune", "--method", method, *given, "--out", str(tmp_path)))
+    assert f"{tmp_path} is there already and not an empty folder; choose another --out" in said
+    (tmp_path / "file").touch()
+    said = one_line(house.cli("finetune", "--method", method, *given, "--out", str(tmp_path / "file" / "out")))
+    assert f"{tmp_path / 'file'} is not a folder that you may write to" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "kept"]
+
+
+def test_centralised_training_writes_an_adapter_and_its_figures(house: House, tmp_path: Path) -> None:
+    words = ["finetune", "--method", "centralised", "--model", str(house.model), "--data", str(house.texts["d0"])]
+    status, out, err = house.cli(*words, *SMALL, "--steps", "3", "--out", str(tmp_path / "unsplit"), "--json")
+    assert status == 0, err
+    report = json.loads(out)
+    assert len(report["losses"]) == 3
+    assert (tmp_path / "unsplit" / "adapter_model.safetensors").is_file()
+
+
+def test_brackets_in_what_devices_and_users_name_are_text(house: House) -> None:
+    with house.connect() as connection:
+        spec = pb.JobSpec(
+            method="splitlora", model=str(house.model), dataset="[/x]", device_count=1, wait_seconds=LIMIT
+        )
+        spec.training = TINY.to_json()
+        job = connection.stub.SubmitJob(pb.SubmitJobRequest(spec=spec)).id
+        connection.stub.CancelJob(pb.JobRequest(id=job))
+    status, out, err = house.cli("jobs")
+    assert (status, err) == (0, "")
+    assert "[/x]" in out
+    assert f"job {job} was cancelled" in one_line(house.cli("watch", job))
 
 
 def test_an_unknown_job_is_one_line(house: House) -> None:

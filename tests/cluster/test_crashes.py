@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,22 @@ def test_a_device_that_is_killed_and_started_again_rejoins_its_job(house: House)
     assert after == list(range(merged + 1, config.steps + 1))
     assert len(report["losses"]) == config.steps
     assert report["perplexity_after"] < report["perplexity_before"]
+
+
+def test_a_device_that_is_enrolled_anew_goes_on_with_its_job(house: House) -> None:
+    """Its new certificate counts at the stage too, and its old one does not."""
+    config = replace(TINY, steps=200, aggregate_every=5, checkpoint_every=50)
+    with house.connect() as connection:
+        job = house.submit(connection, config, ["d0", "d1"])
+        step_reached(connection, job, 20)
+        house.cluster.kill("d0")
+        left = events_until(connection, job, lambda event, data: event.kind == "left")
+        shutil.rmtree(house.cluster.folder / "d0")
+        house.start("d0")
+        succeeded(connection, job)
+        steps = events_of(connection, job, "step")
+    assert left.device == "d0"
+    assert steps[-1][1]["devices"] == ["d0", "d1"]
 
 
 def test_a_job_survives_the_death_of_its_stage_and_of_its_coordinator(house: House, tmp_path: Path) -> None:
@@ -116,14 +133,24 @@ def test_a_coordinator_that_is_told_to_stop_leaves_no_process(tmp_path: Path) ->
         assert len(children) > 3
 
         command = [sys.executable, "-m", "coordinator.cli.main", "up", "--host", "127.0.0.1", "--enrolment-port", "0"]
-        command += ["--state-dir", str(tmp_path / "two"), "--port", str(cluster.ports[0]), "--json"]
-        second = subprocess.run(
-            command, capture_output=True, text=True, timeout=LIMIT, env=dict(os.environ), check=False
-        )
-        assert second.returncode == 1
-        assert second.stderr.count("\n") == 1, second.stderr
-        assert f"cannot listen on 127.0.0.1:{cluster.ports[0]}: the port is taken" in second.stderr
-        assert second.stdout == ""
+        command += ["--port", str(cluster.ports[0]), "--json"]
+        refused = {
+            "one": f"another coordinator is at work in {tmp_path / 'one'}",
+            "two": f"cannot listen on 127.0.0.1:{cluster.ports[0]}: the port is taken",
+        }
+        for folder, line in refused.items():
+            second = subprocess.run(
+                [*command, "--state-dir", str(tmp_path / folder)],
+                capture_output=True,
+                text=True,
+                timeout=LIMIT,
+                env=dict(os.environ),
+                check=False,
+            )
+            assert second.returncode == 1
+            assert second.stderr.count("\n") == 1, second.stderr
+            assert line in second.stderr
+            assert second.stdout == ""
 
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0

@@ -17,7 +17,7 @@ from client.weights import device_source
 from coordinator.local_cluster import submit
 from protos.v1 import coordinator_pb2 as pb
 from protos.v1.coordinator_pb2_grpc import CoordinatorStub
-from split.errors import LinkLost
+from split.errors import BadModelFolder, LinkLost
 from split.models.blobs import BlobStore
 from split.models.manifest import Manifest, build_manifest
 from split.models.source import ModelFolder
@@ -128,6 +128,21 @@ def fetched_again_after_cuts(stub: CoordinatorStub, job: str, state: Path, manif
     damaged = CutStub(stub, -1, PulledPlug())
     source(damaged)
     assert [request.offset for request in damaged.requests] == [1000, 0]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_an_own_copy_that_would_train_on_other_tokens_is_refused(tmp_path: Path, name: str) -> None:
+    model = make_model(tmp_path / "model", "llama", layers=2)
+    own = Path(shutil.copytree(model, tmp_path / "own"))
+    (own / name).write_text((own / name).read_text() + "\n")
+    manifest = build_manifest(ModelFolder(model)).to_proto()
+
+    class Stub:
+        def GetManifest(self, request: pb.ManifestRequest, timeout: float) -> pb.Manifest:
+            return manifest
+
+    with pytest.raises(BadModelFolder, match=f"{own}/{name} differs from the coordinator's"):
+        device_source(Stub(), "", "job", tmp_path / "state", own, lambda here, total: None)  # type: ignore[arg-type]
 
 
 def test_an_owners_own_copy_is_used_if_it_is_the_same_and_refused_if_not(house: House, tmp_path: Path) -> None:

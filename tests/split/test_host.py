@@ -235,6 +235,39 @@ def test_a_frame_that_is_not_due_ends_that_device_and_no_other(llama: Path, fram
     assert [step["devices"] for step in job.steps()] == [["a"]] * 6
 
 
+def test_a_device_that_dies_before_the_last_has_come_is_waited_for_until_told_otherwise(llama: Path) -> None:
+    job = Job(llama, CONFIG, ["a", "b", "c"])
+    early = _open(job, "c")
+    early.close()
+    others = [threading.Thread(target=job.work, args=(name,)) for name in ("a", "b")]
+    for thread in others:
+        thread.start()
+    waiting = threading.Event()
+    while {"a", "b"} - {device for kind, device, _ in list(job.events) if kind == "joined"}:
+        waiting.wait(0.01)
+    assert not any(kind == "started" for kind, _, _ in job.events)
+    job.host.start_without({"c"})
+    for thread in others:
+        thread.join(60)
+    assert job.finished.wait(10)
+    job.host.close()
+    assert not job.errors
+    assert [kind for kind, _, _ in job.events].count("started") == 1
+    assert [step["devices"] for step in job.steps()] == [["a", "b"]] * 6
+
+
+def test_a_start_without_one_still_waits_for_the_others(llama: Path) -> None:
+    job = Job(llama, CONFIG, ["a", "b", "c"])
+    first = _open(job, "a")
+    job.host.start_without({"b"})
+    last = _open(job, "c")
+    assert first.receive().phase == last.receive().phase == Phase.OPEN
+    assert job.events.index(("started", "", {"step": 0})) > job.events.index(
+        ("joined", "c", {"samples": 5, "last_step": 0})
+    )
+    job.host.close()
+
+
 def test_a_frame_before_the_session_is_agreed_is_refused(llama: Path) -> None:
     job = Job(llama, CONFIG, ["a", "b"])
     link = _open(job, "b")  # waits for a

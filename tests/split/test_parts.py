@@ -1,0 +1,41 @@
+"""What a job may ask for: what would not fit a message, or the model, is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import LlamaConfig
+
+from split.config import TrainingConfig
+from split.errors import BadRequest
+from split.parts import parts_of
+
+LLAMA_8B = LlamaConfig(
+    vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, max_position_embeddings=8192,
+)  # fmt: skip
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize(
+    ("training", "line"),
+    [
+        (TrainingConfig(sequence_length=8193), "sequence_length 8193 is more than this model's 8192"),
+        (
+            TrainingConfig(batch_size=4, sequence_length=1024),
+            "hidden states of 64 MiB a step do not fit a message of 64 MiB; choose a smaller batch_size",
+        ),
+        (
+            TrainingConfig(batch_size=1, cut_layer=4, rank=64, target_modules=ALL),
+            "a device's adapter of 80 MiB does not fit a message of 64 MiB; choose a smaller rank",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_to_choose(training: TrainingConfig, line: str) -> None:
+    with pytest.raises(BadRequest, match=line):
+        parts_of(LLAMA_8B, training)
+
+
+def test_the_adapter_has_the_values_of_the_devices_blocks_alone() -> None:
+    parts = parts_of(LLAMA_8B, TrainingConfig(batch_size=1, cut_layer=2, rank=8, target_modules=("q_proj", "v_proj")))
+    assert sum(value.numel() for value in parts.adapter.values()) == 2 * 8 * (4096 + 4096 + 4096 + 1024)
+    assert all(".layers.0." in name or ".layers.1." in name for name in parts.adapter)
