@@ -59,12 +59,14 @@ class LocalCluster:
         if self._handles_sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def start_coordinator(self, *, port: int = 0, enrolment_port: int = 0) -> dict[str, Any]:
+    def start_coordinator(
+        self, *, port: int = 0, enrolment_port: int = 0, arguments: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """`isthmus up`; returns what it says when it is ready."""
         command = [sys.executable, "-m", "coordinator.cli.main", "up", "--state-dir", str(self.state)]
         command += ["--host", "127.0.0.1", "--port", str(port), "--enrolment-port", str(enrolment_port), "--json"]
         command += ["--threads", str(self.coordinator_threads)]
-        process = self._spawn("coordinator", command, stdout=subprocess.PIPE)
+        process = self._spawn("coordinator", [*command, *arguments], stdout=subprocess.PIPE)
         line = _first_line(process, _START_SECONDS)
         if line is None:
             last = self.last_line("coordinator")
