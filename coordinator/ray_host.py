@@ -39,6 +39,7 @@ def ray_running(state: Path, address: str | None) -> Iterator[ModuleType]:
     try:
         if address is None:
             ray.init(
+                address="local",  # not a cluster that happens to be here
                 include_dashboard=False,
                 num_cpus=max(2, os.cpu_count() or 1),
                 object_store_memory=100 * 2**20,  # nothing large goes through it: activations have their own servers

@@ -52,6 +52,9 @@ def ray_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
         _, alive = psutil.wait_procs(processes, timeout=LIMIT)
         for left in alive:
             left.kill()
+        current = Path("/tmp/ray/ray_current_cluster")  # where a later ray.init() would look for this cluster
+        if current.exists() and current.read_text().endswith(f":{port}"):
+            current.unlink()
 
 
 def test_a_job_runs_on_a_cluster_that_goes_on_when_the_coordinator_has_left(ray_cluster: str, tmp_path: Path) -> None:
