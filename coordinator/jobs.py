@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from coordinator.report import finite, job_report
 from coordinator.sessions import Session, Sessions
 from coordinator.stage_actor import StageTask
 from coordinator.store import Store
@@ -187,8 +188,8 @@ class Jobs:
             await self._state_is(run, pb.PREPARING, "starting the stage")
             await self._start(run)
             finished = await self._wait(run)
-            report = self._report(run, finished)
-            self._store.update_job(run.job, report=json.dumps(_finite(report)))
+            report = job_report(run.job, run.spec, run.devices, self._store.events(run.job), finished)
+            self._store.update_job(run.job, report=json.dumps(finite(report)))
             await self._state_is(run, pb.SUCCEEDED, "")
         except asyncio.CancelledError as cancelled:
             if "stop" in cancelled.args:
@@ -219,7 +220,7 @@ class Jobs:
         deadline = time.monotonic() + wait
         async with self._sessions.changed:
             while True:
-                names, missing = self._available(run.spec)
+                names, missing = self._sessions.available(run.spec, self.job_of)
                 if not missing:
                     run.devices = names
                     self._store.update_job(run.job, devices=names)
@@ -233,35 +234,6 @@ class Jobs:
                         await self._sessions.changed.wait()
                 except TimeoutError:
                     raise WrongState(f"gave up after {wait:.0f} s of waiting for {missing}") from None
-
-    def _available(self, spec: pb.JobSpec) -> tuple[list[str], str]:
-        """Devices that can take part now, and in words which ones are missing (empty: none)."""
-        if spec.devices:
-            missing = []
-            for name in spec.devices:
-                session = self._sessions.get(name)
-                if session is None:
-                    missing.append(f"{name} (not connected)")
-                    continue
-                if not session.offers(spec.dataset):
-                    offered = ", ".join(offer.name for offer in session.profile.datasets) or "nothing"
-                    raise BadRequest(
-                        f"device {name} does not offer the dataset {spec.dataset!r} (it offers {offered}); "
-                        f"its owner offers it with --data {spec.dataset}=FILE"
-                    )
-                if not session.runs(spec.method):
-                    raise BadRequest(f"the owner of device {name} does not allow {spec.method} tasks")
-                if self.job_of(name):
-                    missing.append(f"{name} (at work on job {self.job_of(name)})")
-            return list(spec.devices), ", ".join(missing)
-        free = [
-            session.name
-            for session in self._sessions.all()
-            if session.offers(spec.dataset) and session.runs(spec.method) and not self.job_of(session.name)
-        ]
-        lacking = spec.device_count - len(free)
-        what = f"{lacking} more free {'devices that offer' if lacking > 1 else 'device that offers'} {spec.dataset!r}"
-        return sorted(free)[: spec.device_count], what if lacking > 0 else ""
 
     def _check_resumable(self, identifier: str) -> None:
         if self._store.job(identifier).state == pb.SUCCEEDED:
@@ -277,7 +249,7 @@ class Jobs:
         for name in spec.devices:
             if self._store.device(name).revoked:  # raises NotFound for one that was never enrolled
                 raise WrongState(f"device {name} is revoked; `isthmus enroll {name}` lets it in again")
-        self._available(spec)
+        self._sessions.available(spec, self.job_of)
 
     async def _start(self, run: Run) -> None:
         assert run.weights is not None
@@ -360,50 +332,11 @@ class Jobs:
             raise WrongState(f"device {device} has gone before the job began")
         return session.serial
 
-    def _report(self, run: Run, finished: dict[str, Any]) -> dict[str, Any]:
-        """The job's report: what the stage knows, and the first evaluation of an earlier run of a resumed job."""
-        perplexities = {}
-        for event in self._store.events(run.job):
-            if event.kind == "evaluation":
-                data = json.loads(event.data)
-                perplexities[str(data["step"])] = data["perplexity"]
-        devices = []
-        for name in run.devices:
-            traffic = finished["traffic"][name]
-            # What the stage received is what the device sent.
-            sent = sum(r["payload_bytes"] + r["overhead_bytes"] for r in traffic if r["direction"] == "received")
-            received = sum(r["payload_bytes"] + r["overhead_bytes"] for r in traffic if r["direction"] == "sent")
-            resources = finished["resources"].get(name, {})
-            row = {**resources, "name": name, "bytes_sent": sent, "bytes_received": received, "traffic": traffic}
-            devices.append({**row, "peak_bytes": int(resources.get("peak_bytes", 0))})
-        return {
-            "job": run.job,
-            "method": run.spec.method,
-            "model": run.spec.model,
-            "training": json.loads(run.spec.training),
-            "adapter": finished["adapter"],
-            "perplexity_before": perplexities.get("0"),
-            "perplexity_after": perplexities.get(str(run.training.steps)),
-            "perplexities": perplexities,
-            "losses": finished["losses"],
-            "devices": devices,
-            "coordinator": finished["coordinator"],
-        }
-
     async def _state_is(self, run: Run, state: pb.JobState, message: str) -> None:
         self._store.update_job(run.job, state=state, message=message)
         await self._tell(run, "state", {"state": pb.JobState.Name(state).lower(), "message": message})
 
     async def _tell(self, run: Run, kind: str, data: dict[str, Any], device: str = "") -> None:
-        self._store.append_event(run.job, kind, device, _finite(data))
+        self._store.append_event(run.job, kind, device, finite(data))
         async with self._news:
             self._news.notify_all()
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: a loss that is either is shown as null."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from protos.v1 import coordinator_pb2 as pb
+from split.errors import BadRequest
 
 
 @dataclass(eq=False)
@@ -47,6 +48,38 @@ class Sessions:
 
     def all(self) -> list[Session]:
         return list(self._open.values())
+
+    def available(self, spec: pb.JobSpec, job_of: Callable[[str], str]) -> tuple[list[str], str]:
+        """Devices that can take part in a job now, and in words which ones are missing (empty: none).
+
+        job_of: the job that a device works on; empty for none. Raises BadRequest for a device that never could.
+        """
+        if spec.devices:
+            missing = []
+            for name in spec.devices:
+                session = self.get(name)
+                if session is None:
+                    missing.append(f"{name} (not connected)")
+                    continue
+                if not session.offers(spec.dataset):
+                    offered = ", ".join(offer.name for offer in session.profile.datasets) or "nothing"
+                    raise BadRequest(
+                        f"device {name} does not offer the dataset {spec.dataset!r} (it offers {offered}); "
+                        f"its owner offers it with --data {spec.dataset}=FILE"
+                    )
+                if not session.runs(spec.method):
+                    raise BadRequest(f"the owner of device {name} does not allow {spec.method} tasks")
+                if job_of(name):
+                    missing.append(f"{name} (at work on job {job_of(name)})")
+            return list(spec.devices), ", ".join(missing)
+        free = [
+            session.name
+            for session in self.all()
+            if session.offers(spec.dataset) and session.runs(spec.method) and not job_of(session.name)
+        ]
+        lacking = spec.device_count - len(free)
+        what = f"{lacking} more free {'devices that offer' if lacking > 1 else 'device that offers'} {spec.dataset!r}"
+        return sorted(free)[: spec.device_count], what if lacking > 0 else ""
 
     async def opened(self, session: Session) -> None:
         """A device that connects again replaces its earlier stream."""
