@@ -102,18 +102,18 @@ def test_a_resumed_job_ends_where_an_uninterrupted_one_does(llama: Path, tmp_pat
     _assert_same(resumed.adapter, whole.adapter, 0.0)
 
 
-def test_evaluation_over_the_split_is_of_the_averaged_adapter(llama: Path) -> None:
+def test_evaluation_over_the_split_is_of_the_averaged_adapter(llama: Path, tmp_path: Path) -> None:
     held_out = [random_text(50 + i, 6, 16, VOCABULARY) for i in range(2)]
     config = dataclasses.replace(CONFIG, validation_fraction=0.1, evaluate_every=10)
     for labels in ("device", "server"):
         run = split_run(llama, dataclasses.replace(config, labels=labels), _texts(2), held_out)
         assert list(run.outcome.perplexities) == [0, 10, 20]
-        assert _unsplit_perplexity(llama, config, run.adapter, held_out) == pytest.approx(
+        assert _unsplit_perplexity(llama, config, run.adapter, held_out, tmp_path / labels) == pytest.approx(
             run.outcome.perplexities[20], rel=1e-5
         )
 
 
-def _unsplit_perplexity(folder: Path, config: TrainingConfig, adapter: dict, texts: list) -> float:
+def _unsplit_perplexity(folder: Path, config: TrainingConfig, adapter: dict, texts: list, out: Path) -> float:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -121,8 +121,8 @@ def _unsplit_perplexity(folder: Path, config: TrainingConfig, adapter: dict, tex
     from split.evaluate import nll
 
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    save_adapter(folder / "adapter", adapter, lora_config(config, base.config), str(folder))
-    model = PeftModel.from_pretrained(base, folder / "adapter").eval()
+    save_adapter(out, adapter, lora_config(config, base.config), str(folder))
+    model = PeftModel.from_pretrained(base, out).eval()
     with torch.no_grad():
         sums = [nll(model(input_ids=text.input_ids).logits, text.labels) for text in texts]
     return float(torch.tensor(sum(float(loss) for loss, _ in sums) / sum(count for _, count in sums)).exp())
