@@ -24,7 +24,7 @@ from coordinator.store import Store
 from coordinator.weights import DeviceWeights, device_weights
 from protos.v1 import coordinator_pb2 as pb
 from split.config import TrainingConfig
-from split.errors import BadRequest, IsthmusError, NotAllowed, WrongState
+from split.errors import BadRequest, IsthmusError, NotAllowed, NotEnrolled, WrongState
 
 log = logging.getLogger(__name__)
 
@@ -320,7 +320,15 @@ class Jobs:
         await self._sessions.notify()
 
     async def _hand_out(self, run: Run, session: Session) -> None:
-        """The task to a device, whose certificate may be another than when the job began: the stage learns it first."""
+        """The task to a device, whose certificate may be another than when the job began: the stage learns it first.
+
+        Not to a session of a certificate that counts no more, which may be open for a moment yet.
+        """
+        try:
+            self._store.check_certificate(session.name, session.serial)
+        except NotEnrolled as refused:
+            log.info("job %s: %s", run.job, refused)
+            return
         with contextlib.suppress(RayActorError):  # the job's own waiting sees that its stage has died
             await run.stage.allow.remote(session.name, session.serial)
         task = pb.Task(id=run.task_id, job=run.job, spec=run.spec, stage_address=run.stage_address)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,13 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from split.adapters.lora import add_lora, draw_initial_values, lora_config, unflatten
-from split.checkpoint import CheckpointFolder, OptimizerRecord
+from split.adapters.lora import add_lora, draw_initial_values, lora_config
 from split.config import TrainingConfig
 from split.data import Sequences, batch_indices
 from split.evaluate import nll
-from split.host import Outcome, StageHost
+from split.host import Outcome
 from split.ledger import Ledger
-from split.link import LocalLink
+from split.local import train_split_locally
 from split.models.source import ModelFolder
 from split.models.stage import build_stages, cut_in_two, cut_u_shaped
 from split.train import DeviceTrainer, ServerTrainer
@@ -40,11 +38,7 @@ class Run:
 
 
 def device_trainer(
-    folder: Path,
-    config: TrainingConfig,
-    train: Sequences,
-    validation: Sequences | None = None,
-    record: Path | None = None,
+    folder: Path, config: TrainingConfig, train: Sequences, validation: Sequences | None = None
 ) -> DeviceTrainer:
     source = ModelFolder(folder)
     if config.labels == "device":
@@ -53,9 +47,7 @@ def device_trainer(
     else:
         stages = build_stages(source, [cut_in_two(source.config, config.cut_layer)[0]])
     add_lora(stages[0], lora_config(config, source.config), config.seed)
-    return DeviceTrainer(
-        stages, config, train, validation, Ledger(), record=OptimizerRecord(record) if record else None
-    )
+    return DeviceTrainer(stages, config, train, validation, Ledger())
 
 
 def server_trainer(folder: Path, config: TrainingConfig) -> ServerTrainer:
@@ -75,52 +67,17 @@ def split_run(
     resume: bool = False,
 ) -> Run:
     """Trains the devices d0, d1, ... on their texts."""
-    names = [f"d{i}" for i in range(len(texts))]
-    records = [checkpoints / name if checkpoints else None for name in names]
-    devices = [
-        device_trainer(folder, config, text, validation[i] if validation else None, records[i])
-        for i, text in enumerate(texts)
-    ]
     events: list[tuple[str, str, dict]] = []
-    finished = threading.Event()
-
-    def tell(kind: str, device: str, data: dict) -> None:
-        events.append((kind, device, data))
-        if kind in ("finished", "failed"):
-            finished.set()
-
-    kept = CheckpointFolder(checkpoints / "server") if checkpoints else None
-    host = StageHost(
-        server_trainer(folder, config),
+    pairs = [(text, validation[i] if validation else None) for i, text in enumerate(texts)]
+    run = train_split_locally(
+        ModelFolder(folder),
         config,
-        set(names),
-        adapter_values=sum(p.numel() for p in devices[0].parameters.values()),
-        checkpoints=kept,
-        resume=kept.last() if kept and resume else None,
-        tell=tell,
+        pairs,
+        checkpoints=checkpoints,
+        resume=resume,
+        tell=lambda kind, device, data: events.append((kind, device, data)),
     )
-    errors: list[BaseException] = []
-
-    def work(name: str, trainer: DeviceTrainer) -> None:
-        link = LocalLink(host, name, timeout=60)
-        try:
-            trainer.run(link, cancelled=threading.Event())
-        except Exception as error:  # noqa: BLE001  # raised again in the test's thread
-            errors.append(error)
-            link.close()
-
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(names, devices, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    if errors:
-        raise errors[0]
-    assert finished.wait(10)
-    outcome = host.outcome()
-    host.close()
-    adapter = {**unflatten(devices[0].parameters, outcome.device_adapter), **outcome.server}
-    return Run(outcome, dict(sorted(adapter.items())), events)
+    return Run(run.outcome, run.adapter, events)
 
 
 def unsplit_run(
