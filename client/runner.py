@@ -143,9 +143,10 @@ class Runner(threading.Thread):
         host, port = _stage_address(self.task.stage_address, self._identity.host)
         delay = _FIRST_RETRY
         while True:
-            before = ledger.traffic.messages["received", "forward"]
+            before = ledger.traffic.received("forward")
             with channel(join_address(host, port), self._identity.credentials) as stage:
-                self._link = GrpcLink(stage, self.task.job, secrets.token_hex(8), ledger)
+                session, samples = secrets.token_hex(8), len(trainer.train)
+                self._link = GrpcLink(stage, self.task.job, session, trainer.config, samples, ledger, port=port)
                 if self._cancelled.is_set():  # before there was a link to close
                     self._link.close()
                 try:
@@ -155,7 +156,7 @@ class Runner(threading.Thread):
                     lost = error
                 finally:
                     self._link.close()
-            if ledger.traffic.messages["received", "forward"] > before:
+            if ledger.traffic.received("forward") > before:
                 delay = _FIRST_RETRY
             if not self._cancelled.is_set():
                 log.warning("job %s: %s; trying again in about %.1f s", self.task.job, lost, delay)

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from typing import Any
+from urllib.parse import unquote
 
 import grpc.aio
 
 from protos.v1 import stage_pb2, stage_pb2_grpc
+from split.coding import Coder
 from split.errors import IsthmusError, NotAllowed
 from split.host import StageHost
 from split.ledger import Traffic
-from split.link import Frame, frame_to_proto, kind_of, payload_size
-from split.members import Deliver
+from split.link import HELD, Frame, Phase, frame_to_proto, kind_and_sizes
 from split.protocol import Rules
+from split.tcp import Counted, counted
 from split.tls import Peer, peer_of
+
+_WAITING = 8  # answers that a device may have waiting for it, beside those that gRPC has
+_COUNT_EVERY = 1.0  # seconds between looks at the kernel's counters
 
 
 class ExchangeServicer(stage_pb2_grpc.StageServicer):
@@ -26,72 +35,146 @@ class ExchangeServicer(stage_pb2_grpc.StageServicer):
         self, host: StageHost, rules: Rules, allowed: Callable[[Peer], bool], traffic: Mapping[str, Traffic]
     ) -> None:
         self._host, self._rules, self._allowed, self._traffic = host, rules, allowed, traffic
-        self._streams: dict[str, asyncio.Queue[Frame | IsthmusError | None]] = {}
+        self._streams: dict[str, _Stream] = {}
 
     async def Exchange(
         self, requests: AsyncIterator[stage_pb2.Frame], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[stage_pb2.Frame]:
         peer = peer_of(context.auth_context())
         self._check(peer)
-        device = peer.name
-        loop = asyncio.get_running_loop()
-        answers: asyncio.Queue[Frame | IsthmusError | None] = asyncio.Queue()
-
-        def deliver(answer: Frame | IsthmusError) -> None:  # called in the host's thread
-            loop.call_soon_threadsafe(answers.put_nowait, answer)
-
+        stream = _Stream(self._host, self._rules, peer.name, self._traffic[peer.name], _address(context.peer()))
         first = await anext(requests, None)
+        while first is not None and first.phase == Phase.PROBE:
+            yield stream.probed(self._rules.decode(stream.received(first), None, stream.coder), first.session)
+            first = await anext(requests, None)
         if first is None:
             return
         self._check(peer)  # again: it may have been revoked since
-        frame = self._rules.decode(first, None)
-        self._count(device, "received", first)
-        self._streams[device] = answers
-        self._host.join(device, frame, deliver)
-        reading = asyncio.create_task(self._read(device, first.session, requests, answers, deliver))
+        stream.open(self._rules.decode(stream.received(first), None, stream.coder), first.session)
+        self._streams[peer.name] = stream
+        reading = asyncio.create_task(stream.read(requests))
         try:
-            while (answer := await answers.get()) is not None:
-                if isinstance(answer, IsthmusError):
-                    raise answer
-                message = frame_to_proto(answer, self._rules.job, first.session)
-                self._count(device, "sent", message)
+            async for message in stream.answers():
                 yield message
         finally:
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await reading
-            if self._streams.get(device) is answers:
-                del self._streams[device]
-            self._host.leave(device, deliver)
-
-    async def _read(
-        self,
-        device: str,
-        session: str,
-        requests: AsyncIterator[stage_pb2.Frame],
-        answers: asyncio.Queue[Frame | IsthmusError | None],
-        deliver: Deliver,
-    ) -> None:
-        """Until the device closes its side, its link breaks, or it sends what was not agreed."""
-        last: IsthmusError | None = None
-        try:
-            async for message in requests:
-                frame = self._rules.decode(message, session)
-                self._count(device, "received", message)
-                await asyncio.wrap_future(self._host.submit(device, frame, deliver))  # then the next is read
-        except IsthmusError as error:
-            last = error
-        finally:
-            answers.put_nowait(last)
+            if self._streams.get(peer.name) is stream:
+                del self._streams[peer.name]
+            stream.close()
 
     def drop(self, device: str) -> None:
         """Ends a device's stream: its certificate does not count any more."""
         if device in self._streams:
-            self._streams[device].put_nowait(NotAllowed(f"device {device} was revoked, or enrolled anew"))
+            self._streams[device].end(NotAllowed(f"device {device} was revoked, or enrolled anew"))
 
     def _check(self, peer: Peer) -> None:
         if peer.role != "device" or not self._allowed(peer):
             raise NotAllowed(f"{peer.role} {peer.name} has no part in job {self._rules.job}, or is revoked")
 
-    def _count(self, device: str, direction: str, message: stage_pb2.Frame) -> None:
-        self._traffic[device].crossed(direction, kind_of(message), payload_size(message), message.ByteSize())
+
+class _Stream:
+    """One device's stream. Frames are decoded and encoded in threads: the loop has other devices to serve."""
+
+    def __init__(self, host: StageHost, rules: Rules, device: str, traffic: Traffic, address: str) -> None:
+        self._host, self._rules, self._device = host, rules, device
+        self._traffic, self._address = traffic, address
+        self._ledger = host.trainer.ledger
+        self.coder = Coder(rules.config, 1, self._ledger)
+        self._session = ""
+        self._loop = asyncio.get_running_loop()
+        self._answers: asyncio.Queue[Frame | IsthmusError | None] = asyncio.Queue()
+        self._room = asyncio.Event()
+        self._deliver = self._take  # one object: it names this stream to the host
+        self._came: dict[tuple[int, int, int], float] = {}
+        self._counted_at = 0.0
+        self._wire: dict[int, Counted] = {}
+        self._wire_before = Counter(traffic.on_the_wire)
+
+    def open(self, frame: Frame, session: str) -> None:
+        self._session = session
+        if frame.open is not None:
+            self.coder = Coder(self._rules.config, max(1, frame.open.samples), self._ledger)
+        self._host.join(self._device, frame, self._deliver)
+
+    async def read(self, requests: AsyncIterator[stage_pb2.Frame]) -> None:
+        """Until the device closes its side, its link breaks, or it sends what was not agreed."""
+        last: IsthmusError | None = None
+        try:
+            async for message in requests:
+                self.received(message)
+                self._came[message.phase, message.step, message.micro_batch] = time.perf_counter()
+                frame = await asyncio.to_thread(self._rules.decode, message, self._session, self.coder)
+                if frame.phase == Phase.PROBE:
+                    self._answers.put_nowait(frame)
+                else:
+                    await asyncio.wrap_future(self._host.submit(self._device, frame, self._deliver))
+                while self._answers.qsize() >= _WAITING:  # it does not take its answers: nothing more is read from it
+                    self._room.clear()
+                    await self._room.wait()
+        except IsthmusError as error:
+            last = error
+        finally:
+            self.end(last)
+
+    async def answers(self) -> AsyncIterator[stage_pb2.Frame]:
+        while (answer := await self._answers.get()) is not None:
+            self._room.set()
+            if isinstance(answer, IsthmusError):
+                raise answer
+            if answer.phase == Phase.PROBE:
+                yield self.probed(answer, self._session)
+                continue
+            came = self._came.pop((answer.phase, answer.step, answer.micro_batch), None)
+            if came is not None:
+                answer = replace(answer, values={**answer.values, HELD: time.perf_counter() - came})
+            message = await asyncio.to_thread(self._encode, answer)
+            self._traffic.crossed("sent", *kind_and_sizes(message))
+            self._count_wire()
+            yield message
+
+    def received(self, message: stage_pb2.Frame) -> stage_pb2.Frame:
+        self._traffic.crossed("received", *kind_and_sizes(message))
+        return message
+
+    def probed(self, frame: Frame, session: str) -> stage_pb2.Frame:
+        """The answer to a PROBE: as many bytes as were asked for, which nobody on the way can shrink."""
+        assert frame.probe is not None
+        filling = os.urandom(frame.probe.answer_bytes)
+        message = stage_pb2.Frame(
+            job=self._rules.job, session=session, phase=Phase.PROBE, step=frame.step, probe={"filling": filling}
+        )
+        self._traffic.crossed("sent", *kind_and_sizes(message))
+        return message
+
+    def end(self, reason: IsthmusError | None) -> None:
+        self._answers.put_nowait(reason)
+
+    def close(self) -> None:
+        self._count_wire(now=True)
+        self._host.leave(self._device, self._deliver)
+
+    def _take(self, answer: Frame | IsthmusError) -> None:  # called in the host's thread
+        self._loop.call_soon_threadsafe(self._answers.put_nowait, answer)
+
+    def _encode(self, answer: Frame) -> stage_pb2.Frame:
+        rules = self._rules
+        message = frame_to_proto(answer, rules.job, self._session, self.coder, rules.config.labels, upward=False)
+        if answer.plan is not None:
+            self.coder.use(answer.plan)
+        return message
+
+    def _count_wire(self, *, now: bool = False) -> None:
+        if not now and time.monotonic() - self._counted_at < _COUNT_EVERY:
+            return
+        self._counted_at = time.monotonic()
+        self._wire |= counted(0, self._address)
+        wire = self._traffic.on_the_wire
+        wire["sent"] = self._wire_before["sent"] + sum(one.sent for one in self._wire.values())
+        wire["received"] = self._wire_before["received"] + sum(one.received for one in self._wire.values())
+
+
+def _address(peer: str) -> str:
+    """gRPC's `ipv4:127.0.0.1:4711` or `ipv6:%5B::1%5D:4711` -> 127.0.0.1:4711 or ::1:4711."""
+    return unquote(peer).partition(":")[2].replace("[", "").replace("]", "").removeprefix("::ffff:")

@@ -18,7 +18,7 @@ import torch
 from coordinator.exchange import ExchangeServicer
 from coordinator.interceptors import ErrorInterceptor
 from protos.v1 import stage_pb2_grpc
-from split.adapters.lora import add_lora, lora_config, save_adapter, unflatten
+from split.adapters.lora import add_lora, flatten, initial_adapter, lora_config, save_adapter, unflatten
 from split.checkpoint import CheckpointFolder
 from split.config import TrainingConfig
 from split.errors import IsthmusError
@@ -96,7 +96,7 @@ class StageActor:
             self._trainer,
             self._config,
             set(self._task.devices),
-            adapter_values=values,
+            initial_adapter=flatten(initial_adapter(self._device_adapter, self._config.seed)),
             stage_digest=self._task.stage_digest,
             checkpoints=checkpoints,
             resume=await asyncio.to_thread(checkpoints.last) if self._task.resume else None,

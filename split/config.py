@@ -14,6 +14,7 @@ LABELS = ("device", "server")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16")
+OVERLAPS = ("exact", "stale")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class TrainingConfig:
     max_gradient_norm: float = 1.0  # 0: gradients are not clipped
     seed: int = 0
     precision: str = "auto"
+    codec: str = "auto"  # of what crosses the link: see split/streams.py
+    error_budget: float = 0.005  # share by which perplexity may be worse for compression, that `auto` aims at
+    micro_batches: int = 0  # that a step's batch is cut into; 0: as the link makes it worth
+    overlap: str = "exact"  # stale: a device begins its next forward before the last backward's answer has come
     aggregate_every: int = 10
     checkpoint_every: int = 50
     evaluate_every: int = 0  # 0: before the first step and after the last
@@ -50,14 +55,32 @@ class TrainingConfig:
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("precision", self.precision, PRECISIONS)
+        _one_of("overlap", self.overlap, OVERLAPS)
         for name in ("rank", "steps", "batch_size", "aggregate_every", "checkpoint_every"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("cut_layer", "warmup_steps", "max_gradient_norm", "evaluate_every", "seed", "weight_decay"):
+        for name in (
+            "cut_layer",
+            "warmup_steps",
+            "max_gradient_norm",
+            "evaluate_every",
+            "seed",
+            "weight_decay",
+            "micro_batches",
+        ):
             _at_least(name, getattr(self, name), 0)
         for name in ("learning_rate", "alpha"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise BadRequest(f"{name} is {value}; choose a number above 0")
+        if self.micro_batches > self.batch_size:
+            raise BadRequest(f"micro_batches is {self.micro_batches}; a batch has {self.batch_size} sequences")
+        if not 0.0005 <= self.error_budget <= 0.1:
+            raise BadRequest(
+                f"error_budget is {self.error_budget}; choose from 0.0005 to 0.1, a share of the perplexity"
+            )
+        from split.streams import choices  # torch comes with it: not for whoever only asks for help
+
+        choices(self.codec)  # raises for a codec that there is not
         _ = self.data  # raises for what concerns the text
 
     @property
@@ -70,6 +93,10 @@ class TrainingConfig:
             completion_column=self.completion_column,
             validation_fraction=self.validation_fraction,
         )
+
+    @property
+    def stale(self) -> bool:
+        return self.overlap == "stale"
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step 0..steps-1: linear warm-up, then the schedule down to 0."""

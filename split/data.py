@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,6 +105,13 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int
         raise BadRequest(f"no batch of {batch_size} from {count} sequences at step {step}: all have to be positive")
     places = (divmod(place, count) for place in range(step * batch_size, (step + 1) * batch_size))
     return [int(_permutation(count, seed, epoch)[offset]) for epoch, offset in places]
+
+
+def micro_batch_slices(batch_size: int, count: int) -> list[slice]:
+    """`count` slices of a batch, as equal as can be, the larger ones first."""
+    size, larger = divmod(batch_size, count)
+    starts = [index * size + min(index, larger) for index in range(count + 1)]
+    return [slice(start, end) for start, end in pairwise(starts)]
 
 
 @lru_cache(maxsize=8)

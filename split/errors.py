@@ -37,6 +37,10 @@ class BadTensor(BadRequest):
     """A tensor on the wire that is not what was agreed: shape, dtype, size, codec."""
 
 
+class CodecError(BadTensor):
+    """A tensor that a codec cannot code, a payload that it cannot have made, or a codec that there is not."""
+
+
 class BadFrame(BadRequest):
     """A frame on the wire that does not fit the session: job, step, phase."""
 

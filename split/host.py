@@ -1,9 +1,9 @@
 """Hosts the server's stage for several devices: who takes part in which step, and when a step is complete.
 
 One thread owns everything here; `join`, `submit` and `leave` only put work into its inbox, so there is nothing to lock.
-A step's phase runs when every participant's frame for it is there. A device that goes away is no longer waited for; one
-that comes (again) takes part from the next aggregation on, when all devices have the same adapter. When nobody is left,
-the stage goes back to the last aggregation: the devices' part of the steps since then has gone with them.
+A phase of a micro-batch runs when every participant's frame for it is there. A device that goes away is no longer
+waited for; one that comes (again) takes part from the next aggregation on, when all devices have the same adapter. When
+nobody is left, the stage goes back to the last aggregation: the devices' part of the steps since then has gone.
 """
 
 from __future__ import annotations
@@ -13,23 +13,30 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from protos.v1 import stage_pb2
+from split.averaging import Averager
 from split.checkpoint import Checkpoint, CheckpointFolder
+from split.coding import Plan
 from split.config import TrainingConfig
 from split.errors import BadFrame, BadRequest, IsthmusError, LinkLost, WrongState
 from split.evaluate import nll
 from split.link import Frame, Phase
 from split.members import Deliver, Member
 from split.perplexity import perplexity
+from split.plan.choose import Planner, View
+from split.plan.profile import LinkProfile
+from split.streams import missing_families, stream_of
 from split.train import ServerTrainer, tensor_of
 
 Tell = Callable[[str, str, dict[str, Any]], None]  # kind, device, data
+_Group = tuple[int, stage_pb2.Phase, int]  # step, phase, micro-batch
+_PLAN_FIRST, _PLAN_EVERY = 2, 8  # aggregations: the first ones after which a plan is made anew, then every so many
 
 PATIENCE = 300.0  # seconds that a connected device may owe a frame before the others go on without it
 
@@ -46,7 +53,8 @@ class Outcome:
 
 
 class StageHost:
-    """tell(kind, device, data) is called in the host's thread, with kind one of: joined, left, started, step,
+    """initial_adapter: what every device's adapter is at the start, flat, (values,).
+    tell(kind, device, data) is called in the host's thread, with kind one of: joined, left, started, step,
     evaluation, checkpoint, log, finished, failed."""
 
     def __init__(
@@ -55,7 +63,7 @@ class StageHost:
         config: TrainingConfig,
         devices: set[str],
         *,
-        adapter_values: int,
+        initial_adapter: Tensor,
         stage_digest: str = "",
         checkpoints: CheckpointFolder | None = None,
         resume: Checkpoint | None = None,
@@ -65,10 +73,16 @@ class StageHost:
         self.trainer, self.config, self.tell = trainer, config, tell
         self._devices = frozenset(devices)  # that may take part
         self._awaited = set(devices)  # that the first step waits for
-        self._adapter_values, self._stage_digest = adapter_values, stage_digest
+        self._initial_adapter, self._adapter_values = initial_adapter, initial_adapter.numel()
+        self._stage_digest = stage_digest
         self._checkpoints, self._patience = checkpoints, patience
         self._members: dict[str, Member] = {}
-        self._groups: dict[tuple[int, stage_pb2.Phase], dict[str, Frame]] = {}
+        self._groups: dict[_Group, dict[str, Frame]] = {}
+        self._norms: dict[str, tuple[float, int]] = {}  # of the last step's gradients on the devices
+        self._planner = Planner(config, trainer.stage.model.config.hidden_size)
+        self._averager = Averager(config, initial_adapter)
+        self._aggregations = 0
+        self._steps_timed = 0
         self._evaluations: dict[int, dict[str, tuple[float, int]]] = {}
         self._resources: dict[str, dict[str, float]] = {}
         self._perplexities: dict[int, float] = {}
@@ -113,7 +127,7 @@ class StageHost:
         server = {name: value.detach().cpu() for name, value in self.trainer.stepper.parameters.items()}
         average = self._point.device_adapter
         if average is None:  # no device trains anything, or the job had no step
-            average = torch.zeros(self._adapter_values)
+            average = self._initial_adapter
         return Outcome(server, average, self._losses, self._perplexities, self._resources)
 
     # ---- in the host's thread ----
@@ -155,7 +169,7 @@ class StageHost:
         opened = frame.open
         problem = self._problem_with(device, opened)
         if problem or opened is None:
-            raise BadFrame(problem or "OPEN without its contents")
+            raise BadFrame(problem)
         if self._finished:
             deliver(Frame(Phase.CLOSE, self.step))  # nothing is left to do
             return
@@ -163,7 +177,8 @@ class StageHost:
         if earlier is not None:
             earlier.deliver(WrongState(f"{device} has opened this job again from another run"))
             self._leave(device, earlier.deliver)
-        self._members[device] = Member(deliver, samples=opened.samples)
+        measured = frame.measured or stage_pb2.Measured()
+        self._members[device] = Member(deliver, opened.samples, frozenset(opened.codecs), measured)
         self.tell("joined", device, {"samples": opened.samples, "last_step": opened.last_step})
         if not self._participants:
             self._admit()
@@ -171,8 +186,11 @@ class StageHost:
     def _problem_with(self, device: str, opened: stage_pb2.Open | None) -> str:
         if device not in self._devices:
             return f"device {device} has no part in this job"
-        if opened is None or "none" not in opened.codecs:
-            return "no codec in common: this coordinator has none"
+        if opened is None:
+            return "OPEN without its contents"
+        missing = missing_families(self.config.codec, opened.codecs)
+        if missing:
+            return f"the device lacks codecs of this job: {', '.join(missing)}; update its software, or choose others"
         if opened.adapter_values != self._adapter_values:
             return f"an adapter of {opened.adapter_values} values; this job's devices have {self._adapter_values}"
         if self._stage_digest and opened.stage_digest != self._stage_digest:
@@ -188,19 +206,41 @@ class StageHost:
                 return
             self._started = True
             self.tell("started", "", {"step": self.step})
-        for _, member in sorted(self._members.items()):
-            if member.admitted:
-                continue
+        waiting = {device: member for device, member in sorted(self._members.items()) if not member.admitted}
+        if not waiting:
+            return
+        settled = next((self._members[device].plan.micro_batches for device in self._participants), None)
+        plans = self._plan(waiting, settled)
+        for device, member in waiting.items():
             member.admit(self.step)
             agreement = stage_pb2.Agreement(
                 start_step=self.step,
-                codec="none",
                 batch_size=self.config.batch_size,
                 sequence_length=self.config.sequence_length,
                 hidden_size=self.trainer.stage.model.config.hidden_size,
                 adapter_values=self._adapter_values,
             )
-            member.answer(Frame(Phase.OPEN, agreement=agreement, tensor=self._point.device_adapter))
+            tensor = self._point.device_adapter
+            member.answer(Frame(Phase.OPEN, agreement=agreement, tensor=tensor, plan=plans[device]))
+
+    def _plan(self, members: Mapping[str, Member], micro_batches: int | None = None) -> dict[str, Plan]:
+        """How each device's tensors cross from now on; watchers are told what changes and why."""
+        views = {
+            device: View(
+                member.families,
+                LinkProfile.from_proto(member.measured),
+                dict(member.measured.codec_seconds),
+                dict(member.measured.compute_seconds),
+                member.plan,
+            )
+            for device, member in members.items()
+        }
+        work, steps = self.trainer.ledger.compute_by_work, self._steps_timed
+        stage = {name: work[name] / steps for name in ("forward", "backward")} if steps else {}
+        plans, sentences = self._planner.plans(views, stage, micro_batches)
+        for sentence in sentences:
+            self.tell("log", "", {"message": sentence})
+        return plans
 
     def _start_without(self, missing: set[str]) -> None:
         if not self._started:
@@ -227,56 +267,86 @@ class StageHost:
             self._leave(device, deliver, closed=True)
         else:
             member.take(device, frame, self.config)
-            self._groups.setdefault((frame.step, frame.phase), {})[device] = frame
+            self._look_at(frame, upward=True)
+            self._groups.setdefault((frame.step, frame.phase, frame.micro_batch), {})[device] = frame
             self._run_complete_groups()
 
     def _run_complete_groups(self) -> None:
-        """Runs what every participant has sent. In order: a device is never more than one phase ahead."""
+        """Runs what every participant has sent."""
         for key in sorted(self._groups):
-            group = self._groups[key]
-            participants = self._participants
-            if not participants or not set(participants) <= group.keys():
-                return
+            group, participants = self._groups.get(key), self._participants
+            if group is None or not participants or not set(participants) <= group.keys():
+                continue
             del self._groups[key]
             frames = {device: group[device] for device in participants}
-            step, phase = key
+            step, phase, micro_batch = key
             if phase == Phase.FORWARD:
-                self._forward(step, frames)
+                self._forward(step, micro_batch, frames)
             elif phase == Phase.BACKWARD:
-                self._backward(step, frames)
+                self._backward(step, micro_batch, frames)
             elif phase == Phase.STEP:
                 self._apply(step, frames)
             else:
                 self._aggregate(step, frames)
 
-    def _forward(self, step: int, frames: Mapping[str, Frame]) -> None:
+    def _forward(self, step: int, micro_batch: int, frames: Mapping[str, Frame]) -> None:
         batches = {device: tensor_of(frame) for device, frame in frames.items()}
         if self.config.labels == "device":
-            for device, output in self.trainer.forward(batches).items():
-                self._members[device].answer(Frame(Phase.FORWARD, step, tensor=output.float()))
+            for device, output in self.trainer.forward(batches, micro_batch=micro_batch).items():
+                self._answer(device, Frame(Phase.FORWARD, step, micro_batch, output.float()))
             return
         labels = {device: frame.labels for device, frame in frames.items() if frame.labels is not None}
-        gradients, sums = self.trainer.forward_backward(batches, labels)
+        tokens = {device: int(frame.values["tokens"]) for device, frame in frames.items()}
+        last = self._is_last(micro_batch, frames)
+        gradients, sums = self.trainer.forward_backward(batches, labels, tokens, micro_batch=micro_batch, last=last)
         for device, gradient in gradients.items():
-            loss, tokens = sums[device]
-            self._answer_gradient(device, Phase.FORWARD, step, gradient, {"nll": loss, "tokens": float(tokens)})
+            loss, count = sums[device]
+            values = {"nll": loss, "tokens": float(count)}
+            self._answer_gradient(device, Frame(Phase.FORWARD, step, micro_batch, gradient, values=values))
+        self._step_at_once(step, last)
 
-    def _backward(self, step: int, frames: Mapping[str, Frame]) -> None:
+    def _backward(self, step: int, micro_batch: int, frames: Mapping[str, Frame]) -> None:
         gradients = {device: (tensor_of(frame), int(frame.values["tokens"])) for device, frame in frames.items()}
-        for device, gradient in self.trainer.backward(gradients).items():
-            self._answer_gradient(device, Phase.BACKWARD, step, gradient, {})
+        last = self._is_last(micro_batch, frames)
+        for device, gradient in self.trainer.backward(gradients, micro_batch=micro_batch, last=last).items():
+            self._answer_gradient(device, Frame(Phase.BACKWARD, step, micro_batch, gradient))
+        self._step_at_once(step, last)
 
-    def _answer_gradient(
-        self, device: str, phase: stage_pb2.Phase, step: int, gradient: Tensor, values: dict[str, float]
-    ) -> None:
-        values = {**values, "norm_squared": self.trainer.norm_squared}
-        tensor = gradient.float() if self._adapter_values else None  # nobody to use it where a device trains nothing
-        self._members[device].answer(Frame(phase, step, tensor=tensor, values=values))
+    def _is_last(self, micro_batch: int, frames: Mapping[str, Frame]) -> bool:
+        return micro_batch + 1 == self._members[next(iter(frames))].plan.micro_batches
+
+    def _answer_gradient(self, device: str, frame: Frame) -> None:
+        tensor = tensor_of(frame).float() if self._adapter_values else None  # of use where a device trains something
+        values = {**frame.values, "norm_squared": self.trainer.norm_squared}
+        self._answer(device, replace(frame, tensor=tensor, values=values))
+
+    def _answer(self, device: str, frame: Frame) -> None:
+        self._look_at(frame, upward=False)
+        self._members[device].answer(frame)
+
+    def _look_at(self, frame: Frame, *, upward: bool) -> None:
+        """Shows the planner a tensor of the last step before it is asked."""
+        due = self.config.aggregates_after(frame.step + 1) and self._plan_due
+        if due and self._planner.automatic and frame.micro_batch == 0 and frame.tensor is not None:
+            self._planner.look_at(stream_of(frame.phase, upward, self.config.labels), frame.tensor)
+
+    @property
+    def _plan_due(self) -> bool:
+        """After the aggregation that comes next."""
+        return self._aggregations < _PLAN_FIRST or (self._aggregations + 1) % _PLAN_EVERY == 0
+
+    def _step_at_once(self, step: int, last: bool) -> None:
+        """With overlap stale: this side's step, before the devices' norms are known: clipped by their last ones."""
+        if self.config.stale and last:
+            self.trainer.step(step, self._norms)
 
     def _apply(self, step: int, frames: Mapping[str, Frame]) -> None:
         norms = {name: (frame.values["norm_squared"], int(frame.values["tokens"])) for name, frame in frames.items()}
-        self.trainer.step(step, norms)
+        if not self.config.stale:
+            self.trainer.step(step, norms)
+        self._norms = norms
         self.step = step + 1
+        self._steps_timed += 1
         tokens = sum(tokens for _, tokens in norms.values())
         loss = sum(frame.values["nll"] for frame in frames.values()) / max(tokens, 1)
         self._losses.append(loss)
@@ -285,15 +355,20 @@ class StageHost:
     def _aggregate(self, step: int, frames: Mapping[str, Frame]) -> None:
         """The devices' adapters, averaged by their numbers of training sequences, on disk before anyone has it."""
         total = sum(self._members[device].samples for device in frames)
-        average = torch.zeros(self._adapter_values)
-        for device, frame in frames.items():
-            average += tensor_of(frame) * (self._members[device].samples / total)
+        shares = [(tensor_of(frame), self._members[device].samples / total) for device, frame in frames.items()]
+        average, encoded = self._averager.average(shares, self._point.device_adapter)
         self._point = self._snapshot(average)
         if self.config.checkpoints_after(self.step) and self._checkpoints:
             self._checkpoints.save(self._point)
             self.tell("checkpoint", "", {"step": self.step})
+        plans: dict[str, Plan] = {}
+        for device, frame in frames.items():
+            self._members[device].measured = frame.measured or self._members[device].measured
+        if self._plan_due:
+            plans = self._plan({device: self._members[device] for device in frames})
+        self._aggregations += 1
         for device in frames:
-            self._members[device].answer(Frame(Phase.AGGREGATE, step, tensor=average))
+            self._members[device].answer(Frame(Phase.AGGREGATE, step, encoded=encoded, plan=plans.get(device)))
         self._admit()
 
     def _snapshot(self, average: Tensor | None) -> Checkpoint:
@@ -342,6 +417,7 @@ class StageHost:
             return
         del self._members[device]
         self.tell("left", device, {"step": self.step, "done": closed})
+        self._norms.pop(device, None)
         for group in self._groups.values():
             group.pop(device, None)
         if self._participants:

@@ -8,7 +8,7 @@ is measured where the machine has a meter and otherwise estimated and labelled s
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -34,22 +34,28 @@ class Prices:
     currency: str = "USD"
 
 
+_Key = tuple[str, str, str]  # direction (sent, received), kind of message, codec of its tensor (empty: it has none)
+
+
 @dataclass
 class Traffic:
-    """Bytes and messages by direction (sent, received) and kind of message; tensor values and the rest apart.
+    """Bytes and messages by direction, kind of message and codec; tensor values and the rest of a message apart.
 
-    Bytes are those of the messages as serialised: the framing of HTTP/2, TLS and TCP below them is not in it.
+    These are bytes of the messages as serialised. What HTTP/2, TLS, TCP and IP add below them is in `on_the_wire`,
+    bytes by direction as the kernel counted them (split/tcp.py): of whole connections, so of a stream's messages too.
     """
 
-    payload_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    overhead_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    messages: Counter[tuple[str, str]] = field(default_factory=Counter)
+    payload_bytes: Counter[_Key] = field(default_factory=Counter)
+    overhead_bytes: Counter[_Key] = field(default_factory=Counter)
+    messages: Counter[_Key] = field(default_factory=Counter)
+    on_the_wire: Counter[str] = field(default_factory=Counter)
 
-    def crossed(self, direction: str, kind: str, payload: int, total: int) -> None:
-        """A message of `total` bytes, `payload` of them tensor values, went over the wire."""
-        self.payload_bytes[direction, kind] += payload
-        self.overhead_bytes[direction, kind] += total - payload
-        self.messages[direction, kind] += 1
+    def crossed(self, direction: str, kind: str, codec: str, payload: int, total: int) -> None:
+        """A message of `total` bytes, `payload` of them an encoded tensor, went over the wire."""
+        key = (direction, kind, codec)
+        self.payload_bytes[key] += payload
+        self.overhead_bytes[key] += total - payload
+        self.messages[key] += 1
 
     def add(self, other: Traffic) -> None:
         for mine, theirs in (
@@ -58,23 +64,52 @@ class Traffic:
             (self.messages, other.messages),
         ):
             mine.update(theirs)
+        self.on_the_wire.update(other.on_the_wire)
 
     def total_bytes(self, direction: str) -> int:
+        """Of messages, without what the protocols below them add."""
         counters = (self.payload_bytes, self.overhead_bytes)
-        return sum(size for counter in counters for (way, _), size in counter.items() if way == direction)
+        return sum(size for counter in counters for key, size in counter.items() if key[0] == direction)
+
+    def received(self, kind: str) -> int:
+        """Messages of a kind that have come."""
+        return sum(count for (way, which, _), count in self.messages.items() if (way, which) == ("received", kind))
 
     def rows(self) -> list[dict[str, str | int]]:
-        """JSON-ready, a row for each direction and kind."""
-        return [
+        """JSON-ready: a row for each direction, kind and codec, and what the protocols below took, if known."""
+        rows: list[dict[str, str | int]] = [
             {
-                "direction": direction,
-                "kind": kind,
-                "messages": self.messages[direction, kind],
-                "payload_bytes": self.payload_bytes[direction, kind],
-                "overhead_bytes": self.overhead_bytes[direction, kind],
+                "direction": key[0],
+                "kind": key[1],
+                "codec": key[2],
+                "messages": self.messages[key],
+                "payload_bytes": self.payload_bytes[key],
+                "overhead_bytes": self.overhead_bytes[key],
             }
-            for direction, kind in sorted(self.messages)
+            for key in sorted(self.messages)
         ]
+        for direction, size in sorted(self.on_the_wire.items()):
+            rows.append(
+                {
+                    "direction": direction,
+                    "kind": "protocols",
+                    "codec": "",
+                    "messages": 0,
+                    "payload_bytes": 0,
+                    "overhead_bytes": max(0, size - self.total_bytes(direction)),
+                }
+            )
+        return rows
+
+
+@dataclass
+class Coding:
+    """What a codec has done on this side."""
+
+    encode_values: int = 0
+    encode_seconds: float = 0.0
+    decode_values: int = 0
+    decode_seconds: float = 0.0
 
 
 @dataclass
@@ -85,6 +120,10 @@ class Ledger:
     flops: float = 0.0
     compute_seconds: float = 0.0
     wait_seconds: float = 0.0
+    link_seconds: float = 0.0
+    coding: dict[str, Coding] = field(default_factory=dict)
+    codec_memory_bytes: int = 0
+    compute_by_work: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     traffic: Traffic = field(default_factory=lambda: Traffic())
     _flops_of: dict[Hashable, float] = field(default_factory=dict)
     _started: float = field(default_factory=time.monotonic)
@@ -101,19 +140,28 @@ class Ledger:
             with counter or nullcontext():
                 yield
         finally:
-            self.compute_seconds += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.compute_seconds += seconds
+            self.compute_by_work[str(work[0] if isinstance(work, tuple) else work)] += seconds
         if counter is not None:
             self._flops_of[work] = known = counter.total
         self.flops += known or 0.0
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Times waiting for the other side: its computing and the link."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.wait_seconds += time.perf_counter() - start
+    def waited(self, seconds: float, link_seconds: float) -> None:
+        """This side had nothing to do for `seconds`, `link_seconds` of them because of the link."""
+        self.wait_seconds += seconds
+        self.link_seconds += min(seconds, max(0.0, link_seconds))
+
+    def coded(self, codec: str, what: str, values: int, seconds: float, memory_bytes: int) -> None:
+        """A codec has encoded or decoded (`what`) a tensor; memory_bytes: what the session's codecs remember now."""
+        mine = self.coding.setdefault(codec, Coding())
+        if what == "encode":
+            mine.encode_values += values
+            mine.encode_seconds += seconds
+        else:
+            mine.decode_values += values
+            mine.decode_seconds += seconds
+        self.codec_memory_bytes = max(self.codec_memory_bytes, memory_bytes)
 
     def summary(self) -> dict[str, object]:
         """JSON-ready. Energy is that of this process's processor time (estimate) or of the whole package (RAPL)."""
@@ -128,6 +176,10 @@ class Ledger:
             "flops": self.flops,
             "compute_seconds": self.compute_seconds,
             "wait_seconds": self.wait_seconds,
+            "link_seconds": self.link_seconds,
+            "encode_seconds": sum(coding.encode_seconds for coding in self.coding.values()),
+            "decode_seconds": sum(coding.decode_seconds for coding in self.coding.values()),
+            "codec_memory_bytes": self.codec_memory_bytes,
             "peak_bytes": peak_bytes(),
             "accelerator_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
             "energy_joules": joules,
@@ -136,6 +188,8 @@ class Ledger:
             "currency": self.prices.currency,
             "bytes_sent": self.traffic.total_bytes("sent"),
             "bytes_received": self.traffic.total_bytes("received"),
+            "wire_bytes_sent": self.traffic.on_the_wire["sent"],
+            "wire_bytes_received": self.traffic.on_the_wire["received"],
             "traffic": self.traffic.rows(),
         }
 

@@ -2,57 +2,94 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import grpc
+import torch
 from torch import Tensor
 
 from protos.v1 import stage_pb2, stage_pb2_grpc
+from split.coding import Coder, Plan
+from split.config import TrainingConfig
 from split.errors import BadFrame, IsthmusError, LinkLost
 from split.ledger import Ledger
+from split.plan.profile import LinkProfile, probe
+from split.streams import stream_of
+from split.tcp import Counted, counted
 from split.tls import MAX_MESSAGE_BYTES, error_of
-from split.wire import DTYPES, Expected, decode_tensor, encode_tensor
+from split.wire import encode_tensor
 
 if TYPE_CHECKING:
     from split.host import StageHost
 
 Phase = stage_pb2.Phase
+HELD = "held_seconds"  # in an answer: how long the stage had the question
+_QUEUED = 4  # frames that wait to be sent
+_COUNT_EVERY = 1.0  # seconds between looks at the kernel's counters
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A stage_pb2.Frame with its tensors decoded: what both sides compute with. On the wire it is a message."""
+    """A stage_pb2.Frame with its tensors decoded: what both sides compute with. On the wire it is a message.
+
+    encoded: in the place of `tensor` where the stage sends all devices the same bytes.
+    """
 
     phase: stage_pb2.Phase
     step: int = 0
     micro_batch: int = 0
     tensor: Tensor | None = None
+    encoded: stage_pb2.Tensor | None = None
     labels: Tensor | None = None
     values: dict[str, float] = field(default_factory=dict)
     open: stage_pb2.Open | None = None
     agreement: stage_pb2.Agreement | None = None
+    plan: Plan | None = None
+    measured: stage_pb2.Measured | None = None
+    probe: stage_pb2.Probe | None = None
 
 
 class Link(Protocol):
-    """Frames out and frames in, in order. Errors of the other side are raised by `receive`."""
+    """Frames out and frames in, in order. Errors of the other side are raised by `receive`; `send` may wait."""
+
+    coder: Coder
 
     def send(self, frame: Frame) -> None: ...
     def receive(self) -> Frame: ...
     def close(self) -> None: ...
 
+    def measure(self) -> LinkProfile:
+        """What the link can do now. Only when nothing is under way."""
+
 
 class LocalLink:
-    """A link to a stage in this process."""
+    """A link to a stage in this process. Tensors pass through the codecs of both ends, as they do on a network."""
 
-    def __init__(self, host: StageHost, device: str, *, timeout: float = 600.0) -> None:
-        self._host, self._device, self._timeout = host, device, timeout
+    def __init__(
+        self,
+        host: StageHost,
+        device: str,
+        config: TrainingConfig,
+        samples: int,
+        ledger: Ledger,
+        *,
+        timeout: float = 600.0,
+    ) -> None:
+        self.coder, self._far = Coder(config, samples, ledger), Coder(config, samples, Ledger())
+        self._host, self._device, self._labels, self._ledger = host, device, config.labels, ledger
+        self._timeout = timeout
         self._inbox: queue.SimpleQueue[Frame | IsthmusError] = queue.SimpleQueue()
         self._deliver = self._inbox.put  # one object: it names this link to the host
 
     def send(self, frame: Frame) -> None:
+        frame = self._crossed(frame, upward=True)
         if frame.phase == Phase.OPEN:
             self._host.join(self._device, frame, self._deliver)
         else:
@@ -65,43 +102,173 @@ class LocalLink:
             raise LinkLost(f"the stage has not answered for {self._timeout:.0f} s") from None
         if isinstance(answer, IsthmusError):
             raise answer
+        answer = self._crossed(answer, upward=False)
+        if answer.plan is not None:
+            self.coder.use(answer.plan)
+            self._far.use(answer.plan)
         return answer
 
     def close(self) -> None:
         self._host.leave(self._device, self._deliver)
 
+    def measure(self) -> LinkProfile:
+        return LinkProfile()
+
+    def _crossed(self, frame: Frame, *, upward: bool) -> Frame:
+        """The frame as the other side gets it."""
+        stream = stream_of(frame.phase, upward, self._labels)
+        message = frame.encoded
+        if message is None and frame.tensor is not None:
+            if not stream or self.coder.plan.codec_of(stream) == "none":
+                return frame
+            encoder = self.coder if upward else self._far
+            message = encoder.encode(stream, frame.tensor, frame.step, frame.micro_batch)
+        if message is None:
+            return frame
+        way, size = "sent" if upward else "received", len(message.payload)
+        self._ledger.traffic.crossed(way, Phase.Name(frame.phase).lower(), message.codec, size, message.ByteSize())
+        decoder = self._far if upward else self.coder
+        expected = decoder.expected(stream, tuple(message.shape), 2**62)
+        tensor = decoder.decode(stream, message, expected, frame.step, frame.micro_batch)
+        return replace(frame, tensor=tensor, encoded=None)
+
 
 class GrpcLink:
-    """A link over one stream of Stage.Exchange. `channel` has the credentials; `session` names this run."""
+    """A link over one stream of Stage.Exchange. `channel` has the credentials; `session` names this run.
 
-    def __init__(self, channel: grpc.Channel, job: str, session: str, ledger: Ledger) -> None:
-        self._job, self._session, self._ledger = job, session, ledger
-        self._outbox: queue.SimpleQueue[stage_pb2.Frame | None] = queue.SimpleQueue()
-        self._call = stage_pb2_grpc.StageStub(channel).Exchange(iter(self._outbox.get, None))
-        self._answers: Iterator[stage_pb2.Frame] = iter(self._call)
+    Frames are encoded as gRPC takes them, in its thread, and decoded as they come, in another, so that both go on while
+    the trainer computes. No more than _QUEUED wait to be sent: then a slow link stops the trainer. What has come and
+    was not taken yet is bounded by what the trainer has asked for, the plan's depth.
+    """
+
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        job: str,
+        session: str,
+        config: TrainingConfig,
+        samples: int,
+        ledger: Ledger,
+        *,
+        port: int = 0,
+    ) -> None:
+        """port: of the stage, for the kernel's count of bytes; 0: they are not counted."""
+        self.coder = Coder(config, samples, ledger)
+        self._job, self._session, self._labels, self._ledger = job, session, config.labels, ledger
+        self._port, self._counted_at = port, 0.0
+        self._wire: dict[int, Counted] = {}
+        self._wire_before = Counter(ledger.traffic.on_the_wire)
+        self._closed = threading.Event()
+        self._sent_at: dict[tuple[int, int, int], float] = {}
+        self._outbox: queue.Queue[Frame | None] = queue.Queue(_QUEUED)
+        self._inbox: queue.SimpleQueue[Frame | IsthmusError] = queue.SimpleQueue()
+        self._call = stage_pb2_grpc.StageStub(channel).Exchange(self._messages())
+        threading.Thread(target=self._read, name=f"link-{job}", daemon=True).start()
 
     def send(self, frame: Frame) -> None:
-        message = frame_to_proto(frame, self._job, self._session)
-        self._ledger.traffic.crossed("sent", kind_of(message), payload_size(message), message.ByteSize())
-        self._outbox.put(message)
+        if frame.phase == Phase.REPORT:
+            self._count_wire(now=True)
+        while not self._closed.is_set():
+            try:
+                self._outbox.put(frame, timeout=0.2)
+                return
+            except queue.Full:
+                continue
 
     def receive(self) -> Frame:
-        with self._ledger.waiting():
-            try:
-                message = next(self._answers)
-            except StopIteration:
-                raise LinkLost("the coordinator closed the stream of this job") from None
-            except grpc.RpcError as error:
-                raise error_of(error, "this job's stage") from None
-        self._ledger.traffic.crossed("received", kind_of(message), payload_size(message), message.ByteSize())
-        return answer_from_proto(message)
+        start = time.perf_counter()
+        answer = self._inbox.get()
+        waited = time.perf_counter() - start
+        self._count_wire()
+        if isinstance(answer, IsthmusError):
+            self._ledger.waited(waited, waited)
+            raise answer
+        sent = self._sent_at.pop((answer.phase, answer.step, answer.micro_batch), start)
+        held = answer.values.get(HELD, 0.0)
+        self._ledger.waited(waited, time.perf_counter() - sent - held)
+        return answer
 
     def close(self) -> None:
-        self._outbox.put(None)
+        self._closed.set()
         self._call.cancel()
+        with contextlib.suppress(queue.Empty):  # what waits is not sent any more
+            while True:
+                self._outbox.get_nowait()
+        with contextlib.suppress(queue.Full):  # a frame that came meanwhile ends gRPC's thread as well
+            self._outbox.put_nowait(None)
+
+    def measure(self) -> LinkProfile:
+        return probe(self._exchange_probe)
+
+    def _exchange_probe(self, up: int, down: int) -> float:
+        """Seconds until `down` bytes have come for `up` bytes."""
+        filling = torch.randint(0, 256, (up,), dtype=torch.uint8).numpy().tobytes()  # nobody on the way can shrink it
+        start = time.perf_counter()
+        self.send(Frame(Phase.PROBE, probe=stage_pb2.Probe(filling=filling, answer_bytes=down)))
+        answer = self.receive()
+        if answer.phase != Phase.PROBE or answer.probe is None or len(answer.probe.filling) != down:
+            raise BadFrame("the coordinator did not answer a PROBE with what was asked for")
+        return time.perf_counter() - start
+
+    def _messages(self) -> Iterator[stage_pb2.Frame]:
+        """What gRPC sends; it asks for the next one when the last is on its way."""
+        while (frame := self._outbox.get()) is not None and not self._closed.is_set():
+            try:
+                message = frame_to_proto(frame, self._job, self._session, self.coder, self._labels, upward=True)
+            except IsthmusError as error:
+                self._inbox.put(error)
+                return
+            self._ledger.traffic.crossed("sent", *kind_and_sizes(message))
+            self._sent_at[frame.phase, frame.step, frame.micro_batch] = time.perf_counter()
+            yield message
+
+    def _read(self) -> None:
+        try:
+            for message in self._call:
+                self._ledger.traffic.crossed("received", *kind_and_sizes(message))
+                self._inbox.put(self._answer(message))
+            ended: IsthmusError = LinkLost("the coordinator closed the stream of this job")
+        except grpc.RpcError as error:
+            ended = error_of(error, "this job's stage")
+        except IsthmusError as error:
+            ended = error
+            self._call.cancel()
+        self._inbox.put(ended)
+
+    def _answer(self, message: stage_pb2.Frame) -> Frame:
+        """A frame from the coordinator, whose size gRPC has bounded. What it has to be is checked by who asked."""
+        tensor = None
+        if message.HasField("tensor"):
+            stream = stream_of(message.phase, upward=False, labels=self._labels)
+            expected = self.coder.expected(stream, tuple(message.tensor.shape), MAX_MESSAGE_BYTES)
+            tensor = self.coder.decode(stream, message.tensor, expected, message.step, message.micro_batch)
+        plan = None
+        if message.HasField("plan"):
+            plan = Plan.from_proto(message.plan, self.coder.batch_size)
+            self.coder.use(plan)
+        return Frame(
+            phase=message.phase,
+            step=message.step,
+            micro_batch=message.micro_batch,
+            tensor=tensor,
+            values=dict(message.values),
+            agreement=message.agreement if message.HasField("agreement") else None,
+            plan=plan,
+            probe=message.probe if message.HasField("probe") else None,
+        )
+
+    def _count_wire(self, *, now: bool = False) -> None:
+        if not self._port or (not now and time.monotonic() - self._counted_at < _COUNT_EVERY):
+            return
+        self._counted_at = time.monotonic()
+        self._wire |= counted(self._port)
+        wire = self._ledger.traffic.on_the_wire
+        wire["sent"] = self._wire_before["sent"] + sum(one.sent for one in self._wire.values())
+        wire["received"] = self._wire_before["received"] + sum(one.received for one in self._wire.values())
 
 
-def frame_to_proto(frame: Frame, job: str, session: str) -> stage_pb2.Frame:
+def frame_to_proto(frame: Frame, job: str, session: str, coder: Coder, labels: str, *, upward: bool) -> stage_pb2.Frame:
+    """labels: where they are in this job. Raises CodecError for a tensor that its codec cannot take."""
     message = stage_pb2.Frame(
         job=job,
         session=session,
@@ -111,40 +278,23 @@ def frame_to_proto(frame: Frame, job: str, session: str) -> stage_pb2.Frame:
         values=frame.values,
         open=frame.open,
         agreement=frame.agreement,
+        plan=None if frame.plan is None else frame.plan.to_proto(),
+        measured=frame.measured,
+        probe=frame.probe,
     )
-    if frame.tensor is not None:
-        message.tensor.CopyFrom(encode_tensor(frame.tensor))
+    if frame.encoded is not None:
+        message.tensor.CopyFrom(frame.encoded)
+    elif frame.tensor is not None:
+        stream = stream_of(frame.phase, upward, labels)
+        encoded = coder.encode(stream, frame.tensor, frame.step, frame.micro_batch)
+        message.tensor.CopyFrom(encoded)
     if frame.labels is not None:
-        message.labels.CopyFrom(encode_tensor(frame.labels))
+        message.labels.CopyFrom(encode_tensor(frame.labels.to(torch.int32)))
     return message
 
 
-def answer_from_proto(message: stage_pb2.Frame) -> Frame:
-    """A frame from the coordinator, whose size gRPC has bounded. What it has to be is checked by who asked."""
-    tensor = None
-    if message.HasField("tensor"):
-        shape = tuple(message.tensor.shape)
-        tensor = decode_tensor(message.tensor, Expected(_known(message.tensor.dtype), shape, MAX_MESSAGE_BYTES))
-    return Frame(
-        phase=message.phase,
-        step=message.step,
-        micro_batch=message.micro_batch,
-        tensor=tensor,
-        values=dict(message.values),
-        agreement=message.agreement if message.HasField("agreement") else None,
-    )
-
-
-def payload_size(message: stage_pb2.Frame) -> int:
-    """Bytes of tensor values in a frame; the rest of it is overhead."""
-    return len(message.tensor.payload) + len(message.labels.payload)
-
-
-def kind_of(message: stage_pb2.Frame) -> str:
-    return Phase.Name(message.phase).lower()
-
-
-def _known(dtype: str) -> str:
-    if dtype not in DTYPES:
-        raise BadFrame(f"a tensor of unknown dtype {dtype[:32]!r}")
-    return dtype
+def kind_and_sizes(message: stage_pb2.Frame) -> tuple[str, str, int, int]:
+    """Of a message: its kind, the codec of its tensor, the bytes of its tensors' payloads and of all of it."""
+    payload = len(message.tensor.payload) + len(message.labels.payload) + len(message.probe.filling)
+    codec = message.tensor.codec if message.HasField("tensor") else ""
+    return Phase.Name(message.phase).lower(), codec, payload, message.ByteSize()

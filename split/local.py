@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from split.adapters.lora import add_lora, lora_config, unflatten
+from split.adapters.lora import add_lora, flatten, initial_adapter, lora_config, unflatten
 from split.checkpoint import CheckpointFolder, OptimizerRecord
 from split.config import TrainingConfig
 from split.data import Sequences
@@ -36,6 +36,7 @@ class LocalRun:
 
     outcome: Outcome
     adapter: dict[str, Tensor]
+    ledgers: dict[str, Ledger]  # of the devices
 
 
 def train_split_locally(
@@ -82,14 +83,14 @@ def train_split_locally(
         ServerTrainer(stage, config, Ledger(), dtype=dtype),
         config,
         set(devices),
-        adapter_values=sum(value.numel() for value in parts.adapter.values()),
+        initial_adapter=flatten(initial_adapter(parts.adapter, config.seed)),
         checkpoints=kept,
         resume=kept.last() if kept and resume else None,
         tell=told,
     )
 
     def work(name: str, trainer: DeviceTrainer) -> None:
-        link = LocalLink(host, name)
+        link = LocalLink(host, name, config, len(trainer.train), trainer.ledger)
         try:
             trainer.run(link, cancelled=threading.Event())
         except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
@@ -108,4 +109,4 @@ def train_split_locally(
         raise errors[0]
     outcome = host.outcome()
     adapter = {**unflatten(parts.adapter, outcome.device_adapter), **outcome.server}
-    return LocalRun(outcome, dict(sorted(adapter.items())))
+    return LocalRun(outcome, dict(sorted(adapter.items())), {name: one.ledger for name, one in devices.items()})

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from protos.v1 import stage_pb2
+from split.coding import Plan
 from split.config import TrainingConfig
 from split.errors import BadFrame, IsthmusError
 from split.link import Frame, Phase
@@ -16,42 +17,87 @@ Deliver = Callable[[Frame | IsthmusError], None]  # also names the stream: a dev
 
 @dataclass
 class Member:
-    """A device that has joined. `step` and `due` say what its next training frame has to be."""
+    """A device that has joined, and what its next training frames have to be.
+
+    Every part of a step comes once and in order: its micro-batches forward, backward (with labels on the device), STEP,
+    and AGGREGATE where one is due. `forward` and `backward` are (step, micro-batch) of the next ones.
+    """
 
     deliver: Deliver
     samples: int  # training sequences that it has
-    step: int = 0
-    due: stage_pb2.Phase = Phase.FORWARD
+    families: frozenset[str] = frozenset()  # of codecs
+    measured: stage_pb2.Measured = field(default_factory=stage_pb2.Measured)
+    plan: Plan = field(default_factory=Plan)
+    step: int = 0  # that STEP has not come for
+    forward: tuple[int, int] = (0, 0)
+    backward: tuple[int, int] = (0, 0)
+    aggregates: bool = False  # AGGREGATE of the step before `step` is due
     admitted: bool = False
     answered: float = field(default_factory=time.monotonic)  # when it last got an answer, so that it is its turn
 
     def answer(self, frame: Frame) -> None:
         self.answered = time.monotonic()
+        if frame.plan is not None:
+            self.plan = frame.plan
         self.deliver(frame)
 
     def admit(self, step: int) -> None:
-        self.admitted, self.step, self.due = True, step, Phase.FORWARD
+        self.admitted, self.step, self.forward, self.backward, self.aggregates = True, step, (step, 0), (step, 0), False
 
     def take(self, device: str, frame: Frame, config: TrainingConfig) -> None:
-        """Checks that a training frame is the one that is due, and moves on to the next. Raises BadFrame."""
-        if (frame.step, frame.phase) != (self.step, self.due) or frame.step >= config.steps:
-            raise BadFrame(
-                f"{Phase.Name(frame.phase)} of step {frame.step}; due from {device} is "
-                f"{Phase.Name(self.due)} of step {self.step}"
-            )
+        """Checks that a training frame is one that is due, and moves on. Raises BadFrame."""
+        at = (frame.step, frame.micro_batch)
+        if frame.phase == Phase.AGGREGATE and self.aggregates and at == (self.step - 1, 0):
+            self.aggregates = False
+        elif self.aggregates or frame.step >= config.steps:
+            raise self._not_due(device, frame)
+        elif frame.phase == Phase.FORWARD and at == self.forward and self._may_go_ahead(config):
+            self.forward = self._next(self.forward)
+            if config.labels == "server":  # FORWARD brings the gradient, there is no BACKWARD
+                self.backward = self.forward
+        elif frame.phase == Phase.BACKWARD and at == self.backward and at < self.forward and config.labels == "device":
+            self.backward = self._next(self.backward)
+        elif frame.phase == Phase.STEP and at == (self.step, 0) and self.backward >= (self.step + 1, 0):
+            self.step += 1
+            self.aggregates = config.aggregates_after(self.step)
+        else:
+            raise self._not_due(device, frame)
         if frame.phase != Phase.STEP and frame.tensor is None:
             raise BadFrame(f"{Phase.Name(frame.phase)} without its tensor")
-        if self.due == Phase.FORWARD:  # labels at the server: FORWARD brings the gradient, there is no BACKWARD
-            self.due = Phase.BACKWARD if config.labels == "device" else Phase.STEP
-        elif self.due == Phase.BACKWARD:
-            self.due = Phase.STEP
-        elif self.due == Phase.STEP and config.aggregates_after(self.step + 1):
-            self.due = Phase.AGGREGATE
-        else:
-            self.step, self.due = self.step + 1, Phase.FORWARD
 
     def check_evaluates(self, frame: Frame, config: TrainingConfig) -> None:
         """An evaluation is of the model after `step` steps, before the next one. Raises BadFrame elsewhere."""
-        between = self.due == Phase.FORWARD and frame.step == self.step
+        between = self.forward == (self.step, 0) and not self.aggregates and frame.step == self.step
         if not between or not config.evaluates_after(frame.step):
             raise BadFrame(f"{Phase.Name(frame.phase)} after step {frame.step}, where no evaluation is due")
+
+    def _may_go_ahead(self, config: TrainingConfig) -> bool:
+        """Whether the next forward may come: not deeper than planned, and not before a step that it has to wait for."""
+        step, number = self.forward
+        if step == self.step:
+            return config.labels == "server" or number - self._backward_in(step) < self.plan.depth
+        ahead = config.stale and step == self.step + 1 and not config.aggregates_after(step)
+        return ahead and self.backward >= (step, 0) and number - self._backward_in(step) < self.plan.depth
+
+    def _backward_in(self, step: int) -> int:
+        return self.backward[1] if self.backward[0] == step else 0
+
+    def _next(self, place: tuple[int, int]) -> tuple[int, int]:
+        step, number = place
+        return (step, number + 1) if number + 1 < self.plan.micro_batches else (step + 1, 0)
+
+    def _not_due(self, device: str, frame: Frame) -> BadFrame:
+        if self.aggregates:
+            due = self._named(Phase.AGGREGATE, self.step - 1, 0)
+        elif self.backward < self.forward:
+            due = self._named(Phase.BACKWARD, *self.backward)
+        elif self.forward > (self.step, 0) and self.forward[1] == 0:
+            due = self._named(Phase.STEP, self.step, 0)
+        else:
+            due = self._named(Phase.FORWARD, *self.forward)
+        given = self._named(frame.phase, frame.step, frame.micro_batch)
+        return BadFrame(f"{given}; due from {device} is {due}")
+
+    def _named(self, phase: stage_pb2.Phase, step: int, micro_batch: int) -> str:
+        part = f", micro-batch {micro_batch}" if micro_batch or self.plan.micro_batches > 1 else ""
+        return f"{Phase.Name(phase)} of step {step}{part}"

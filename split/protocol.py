@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from protos.v1 import stage_pb2
+from split.coding import Coder, Plan
 from split.config import TrainingConfig
 from split.errors import BadFrame, BadTensor
 from split.link import Frame, Phase
+from split.plan.profile import MAX_PROBE_BYTES
+from split.streams import stream_of
 from split.wire import Expected, check_tensor, decode_tensor
 
 _MAX_SESSION = 64  # characters
 _MAX_VALUES = 64  # scalars in a frame
 _MAX_NAME = 64  # characters of a scalar's name
 _DIVERGED = "if training has diverged, lower learning_rate or set max_gradient_norm"
+_MAX_CODECS = 64  # in a Measured, and families in an Open
 _REQUIRED_VALUES = {
     Phase.BACKWARD: ("tokens",),
     Phase.STEP: ("tokens", "nll", "norm_squared"),
@@ -31,6 +35,7 @@ _FROM_DEVICES = (
     Phase.EVALUATE,
     Phase.REPORT,
     Phase.CLOSE,
+    Phase.PROBE,
 )
 
 
@@ -44,11 +49,14 @@ class Rules:
     vocabulary_size: int
     adapter_values: int
 
-    def decode(self, message: stage_pb2.Frame, session: str | None) -> Frame:
-        """The frame of a message in `session` (None: the first, which must be OPEN). Raises BadFrame or BadTensor."""
-        self._check_envelope(message, session)
+    def decode(self, message: stage_pb2.Frame, session: str | None, coder: Coder) -> Frame:
+        """The frame of a message in `session` (None: the first, which must be OPEN or PROBE). `coder`: of the session.
+
+        Raises BadFrame or BadTensor.
+        """
+        self._check_envelope(message, session, coder.plan)
         tensor = labels = None
-        expected = self._tensor_of(message.phase)
+        expected = self._tensor_of(message, coder)
         if (expected is not None) != message.HasField("tensor"):
             raise BadFrame(f"{Phase.Name(message.phase)} {'without its' if expected else 'with a'} tensor")
         with_labels = self.config.labels == "server" and message.phase in (Phase.FORWARD, Phase.EVALUATE)
@@ -57,13 +65,14 @@ class Rules:
         if with_labels:
             check_tensor(message.labels, self._labels_of(message))
         if expected is not None:
-            tensor = decode_tensor(message.tensor, expected)
+            stream = stream_of(message.phase, upward=True, labels=self.config.labels)
+            tensor = coder.decode(stream, message.tensor, expected, message.step, message.micro_batch)
             if not _finite(tensor):
                 raise BadTensor(
                     f"{Phase.Name(message.phase)} of step {message.step} holds NaN or infinity: {_DIVERGED}"
                 )
         if with_labels:
-            labels = decode_tensor(message.labels, self._labels_of(message))
+            labels = decode_tensor(message.labels, self._labels_of(message)).long()
             if bool(((labels != -100) & ((labels < 0) | (labels >= self.vocabulary_size))).any()):
                 raise BadTensor(f"labels outside the vocabulary of {self.vocabulary_size}")
         return Frame(
@@ -74,27 +83,41 @@ class Rules:
             labels=labels,
             values=dict(message.values),
             open=message.open if message.HasField("open") else None,
+            measured=message.measured if message.HasField("measured") else None,
+            probe=message.probe if message.HasField("probe") else None,
         )
 
-    def _check_envelope(self, message: stage_pb2.Frame, session: str | None) -> None:
+    def _check_envelope(self, message: stage_pb2.Frame, session: str | None, plan: Plan) -> None:
         if message.phase not in _FROM_DEVICES:
             raise BadFrame(f"phase {message.phase} is not one that a device sends")
         if message.job != self.job:
             raise BadFrame(f"a frame for job {message.job[:32]!r}; this stage serves {self.job}")
         if session is None:
-            if message.phase != Phase.OPEN or not 0 < len(message.session) <= _MAX_SESSION:
+            if message.phase not in (Phase.OPEN, Phase.PROBE) or not 0 < len(message.session) <= _MAX_SESSION:
                 raise BadFrame("the first frame has to be OPEN, with a session of 1 to 64 characters")
         elif message.session != session or message.phase == Phase.OPEN:
             raise BadFrame("a frame of another session")
         if message.step > self.config.steps:
             raise BadFrame(f"step {message.step} of a job of {self.config.steps}")
-        if message.micro_batch != 0:
-            raise BadFrame(f"micro_batch {message.micro_batch}; this job's steps have one")
+        cut = message.phase in (Phase.FORWARD, Phase.BACKWARD)
+        if message.micro_batch >= (plan.micro_batches if cut else 1):
+            steps_have = "one" if plan.micro_batches == 1 else str(plan.micro_batches)
+            raise BadFrame(f"micro_batch {message.micro_batch}; this job's steps have {steps_have}")
+        if (message.phase == Phase.PROBE) != message.HasField("probe"):
+            raise BadFrame("PROBE without its contents, or another frame with them")
+        if max(len(message.probe.filling), message.probe.answer_bytes) > MAX_PROBE_BYTES:
+            raise BadFrame(f"a PROBE of more than {MAX_PROBE_BYTES} bytes")
+        measured = message.measured
+        if max(len(measured.codec_seconds), len(measured.compute_seconds), len(message.open.codecs)) > _MAX_CODECS:
+            raise BadFrame(f"more than {_MAX_CODECS} codecs or times")
         if len(message.values) > _MAX_VALUES or any(len(name) > _MAX_NAME for name in message.values):
             raise BadFrame(f"more than {_MAX_VALUES} values, or one with a name of over {_MAX_NAME} characters")
         if not all(math.isfinite(value) for value in message.values.values()):
             raise BadFrame(f"{Phase.Name(message.phase)} with a value that is not finite: {_DIVERGED}")
-        for name in _REQUIRED_VALUES.get(message.phase, ()):
+        required = _REQUIRED_VALUES.get(message.phase, ())
+        if message.phase == Phase.FORWARD and self.config.labels == "server":
+            required = ("tokens",)
+        for name in required:
             if name not in message.values or message.values[name] < 0:
                 raise BadFrame(f"{Phase.Name(message.phase)} without its value {name}")
         evaluation = [message.values[name] for name in _EVALUATION if name in message.values]
@@ -103,20 +126,22 @@ class Rules:
         if message.values.get("tokens", 0) > self.config.batch_size * self.config.sequence_length:
             raise BadFrame("more predicted tokens than the batch has")
 
-    def _tensor_of(self, phase: stage_pb2.Phase) -> Expected | None:
-        rows, length, hidden = self.config.batch_size, self.config.sequence_length, self.hidden_size
+    def _tensor_of(self, message: stage_pb2.Frame, coder: Coder) -> Expected | None:
+        phase, hidden, length = message.phase, self.hidden_size, self.config.sequence_length
+        stream = stream_of(phase, upward=True, labels=self.config.labels)
         if phase in (Phase.FORWARD, Phase.BACKWARD):
-            return Expected("float32", (rows, length, hidden), rows * length * hidden)
+            rows = coder.rows(message.micro_batch)
+            return coder.expected(stream, (rows, length, hidden), rows * length * hidden)
         if phase == Phase.EVALUATE:
-            return Expected("float32", (None, length, hidden), rows * length * hidden)
+            return coder.expected(stream, (None, length, hidden), self.config.batch_size * length * hidden)
         if phase == Phase.AGGREGATE:
-            return Expected("float32", (self.adapter_values,), self.adapter_values)
+            return coder.expected(stream, (self.adapter_values,), self.adapter_values)
         return None
 
     def _labels_of(self, message: stage_pb2.Frame) -> Expected:
         length = self.config.sequence_length
         rows = message.tensor.shape[0] if message.tensor.shape else 0  # as many as there are hidden states
-        return Expected("int64", (rows, length), self.config.batch_size * length)
+        return Expected("int32", (rows, length), self.config.batch_size * length)
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -1,5 +1,8 @@
 """The split training step, both sides of it. Tensors in, tensors out: nothing here knows of a network.
 
+A step's batch is cut into micro-batches, which are under way at the same time: while one is on the link, another is
+computed (as GPipe does, Huang et al. 2019, arXiv 1811.06965). Gradients add up, so the step is that of the whole batch.
+
 SplitLoRA (Lin et al. 2024, arXiv 2407.00952). With K devices whose batches have n_1..n_K predicted tokens,
 N in all, the joint loss is the mean over the N tokens. The server trains on that: device i's part is weighted by
 n_i / N. A device trains on the mean over its own tokens, so the gradient that it gets back is freed of the weight.
@@ -8,82 +11,114 @@ n_i / N. A device trains on the mean over its own tokens, so the gradient that i
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from protos.v1 import stage_pb2
 from split.adapters.lora import flatten, load_flat, lora_parameters
 from split.checkpoint import OptimizerRecord
+from split.codecs import FAMILIES
 from split.config import TrainingConfig
-from split.data import Sequences, batch_indices
+from split.data import IGNORE, Sequences, batch_indices, micro_batch_slices
 from split.errors import BadFrame, BadTensor, WrongState
 from split.evaluate import nll
 from split.ledger import Ledger
 from split.link import Frame, Link, Phase
 from split.models.stage import Stage
 from split.optim import Stepper
+from split.plan.choose import DEVICE_WORK, FRONT, FRONT_BACKWARD, TAIL, candidates
+from split.plan.profile import LinkProfile, codec_seconds
 from split.precision import autocast
 
 log = logging.getLogger(__name__)
+
+_PROBE_EVERY = 20.0  # seconds between looks at the link
+_EVALUATIONS_AHEAD = 2  # held-out batches that are sent before the first one's answer has come
 
 
 class Cancelled(WrongState):
     """The task was told to stop."""
 
 
+@dataclass
+class _Graph:
+    """What a micro-batch under way holds until its backward pass. inputs: (sum of rows, sequence, hidden), a leaf."""
+
+    inputs: Tensor
+    outputs: Tensor
+    rows: dict[str, slice]
+
+
 class ServerTrainer:
-    """The coordinator's blocks and their LoRA: all devices' batches run through them as one."""
+    """The coordinator's blocks and their LoRA: all devices' micro-batches of one number run through them as one."""
 
     def __init__(self, stage: Stage, config: TrainingConfig, ledger: Ledger, *, dtype: torch.dtype) -> None:
         self.stage, self.config, self.ledger = stage, config, ledger
         self.stepper = Stepper(lora_parameters([stage]), config)
         self._device = next(stage.parameters()).device
         self._dtype = dtype
-        self._inputs: Tensor | None = None  # (sum of batches, sequence, hidden), leaf
-        self._outputs: Tensor | None = None
-        self._rows: dict[str, slice] = {}
+        self._graphs: dict[int, _Graph] = {}  # by micro-batch
+        self._total = 0  # predicted tokens of the step, of all devices that take part in its first backward pass
         self._norm_squared = 0.0
 
-    def forward(self, batches: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Each device's hidden states at the cut (batch, sequence, hidden) -> its last hidden states, same shape."""
-        outputs = self._forward(batches)
-        return {device: outputs[rows].detach() for device, rows in self._rows.items()}
+    def forward(self, batches: Mapping[str, Tensor], *, micro_batch: int = 0) -> dict[str, Tensor]:
+        """Each device's hidden states at the cut (rows, sequence, hidden) -> its last hidden states, same shape."""
+        graph = self._forward(batches, micro_batch)
+        return {device: graph.outputs[rows].detach() for device, rows in graph.rows.items()}
 
-    def backward(self, gradients: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:
-        """Each device's gradient of its own mean loss by its last hidden states, and its predicted tokens ->
-        the gradient by its hidden states at the cut. A device that has gone since the forward has no part."""
-        assert self._outputs is not None
-        joint = torch.zeros_like(self._outputs)
-        total = max(1, sum(tokens for _, tokens in gradients.values()))
-        for device, (gradient, tokens) in gradients.items():
-            joint[self._rows[device]] = gradient.to(self._device) * (tokens / total)
-        with self.ledger.computing(("backward", self._outputs.shape)):
-            self._outputs.backward(joint)
-        return self._gradients_at_cut({device: tokens / total for device, (_, tokens) in gradients.items()})
+    def backward(
+        self, gradients: Mapping[str, tuple[Tensor, int]], *, micro_batch: int = 0, last: bool = True
+    ) -> dict[str, Tensor]:
+        """Each device's gradient of its own mean loss by its last hidden states, and the predicted tokens of its whole
+        batch -> the gradient by its hidden states at the cut. A device that has gone since the forward has no part.
+
+        last: it is the step's last micro-batch, after which `norm_squared` is that of the whole step.
+        """
+        graph = self._graphs.pop(micro_batch)
+        joint = torch.zeros_like(graph.outputs)
+        weights = self._weights({device: tokens for device, (_, tokens) in gradients.items()}, micro_batch)
+        for device, (gradient, _) in gradients.items():
+            joint[graph.rows[device]] = gradient.to(self._device) * weights[device]
+        with self.ledger.computing(("backward", graph.outputs.shape)):
+            graph.outputs.backward(joint)
+        return self._gradients_at_cut(graph, weights, last)
 
     def forward_backward(
-        self, batches: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+        self,
+        batches: Mapping[str, Tensor],
+        labels: Mapping[str, Tensor],
+        tokens: Mapping[str, int],
+        *,
+        micro_batch: int = 0,
+        last: bool = True,
     ) -> tuple[dict[str, Tensor], dict[str, tuple[float, int]]]:
-        """With labels at the server: hidden states and labels (batch, sequence) -> gradients at the cut, and each
-        device's summed loss and predicted tokens."""
-        logits = self._forward(batches)
-        sums = {device: nll(logits[rows], labels[device].to(self._device)) for device, rows in self._rows.items()}
-        total = max(1, sum(tokens for _, tokens in sums.values()))
-        with self.ledger.computing(("backward", logits.shape)):
-            (torch.stack([loss for loss, _ in sums.values()]).sum() / total).backward()
-        gradients = self._gradients_at_cut({device: tokens / total for device, (_, tokens) in sums.items()})
-        return gradients, {device: (float(loss.detach()), tokens) for device, (loss, tokens) in sums.items()}
+        """With labels at the server: hidden states and labels (rows, sequence), and the predicted tokens of each
+        device's whole batch -> gradients at the cut, and each device's summed loss and predicted tokens in it."""
+        graph = self._forward(batches, micro_batch)
+        del self._graphs[micro_batch]
+        sums = {
+            device: nll(graph.outputs[rows], labels[device].to(self._device)) for device, rows in graph.rows.items()
+        }
+        weights = self._weights(tokens, micro_batch)
+        with self.ledger.computing(("backward", graph.outputs.shape)):
+            (torch.stack([loss for loss, _ in sums.values()]).sum() / max(1, self._total)).backward()
+        gradients = self._gradients_at_cut(graph, weights, last)
+        return gradients, {device: (float(loss.detach()), count) for device, (loss, count) in sums.items()}
 
     def step(self, step: int, device_norms_squared: Mapping[str, tuple[float, int]]) -> None:
         """Applies optimiser step `step`. The whole gradient's norm is this side's and the devices' mean, by tokens."""
         total = max(1, sum(tokens for _, tokens in device_norms_squared.values()))
         of_devices = sum(norm * tokens / total for norm, tokens in device_norms_squared.values())
         self.stepper.step(step, self._norm_squared + of_devices)
-        self.drop()
+        self._norm_squared = 0.0
 
     @torch.no_grad()
     def evaluate(self, hidden_states: Tensor) -> Tensor:
@@ -108,35 +143,39 @@ class ServerTrainer:
 
     @property
     def norm_squared(self) -> float:
-        """Of this side's gradient in the step under way."""
+        """Of this side's gradient in the step under way, once its last micro-batch is through."""
         return self._norm_squared
 
     def drop(self) -> None:
-        """Forgets a step under way: its graph and its gradients."""
-        self._inputs = self._outputs = None
-        self._rows = {}
+        """Forgets a step under way: its graphs and its gradients."""
+        self._graphs.clear()
         self._norm_squared = 0.0
         self.stepper.drop_gradients()
 
-    def _forward(self, batches: Mapping[str, Tensor]) -> Tensor:
-        self.drop()
-        end = 0
+    def _forward(self, batches: Mapping[str, Tensor], micro_batch: int) -> _Graph:
+        rows, end = {}, 0
         for device, batch in batches.items():
-            self._rows[device] = slice(end, end + len(batch))
+            rows[device] = slice(end, end + len(batch))
             end += len(batch)
-        self._inputs = torch.cat([batch.to(self._device) for batch in batches.values()]).requires_grad_()
-        with self.ledger.computing(("forward", self._inputs.shape)), autocast(self._dtype, self._device):
-            outputs: Tensor = self.stage(self._inputs)
-        self._outputs = outputs
-        return outputs
+        inputs = torch.cat([batch.to(self._device) for batch in batches.values()]).requires_grad_()
+        with self.ledger.computing(("forward", inputs.shape)), autocast(self._dtype, self._device):
+            outputs: Tensor = self.stage(inputs)
+        graph = self._graphs[micro_batch] = _Graph(inputs, outputs, rows)
+        return graph
 
-    def _gradients_at_cut(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
-        assert self._inputs is not None
-        gradient = self._inputs.grad
+    def _weights(self, tokens: Mapping[str, int], micro_batch: int) -> dict[str, float]:
+        """Each device's share of the step's tokens: the same through all micro-batches, whoever goes meanwhile."""
+        if micro_batch == 0:
+            self._total = sum(tokens.values())
+        return {device: count / max(1, self._total) for device, count in tokens.items()}
+
+    def _gradients_at_cut(self, graph: _Graph, weights: Mapping[str, float], last: bool) -> dict[str, Tensor]:
+        gradient = graph.inputs.grad
         assert gradient is not None
-        self._norm_squared = self.stepper.gradient_norm_squared()
+        if last:
+            self._norm_squared = self.stepper.gradient_norm_squared()
         # A batch without a predicted token has weight 0 and no gradient; there is nothing to free it of.
-        return {device: gradient[self._rows[device]] / (weight or 1.0) for device, weight in weights.items()}
+        return {device: gradient[graph.rows[device]] / (weight or 1.0) for device, weight in weights.items()}
 
 
 @dataclass(frozen=True)
@@ -146,6 +185,26 @@ class Progress:
     step: int
     steps: int
     loss: float
+
+
+@dataclass
+class _Batch:
+    """A step under way on a device. Of its micro-batches, `begun` have been sent, `asked` have their loss, `done` their
+    gradient; adapter: copies of the front's LoRA that it was sent with (empty: the parameters themselves)."""
+
+    step: int
+    input_ids: Tensor
+    labels: Tensor
+    tokens: int  # predicted ones, of the whole batch
+    parts: list[slice]
+    depth: int
+    begun: int = 0
+    asked: int = 0
+    done: int = 0
+    loss: float = 0.0  # summed
+    norm_squared: float = 0.0  # of the stage's gradient
+    smashed: dict[int, Tensor] = field(default_factory=dict)
+    adapter: dict[str, Tensor] = field(default_factory=dict)
 
 
 class DeviceTrainer:
@@ -172,7 +231,12 @@ class DeviceTrainer:
         self.config, self.ledger = config, ledger
         self.train, self.validation = train, validation
         self.parameters = lora_parameters(stages)
-        self._initial = flatten(self.parameters)
+        self._initial = self._average = flatten(self.parameters)  # _average: what all devices had last
+        self._front_lora = {
+            name: parameter for name, parameter in self.front.named_parameters() if parameter.requires_grad
+        }
+        self._profile, self._probed_at = LinkProfile(), -math.inf
+        self._steps_done = 0
         self.stepper = Stepper(self.parameters, config)
         self._points: dict[int, dict[str, Tensor]] = {0: {}}  # the optimiser's state at the last two aggregations
         self._device = next(self.front.parameters()).device
@@ -187,10 +251,11 @@ class DeviceTrainer:
             return
         if self.config.evaluates_after(start):
             self._evaluate(link, start)
+        following: _Batch | None = None
         for step in range(start, self.config.steps):
             if cancelled.is_set():
                 raise Cancelled("the task was cancelled")
-            loss = self._training_step(link, step)
+            loss, following = self._training_step(link, following or self._begin(link, step))
             tell(Progress(step + 1, self.config.steps, loss))
             done = step + 1
             if self.config.aggregates_after(done):
@@ -206,24 +271,37 @@ class DeviceTrainer:
         adapter_values = sum(parameter.numel() for parameter in self.parameters.values())
         last = self._record.last_step() if self._record else 0
         opened = stage_pb2.Open(
-            codecs=["none"],
+            codecs=sorted(FAMILIES),
             samples=len(self.train.input_ids),
             stage_digest=self._stage_digest,
             last_step=last,
             adapter_values=adapter_values,
         )
-        link.send(Frame(Phase.OPEN, open=opened))
+        link.send(Frame(Phase.OPEN, open=opened, measured=self._measured(link)))
         answer = link.receive()
         if answer.phase == Phase.CLOSE:
             return None
         if answer.phase != Phase.OPEN or answer.agreement is None or answer.agreement.adapter_values != adapter_values:
             raise BadTensor("the coordinator's answer to OPEN does not fit this device's stage")
-        load_flat(self.parameters, answer.tensor if answer.tensor is not None else self._initial)
+        self._average = answer.tensor if answer.tensor is not None else self._initial
+        load_flat(self.parameters, self._average)
         start = answer.agreement.start_step
         self.stepper.drop_gradients()  # of a step that a broken link ended
         self.stepper = Stepper(self.parameters, self.config)
         self.stepper.load_state(self._optimizer_state_of(start))
         return start
+
+    def _measured(self, link: Link) -> stage_pb2.Measured:
+        """For the stage's plan. The link is looked at again after some time only: it takes some round trips."""
+        if time.monotonic() - self._probed_at > _PROBE_EVERY:
+            self._profile, self._probed_at = link.measure(), time.monotonic()
+        measured = self._profile.to_proto()
+        measured.codec_seconds.update(codec_seconds(candidates(self.config)))
+        steps = max(1, self._steps_done)
+        for name, seconds in self.ledger.compute_by_work.items():
+            if name in DEVICE_WORK:
+                measured.compute_seconds[name] = seconds / steps
+        return measured
 
     def _optimizer_state_of(self, step: int) -> dict[str, Tensor]:
         """After `step` steps: from this run's memory or an earlier run's record; empty where this device was away."""
@@ -237,38 +315,89 @@ class DeviceTrainer:
             log.warning("no optimiser state of step %d on this device: its moments start anew", step)
         return state
 
-    def _training_step(self, link: Link, step: int) -> float:
+    def _begin(self, link: Link, step: int) -> _Batch:
+        """Sends the first hidden states of a step, as many micro-batches as may be under way."""
+        plan = link.coder.plan
         rows = batch_indices(len(self.train.input_ids), self.config.batch_size, step, self.config.seed)
         input_ids = self.train.input_ids[rows].to(self._device)
         labels = self.train.labels[rows].to(self._device)
-        with self.ledger.computing(("front", input_ids.shape)), autocast(self._dtype, self._device):
-            smashed = self.front(input_ids)
+        parts = micro_batch_slices(len(rows), plan.micro_batches)
+        tokens = int((labels[:, 1:] != IGNORE).sum())
+        batch = _Batch(step, input_ids, labels, tokens, parts, plan.depth)
+        if self.config.stale:  # the values of now: a step may change them before this batch comes back
+            batch.adapter = {name: value.detach().clone().requires_grad_() for name, value in self._front_lora.items()}
+        self._send_forwards(link, batch)
+        return batch
+
+    def _send_forwards(self, link: Link, batch: _Batch) -> None:
+        while batch.begun < len(batch.parts) and batch.begun - batch.done < batch.depth:
+            part = batch.parts[batch.begun]
+            input_ids = batch.input_ids[part]
+            with self.ledger.computing((FRONT, input_ids.shape)), autocast(self._dtype, self._device):
+                smashed = functional_call(self.front, batch.adapter, (input_ids,))
+            batch.smashed[batch.begun] = smashed
+            hidden_states, labels, values = smashed.detach().float(), None, {}
+            if self.tail is None:
+                labels, values = batch.labels[part], {"tokens": float(batch.tokens)}
+            frame = Frame(Phase.FORWARD, batch.step, batch.begun, hidden_states, labels=labels, values=values)
+            batch.begun += 1
+            link.send(frame)
+
+    def _training_step(self, link: Link, batch: _Batch) -> tuple[float, _Batch | None]:
+        """The rest of a step: the mean loss, and the next step's batch where it has begun already (`overlap` stale)."""
+        step, following = batch.step, None
+        ahead = self.config.stale and step + 1 < self.config.steps and not self.config.aggregates_after(step + 1)
+        while batch.done < len(batch.parts):
+            answer = link.receive()
+            if self.tail is not None and answer.phase == Phase.FORWARD:
+                self._tail(link, batch, answer)
+            else:
+                self._front_backward(batch, answer)
+            self._send_forwards(link, batch)
+            if ahead and following is None and batch.asked == len(batch.parts):
+                following = self._begin(link, step + 1)
+        for name, value in batch.adapter.items():
+            self._front_lora[name].grad = value.grad
+        norm_squared = self.stepper.gradient_norm_squared()
+        values = {"norm_squared": norm_squared, "tokens": float(batch.tokens), "nll": batch.loss}
+        link.send(Frame(Phase.STEP, step, values=values))
+        self.stepper.step(step, norm_squared + batch.norm_squared)
+        self._steps_done += 1
+        return batch.loss / max(batch.tokens, 1), following
+
+    def _tail(self, link: Link, batch: _Batch, answer: Frame) -> None:
+        """The last hidden states of a micro-batch have come: its loss, and the gradient by them."""
+        assert self.tail is not None
+        number = batch.asked
+        _check(answer, Phase.FORWARD, batch.step, number)
+        part = batch.parts[number]
+        last = _tensor(answer, batch.smashed[number].shape).to(self._device).requires_grad_()
+        with self.ledger.computing((TAIL, last.shape)):
+            with autocast(self._dtype, self._device):
+                logits = self.tail(last)
+            total, _ = nll(logits, batch.labels[part])
+            (total / max(batch.tokens, 1)).backward()
+        del logits
+        assert last.grad is not None
+        batch.loss += float(total.detach())
+        batch.asked += 1
+        link.send(Frame(Phase.BACKWARD, batch.step, number, last.grad, values={"tokens": float(batch.tokens)}))
+
+    def _front_backward(self, batch: _Batch, answer: Frame) -> None:
+        """The gradient at the cut of a micro-batch has come."""
+        number = batch.done
+        _check(answer, Phase.FORWARD if self.tail is None else Phase.BACKWARD, batch.step, number)
         if self.tail is None:
-            link.send(Frame(Phase.FORWARD, step, tensor=smashed.detach().float(), labels=labels))
-            answer = _answer(link, Phase.FORWARD, step)
-            loss, tokens = _value(answer, "nll"), int(_value(answer, "tokens"))
-        else:
-            link.send(Frame(Phase.FORWARD, step, tensor=smashed.detach().float()))
-            last = _tensor(_answer(link, Phase.FORWARD, step), smashed.shape).to(self._device).requires_grad_()
-            with self.ledger.computing(("tail", last.shape)):
-                with autocast(self._dtype, self._device):
-                    logits = self.tail(last)
-                total, tokens = nll(logits, labels)
-                (total / max(tokens, 1)).backward()
-            del logits
-            assert last.grad is not None
-            link.send(Frame(Phase.BACKWARD, step, tensor=last.grad, values={"tokens": float(tokens)}))
-            answer = _answer(link, Phase.BACKWARD, step)
-            loss = float(total.detach())
+            batch.loss += _value(answer, "nll")
+            batch.asked += 1
+        smashed = batch.smashed.pop(number)
         if self.parameters:
             gradient = _tensor(answer, smashed.shape).to(self._device, smashed.dtype)
-            with self.ledger.computing(("front backward", smashed.shape)):
+            with self.ledger.computing((FRONT_BACKWARD, smashed.shape)):
                 smashed.backward(gradient)
-        norm_squared = self.stepper.gradient_norm_squared()
-        values = {"norm_squared": norm_squared, "tokens": float(tokens), "nll": loss}
-        link.send(Frame(Phase.STEP, step, values=values))
-        self.stepper.step(step, norm_squared + _value(answer, "norm_squared"))
-        return loss / max(tokens, 1)
+        batch.done += 1
+        if batch.done == len(batch.parts):
+            batch.norm_squared = _value(answer, "norm_squared")
 
     def _aggregate(self, link: Link, step: int, done: int) -> None:
         # On disk before the coordinator can have a checkpoint of this step, so that the two always meet.
@@ -277,8 +406,12 @@ class DeviceTrainer:
             self._record.save(done, state)
         self._points = {max(self._points): self._points[max(self._points)], done: state}
         mine = flatten(self.parameters)
-        link.send(Frame(Phase.AGGREGATE, step, tensor=mine))
-        load_flat(self.parameters, _tensor(_answer(link, Phase.AGGREGATE, step), mine.shape))
+        gain = mine - self._average if link.coder.adapters_differ("adapters_up") else mine
+        differs = link.coder.adapters_differ("adapters_down")
+        link.send(Frame(Phase.AGGREGATE, step, tensor=gain, measured=self._measured(link)))
+        average = _tensor(_answer(link, Phase.AGGREGATE, step), mine.shape)
+        self._average = self._average + average if differs else average
+        load_flat(self.parameters, self._average)
 
     @torch.no_grad()
     def _evaluate(self, link: Link, done: int) -> None:
@@ -286,22 +419,26 @@ class DeviceTrainer:
         if self.validation is None:
             return
         total, count = 0.0, 0
-        for input_ids, labels in _batches(self.validation, self.config.batch_size):
-            where = self._device
-            with self.ledger.computing(("evaluate front", input_ids.shape)):
-                smashed = self.front(input_ids.to(where)).float()
-            if self.tail is None:
-                link.send(Frame(Phase.EVALUATE, done, tensor=smashed, labels=labels))
-                answer = _answer(link, Phase.EVALUATE, done)
-                total, count = total + _value(answer, "nll"), count + int(_value(answer, "tokens"))
-                continue
-            link.send(Frame(Phase.EVALUATE, done, tensor=smashed))
-            last = _tensor(_answer(link, Phase.EVALUATE, done), smashed.shape).to(where)
-            with self.ledger.computing(("evaluate tail", last.shape)):
-                logits = self.tail(last)
-                loss, tokens = nll(logits, labels.to(where))
-            total, count = total + float(loss), count + tokens
+        waiting: deque[tuple[torch.Size, Tensor]] = deque()
+        for input_ids, labels in [*_batches(self.validation, self.config.batch_size), (None, None)]:
+            if input_ids is not None and labels is not None:
+                with self.ledger.computing(("evaluate front", input_ids.shape)):
+                    smashed = self.front(input_ids.to(self._device)).float()
+                sent = labels if self.tail is None else None
+                link.send(Frame(Phase.EVALUATE, done, tensor=smashed, labels=sent))
+                waiting.append((smashed.shape, labels))
+            while waiting and (input_ids is None or len(waiting) > _EVALUATIONS_AHEAD):
+                loss, tokens = self._evaluated(_answer(link, Phase.EVALUATE, done), *waiting.popleft())
+                total, count = total + loss, count + tokens
         link.send(Frame(Phase.REPORT, done, values={"evaluation_nll": total, "evaluation_tokens": float(count)}))
+
+    def _evaluated(self, answer: Frame, shape: torch.Size, labels: Tensor) -> tuple[float, int]:
+        if self.tail is None:
+            return _value(answer, "nll"), int(_value(answer, "tokens"))
+        last = _tensor(answer, shape).to(self._device)
+        with self.ledger.computing(("evaluate tail", last.shape)):
+            loss, tokens = nll(self.tail(last), labels.to(self._device))
+        return float(loss), tokens
 
 
 def _batches(sequences: Sequences, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -310,10 +447,17 @@ def _batches(sequences: Sequences, size: int) -> Iterator[tuple[Tensor, Tensor]]
 
 def _answer(link: Link, phase: stage_pb2.Phase, step: int) -> Frame:
     answer = link.receive()
-    if answer.phase != phase or answer.step != step:
-        got, want = Phase.Name(answer.phase), Phase.Name(phase)
-        raise BadTensor(f"the coordinator answered {got} of step {answer.step} to {want} of step {step}")
+    _check(answer, phase, step, 0)
     return answer
+
+
+def _check(answer: Frame, phase: stage_pb2.Phase, step: int, micro_batch: int) -> None:
+    if (answer.phase, answer.step, answer.micro_batch) != (phase, step, micro_batch):
+        got, want = Phase.Name(answer.phase), Phase.Name(phase)
+        raise BadTensor(
+            f"the coordinator answered {got} of step {answer.step}, micro-batch {answer.micro_batch}, where {want} of "
+            f"step {step}, micro-batch {micro_batch} was due"
+        )
 
 
 def _tensor(frame: Frame, shape: torch.Size) -> Tensor:

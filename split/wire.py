@@ -1,4 +1,4 @@
-"""Tensors and frames to messages and back. Every size is checked before anything is allocated."""
+"""Tensors to messages and back. Every size is checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from protos.v1 import stage_pb2
+from split.codecs import CodecState, parse
 from split.errors import BadTensor
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
+    "int32": torch.int32,
     "int64": torch.int64,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -28,7 +30,7 @@ class Expected:
     dtype: str
     shape: tuple[int | None, ...]
     at_most: int
-    codec: str = "none"
+    codec: str = "none"  # canonical name
 
 
 def encode_tensor(tensor: Tensor) -> stage_pb2.Tensor:
@@ -57,13 +59,29 @@ def check_tensor(message: stage_pb2.Tensor, expected: Expected) -> None:
     if values > expected.at_most:
         raise BadTensor(f"{values} values are more than the {expected.at_most} agreed on")
     size = values * DTYPES[message.dtype].itemsize
-    if len(message.payload) != size:
+    if message.codec != "none":
+        most = parse(message.codec).wire_bytes(shape)
+        if len(message.payload) > most:
+            raise BadTensor(
+                f"{len(message.payload)} bytes of payload; {message.codec} takes at most {most} for shape {shape}"
+            )
+    elif len(message.payload) != size:
         raise BadTensor(f"{len(message.payload)} bytes of payload; shape {shape} of {message.dtype} takes {size}")
 
 
-def decode_tensor(message: stage_pb2.Tensor, expected: Expected) -> Tensor:
-    """The tensor of a message, on the CPU; raises BadTensor when it is not what was agreed."""
+def decode_tensor(
+    message: stage_pb2.Tensor,
+    expected: Expected,
+    state: CodecState | None = None,
+    keys: Sequence[int] | None = None,
+) -> Tensor:
+    """The tensor of a message, on the CPU; raises BadTensor when it is not what was agreed.
+
+    state, keys: of a codec other than none (see split/codecs/base.py).
+    """
     check_tensor(message, expected)
+    if expected.codec != "none":
+        return parse(expected.codec).decode(message.payload, tuple(message.shape), state or CodecState(0), keys)
     dtype, shape = DTYPES[message.dtype], tuple(message.shape)
     if not message.payload:
         return torch.empty(shape, dtype=dtype)

@@ -27,6 +27,7 @@ from split.errors import BadRequest
 _DEFAULTS = TrainingConfig()
 _TEXT = "Text"
 _TRAINING = "Training"
+_LINK = "Link"
 
 
 def finetune(
@@ -93,6 +94,36 @@ def finetune(
         str,
         typer.Option(help="float32, bfloat16, or auto: measured on each processor.", rich_help_panel=_TRAINING),
     ] = _DEFAULTS.precision,
+    codec: Annotated[
+        str,
+        typer.Option(
+            help="What crosses the link as what. auto: as the measured link makes it worth, within --error-budget. Or a "
+            "codec of `isthmus codecs` for hidden states and gradients. Or KEY=CODEC;KEY=CODEC with KEY up, down, hidden, "
+            "gradients, adapters, evaluation, hidden_up, ...; the rest is auto. none: float32.",
+            rich_help_panel=_LINK,
+        ),
+    ] = _DEFAULTS.codec,
+    error_budget: Annotated[
+        float,
+        typer.Option(
+            help="By how much of it perplexity may be worse for compression, as `auto` aims at.", rich_help_panel=_LINK
+        ),
+    ] = _DEFAULTS.error_budget,
+    micro_batches: Annotated[
+        int,
+        typer.Option(
+            help="Parts of a step's batch that are under way at the same time; 0: as the link makes it worth.",
+            rich_help_panel=_LINK,
+        ),
+    ] = _DEFAULTS.micro_batches,
+    overlap: Annotated[
+        str,
+        typer.Option(
+            help="exact. stale: a device begins its next step before the last gradient has come, with adapter values "
+            "that are one step old: faster on a slow link, and another result.",
+            rich_help_panel=_LINK,
+        ),
+    ] = _DEFAULTS.overlap,
     aggregate_every: Annotated[
         int, typer.Option(help="Steps between averages of the devices' adapters.", rich_help_panel=_TRAINING)
     ] = _DEFAULTS.aggregate_every,
@@ -146,6 +177,10 @@ def finetune(
         max_gradient_norm=max_gradient_norm,
         seed=seed,
         precision=precision,
+        codec=codec,
+        error_budget=error_budget,
+        micro_batches=micro_batches,
+        overlap=overlap,
         aggregate_every=aggregate_every,
         checkpoint_every=checkpoint_every,
         evaluate_every=evaluate_every,

@@ -27,6 +27,8 @@ from split.errors import BadRequest, BadTensor
 from split.models.architectures import architecture_of
 from split.models.stage import Stage
 
+_A = ".lora_A.weight"
+
 
 def lora_config(training: TrainingConfig, model: PretrainedConfig) -> LoraConfig:
     """The peft configuration that both sides, the yardstick and the exported folder share."""
@@ -60,15 +62,27 @@ def draw_initial_values(modules: Iterable[tuple[str, nn.Module]], seed: int) -> 
     for name, module in modules:
         if not isinstance(module, LoraLayer):
             continue
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         for lora_a, lora_b in zip(module.lora_A.values(), module.lora_B.values(), strict=True):
             assert isinstance(lora_a, nn.Linear)
             assert isinstance(lora_b, nn.Linear)
-            values = torch.empty(lora_a.weight.shape)
-            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
-            lora_a.weight.data.copy_(values)
+            lora_a.weight.data.copy_(_initial_a(name, lora_a.weight.shape, seed))
             nn.init.zeros_(lora_b.weight)
+
+
+def initial_adapter(like: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """What `draw_initial_values` gives parameters of these names (in the whole model) and shapes, without the model."""
+    return {
+        name: _initial_a(name.removesuffix(_A), value.shape, seed) if name.endswith(_A) else torch.zeros(value.shape)
+        for name, value in like.items()
+    }
+
+
+def _initial_a(module: str, shape: torch.Size, seed: int) -> Tensor:
+    digest = hashlib.sha256(f"{seed}:{module}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    values = torch.empty(shape)
+    nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+    return values
 
 
 def lora_parameters(stages: Sequence[Stage]) -> dict[str, nn.Parameter]:

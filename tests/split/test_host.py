@@ -11,16 +11,27 @@ import pytest
 import torch
 
 from protos.v1 import stage_pb2
+from split.adapters.lora import flatten
+from split.codecs import FAMILIES
 from split.config import TrainingConfig
 from split.errors import BadRequest, IsthmusError, LinkLost, WrongState
 from split.host import StageHost
+from split.ledger import Ledger
 from split.link import Frame, LocalLink, Phase
 from split.train import DeviceTrainer
 from tests.split.jobs import device_trainer, random_text, server_trainer
 from tests.split.tiny_models import VOCABULARY, make_model
 
 CONFIG = TrainingConfig(
-    steps=6, batch_size=2, sequence_length=8, precision="float32", rank=2, aggregate_every=2, validation_fraction=0.1
+    steps=6,
+    batch_size=2,
+    sequence_length=8,
+    precision="float32",
+    rank=2,
+    aggregate_every=2,
+    validation_fraction=0.1,
+    codec="none",
+    micro_batches=1,
 )
 
 
@@ -32,8 +43,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class CutLink(LocalLink):
     """A link that breaks after a number of frames sent."""
 
-    def __init__(self, host: StageHost, device: str, frames: int) -> None:
-        super().__init__(host, device, timeout=60)
+    def __init__(self, host: StageHost, device: str, config: TrainingConfig, frames: int) -> None:
+        super().__init__(host, device, config, 20, Ledger(), timeout=60)
         self._left = frames
 
     def send(self, frame: Frame) -> None:
@@ -56,9 +67,13 @@ class Job:
         }
         self.events: list[tuple[str, str, dict[str, Any]]] = []
         self.finished = threading.Event()
-        values = sum(p.numel() for p in self.trainers[names[0]].parameters.values())
+        self.config = config
         self.host = StageHost(
-            server_trainer(folder, config), config, set(names), adapter_values=values, tell=self._tell
+            server_trainer(folder, config),
+            config,
+            set(names),
+            initial_adapter=flatten(self.trainers[names[0]].parameters),
+            tell=self._tell,
         )
         self.errors: dict[str, IsthmusError] = {}
 
@@ -73,10 +88,10 @@ class Job:
     def work(self, name: str, cut_after: int | None = None, *, rejoin: bool = False) -> None:
         """Trains one device; with `cut_after` its link breaks once, and with `rejoin` it then comes back."""
         trainer: DeviceTrainer = self.trainers[name]
-        link: LocalLink = LocalLink(self.host, name, timeout=60)
+        link = LocalLink(self.host, name, self.config, 20, Ledger(), timeout=60)
         if cut_after is not None:
             try:
-                trainer.run(CutLink(self.host, name, cut_after), cancelled=threading.Event())
+                trainer.run(CutLink(self.host, name, self.config, cut_after), cancelled=threading.Event())
                 return
             except LinkLost:
                 if not rejoin:
@@ -175,8 +190,8 @@ def test_what_a_replaced_stream_still_sends_does_not_touch_the_new_one(llama: Pa
 
 def _open(job: Job, name: str, **changes: Any) -> LocalLink:
     values = sum(p.numel() for p in job.trainers["a"].parameters.values())
-    opened = {"codecs": ["none"], "samples": 5, "adapter_values": values} | changes
-    link = LocalLink(job.host, name, timeout=10)
+    opened = {"codecs": sorted(FAMILIES), "samples": 5, "adapter_values": values} | changes
+    link = LocalLink(job.host, name, job.config, 5, Ledger(), timeout=10)
     link.send(Frame(Phase.OPEN, open=stage_pb2.Open(**opened)))
     return link
 
@@ -185,7 +200,7 @@ def _open(job: Job, name: str, **changes: Any) -> LocalLink:
     ("name", "changes", "line"),
     [
         ("stranger", {}, "has no part in this job"),
-        ("a", {"codecs": ["zip"]}, "no codec in common"),
+        ("a", {"codecs": ["zip"]}, "lacks codecs of this job: none"),
         ("a", {"adapter_values": 1}, "an adapter of 1 values"),
         ("a", {"samples": 0}, "0 training sequences"),
     ],

@@ -14,7 +14,8 @@ from tests.split.tiny_models import ARCHITECTURES, VOCABULARY, make_model
 
 CONFIG = TrainingConfig(
     cut_layer=1, steps=20, batch_size=4, sequence_length=16, learning_rate=5e-3, precision="float32", rank=4,
-    warmup_steps=3, max_gradient_norm=0.5, weight_decay=0.01, aggregate_every=5, validation_fraction=0,
+    warmup_steps=3, max_gradient_norm=0.5, weight_decay=0.01, aggregate_every=5, validation_fraction=0, codec="none",
+    micro_batches=1,
 )  # fmt: skip
 
 

@@ -1,0 +1,52 @@
+"""The average of the devices' adapters, as all of them get it: the same bytes for everyone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from protos.v1 import stage_pb2
+from split.codecs import CodecState, parse
+from split.coding import stream_seed
+from split.config import TrainingConfig
+from split.streams import choices
+from split.wire import encode_tensor
+
+
+class Averager:
+    """Where the adapters' codecs are not exact, what crosses is differences from the last average, which both sides
+    have: an adapter is nearly the same after some steps, so little is lost.
+
+    What the codec draws comes from the job's seed, and no codec of adapters remembers anything that a decoder would
+    need, so a device that joins later decodes the same.
+    """
+
+    def __init__(self, config: TrainingConfig, initial: Tensor) -> None:
+        """initial: (values,), what every device starts with."""
+        codecs = choices(config.codec)
+        self._up, self._down = parse(codecs["adapters_up"]), parse(codecs["adapters_down"])
+        self._seed = stream_seed(config.seed, "adapters_down")
+        self._encoder, self._decoder = CodecState(self._seed), CodecState(self._seed)
+        self._initial = initial
+
+    def average(self, shares: Sequence[tuple[Tensor, float]], last: Tensor | None) -> tuple[Tensor, stage_pb2.Tensor]:
+        """shares: what each device sent, (values,), and its weight; last: the average before.
+
+        Returns the average as every device will have it, and the message that brings it to them.
+        """
+        base = self._initial if last is None else last
+        sent = torch.stack([tensor * weight for tensor, weight in shares]).sum(0)
+        average = sent if self._up.exact else base + sent
+        if self._down.exact:
+            if self._down.name == "none":
+                return average, encode_tensor(average)
+            payload = self._down.encode(average, self._encoder)
+            return average, self._message(payload, average)
+        payload = self._down.encode(average - base, self._encoder)
+        decoded = self._down.decode(payload, average.shape, self._decoder)
+        return base + decoded, self._message(payload, average)
+
+    def _message(self, payload: bytes, average: Tensor) -> stage_pb2.Tensor:
+        return stage_pb2.Tensor(codec=self._down.name, dtype="float32", shape=list(average.shape), payload=payload)

@@ -1,0 +1,123 @@
+"""Quantisers that send a matrix as the product of two thin ones, in bfloat16.
+
+The factors are of the tensor times a power of two (as in `float16`), so that neither overflows or vanishes. Where two
+factors would take as much as the matrix itself, it goes in bfloat16 as it is. Both are biased: what is beyond the rank
+is lost, unless `ef` (error feedback) sends it later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from split.codecs.base import CodecState, Entropy
+from split.codecs.floats import BFloat16, power_of_two, shift_from
+from split.codecs.payload import Reader
+
+_BFLOAT16 = BFloat16()
+_MORE = 8  # columns beyond the rank while looking for the best ones
+
+
+@dataclass(frozen=True)
+class PowerSgd:
+    """One power iteration from the last tensor's right factor (Vogels et al. 2019, arXiv 1905.13727): for gradients of
+    weights and other tensors that change little from one to the next.
+
+    The right factor of each shape is kept at the encoder; the decoder keeps nothing.
+    """
+
+    rank: int = 4
+    exact: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return "powersgd" if self.rank == 4 else f"powersgd:rank={self.rank}"
+
+    def quantise(self, x: Tensor, entropy: Entropy, state: CodecState) -> bytes:
+        rows, width = x.shape
+        rank = _rank(self.rank, rows, width)
+        if not rank:
+            return _BFLOAT16.quantise(x, entropy, state)
+        shift = power_of_two(x)
+        x = x * 2.0**shift
+        kept: dict[tuple[int, int], Tensor] = state.parts.setdefault(self.name, {})
+        last = kept.get((rows, width))
+        start = _start(width, rank, state) if last is None else last
+        left = torch.linalg.qr(x @ start.to(x.device))[0]
+        right = x.T @ left
+        kept[rows, width] = right
+        return _write(left, right, shift, entropy, state)
+
+    def dequantise(self, payload: bytes, rows: int, width: int, entropy: Entropy) -> Tensor:
+        return _read(payload, rows, width, _rank(self.rank, rows, width), entropy)
+
+    def payload_bytes(self, rows: int, width: int, entropy: Entropy) -> int:
+        return _size(rows, width, _rank(self.rank, rows, width), entropy)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Nearly the best of this rank for each tensor on its own: two randomised subspace iterations with 8 columns to
+    spare (Halko et al. 2011, arXiv 0909.4061), then the best of these. For hidden states, which change at every step.
+    """
+
+    rank: int = 16
+    exact: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return "lowrank" if self.rank == 16 else f"lowrank:rank={self.rank}"
+
+    def quantise(self, x: Tensor, entropy: Entropy, state: CodecState) -> bytes:
+        rows, width = x.shape
+        rank = _rank(self.rank, rows, width)
+        if not rank:
+            return _BFLOAT16.quantise(x, entropy, state)
+        shift = power_of_two(x)
+        x = x * 2.0**shift
+        basis = torch.linalg.qr(x @ _start(width, min(rank + _MORE, rows, width), state).to(x.device))[0]
+        for _ in range(2):
+            basis = torch.linalg.qr(x @ torch.linalg.qr(x.T @ basis)[0])[0]
+        inside = basis.T @ x
+        turn = torch.linalg.eigh((inside @ inside.T).double())[1].flip(1)[:, :rank].float()
+        return _write(basis @ turn, inside.T @ turn, shift, entropy, state)
+
+    def dequantise(self, payload: bytes, rows: int, width: int, entropy: Entropy) -> Tensor:
+        return _read(payload, rows, width, _rank(self.rank, rows, width), entropy)
+
+    def payload_bytes(self, rows: int, width: int, entropy: Entropy) -> int:
+        return _size(rows, width, _rank(self.rank, rows, width), entropy)
+
+
+def _rank(wanted: int, rows: int, width: int) -> int:
+    """0 where factors would not be smaller than the matrix."""
+    rank = min(wanted, rows, width)
+    return rank if rank * (rows + width) < rows * width else 0
+
+
+def _start(width: int, rank: int, state: CodecState) -> Tensor:
+    return torch.randn(width, rank, generator=state.generator(torch.device("cpu")))
+
+
+def _write(left: Tensor, right: Tensor, shift: int, entropy: Entropy, state: CodecState) -> bytes:
+    """left: (rows, rank), right: (width, rank)."""
+    return shift.to_bytes(1, "little", signed=True) + _BFLOAT16.quantise(torch.cat([left, right]), entropy, state)
+
+
+def _read(payload: bytes, rows: int, width: int, rank: int, entropy: Entropy) -> Tensor:
+    if not rank:
+        return _BFLOAT16.dequantise(payload, rows, width, entropy)
+    reader = Reader(payload)
+    shift = shift_from(reader.take(1))
+    left, right = _BFLOAT16.dequantise(reader.rest(), rows + width, rank, entropy).split([rows, width])
+    product: Tensor = left @ right.T
+    return product.mul_(2.0**-shift)
+
+
+def _size(rows: int, width: int, rank: int, entropy: Entropy) -> int:
+    if not rank:
+        return _BFLOAT16.payload_bytes(rows, width, entropy)
+    return 1 + _BFLOAT16.payload_bytes(rows + width, rank, entropy)

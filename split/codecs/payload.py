@@ -1,0 +1,58 @@
+"""The bytes of a payload: sections with a length in front, and what is left; every length is checked."""
+
+from __future__ import annotations
+
+import struct
+
+from split.errors import CodecError
+
+_LENGTH = struct.Struct("<I")
+
+
+class Writer:
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def section(self, data: bytes) -> None:
+        """Bytes that a reader finds the end of."""
+        self._parts += [_LENGTH.pack(len(data)), data]
+
+    def rest(self, data: bytes) -> None:
+        """Bytes of a length that the reader knows, or that go on to the end."""
+        self._parts.append(data)
+
+    def done(self) -> bytes:
+        return b"".join(self._parts)
+
+    @staticmethod
+    def section_bytes(size: int) -> int:
+        """What a section of `size` bytes takes."""
+        return _LENGTH.size + size
+
+
+class Reader:
+    """Raises CodecError when the payload is shorter or longer than what is asked of it."""
+
+    def __init__(self, payload: bytes) -> None:
+        self._payload, self._at = memoryview(payload), 0
+
+    def section(self, at_most: int) -> bytes:
+        (size,) = _LENGTH.unpack(self.take(_LENGTH.size))
+        if size > at_most:
+            raise CodecError(f"a section of {size} bytes in a payload; at most {at_most} can be there")
+        return self.take(size)
+
+    def take(self, size: int) -> bytes:
+        """Exactly `size` bytes."""
+        if size > len(self._payload) - self._at:
+            raise CodecError(f"a payload of {len(self._payload)} bytes is too short")
+        self._at += size
+        return bytes(self._payload[self._at - size : self._at])
+
+    def rest(self) -> bytes:
+        return self.take(len(self._payload) - self._at)
+
+    def done(self) -> None:
+        """There must be nothing left."""
+        if self._at != len(self._payload):
+            raise CodecError(f"a payload of {len(self._payload)} bytes is {len(self._payload) - self._at} too long")

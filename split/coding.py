@@ -1,0 +1,135 @@
+"""How the tensors of one session cross: the plan that its stage has made, and each end's codecs with their memory.
+
+Both ends switch to a new plan at the same frame: the stage's answer to OPEN or AGGREGATE, when nothing else of this
+device is under way. A codec that stays keeps its state, on both ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from protos.v1 import stage_pb2
+from split.codecs import Codec, CodecState, parse
+from split.config import TrainingConfig
+from split.data import batch_indices, micro_batch_slices
+from split.errors import BadFrame
+from split.ledger import Ledger
+from split.streams import ADAPTERS, STREAMS
+from split.wire import Expected, decode_tensor, encode_tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How things cross from a frame on. codecs: by stream, canonical names; other streams cross as they are.
+
+    micro_batches: that a step's batch is cut into; depth: that a device may have under way, from 1 to micro_batches.
+    """
+
+    micro_batches: int = 1
+    depth: int = 1
+    codecs: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+
+    def codec_of(self, stream: str) -> str:
+        return self.codecs.get(stream, "none")
+
+    def to_proto(self) -> stage_pb2.Plan:
+        return stage_pb2.Plan(
+            micro_batches=self.micro_batches, depth=self.depth, codecs=dict(self.codecs), seed=self.seed
+        )
+
+    @classmethod
+    def from_proto(cls, message: stage_pb2.Plan, batch_size: int) -> Plan:
+        """Raises BadFrame or CodecError for what this side cannot follow."""
+        if not 1 <= message.depth <= message.micro_batches <= batch_size:
+            raise BadFrame(f"a plan of {message.micro_batches} micro-batches, {message.depth} under way")
+        unknown = sorted(set(message.codecs) - set(STREAMS))
+        if unknown:
+            raise BadFrame(f"a plan for a stream that there is not: {unknown[0][:32]!r}")
+        codecs = {stream: parse(name).name for stream, name in sorted(message.codecs.items())}
+        return cls(message.micro_batches, message.depth, codecs, message.seed)
+
+
+def stream_seed(seed: int, stream: str) -> int:
+    """Of what a stream's codec draws: the same on both ends."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:6], "big")
+
+
+class Coder:
+    """One end of one session. samples: training sequences of the device, from which both ends know a batch's keys."""
+
+    def __init__(self, config: TrainingConfig, samples: int, ledger: Ledger) -> None:
+        self.plan = Plan()
+        self._config, self._samples, self._ledger = config, samples, ledger
+        self._codecs: dict[str, tuple[Codec, CodecState]] = {}
+
+    def use(self, plan: Plan) -> None:
+        """From the next frame on."""
+        for stream in STREAMS:
+            name = plan.codec_of(stream)
+            known = self._codecs.get(stream)
+            if known is None or known[0].name != name or plan.seed != self.plan.seed:
+                self._codecs[stream] = parse(name), CodecState(stream_seed(plan.seed, stream))
+        self.plan = plan
+
+    def adapters_differ(self, stream: str) -> bool:
+        """Whether an adapter crosses as its difference from the last average: where its codec is not exact."""
+        assert stream in ADAPTERS
+        return not parse(self.plan.codec_of(stream)).exact
+
+    @property
+    def batch_size(self) -> int:
+        return self._config.batch_size
+
+    def rows(self, micro_batch: int) -> int:
+        """Sequences in a micro-batch of a step."""
+        part = micro_batch_slices(self._config.batch_size, self.plan.micro_batches)[micro_batch]
+        return int(part.stop - part.start)
+
+    def encode(self, stream: str, tensor: Tensor, step: int = 0, micro_batch: int = 0) -> stage_pb2.Tensor:
+        """Raises CodecError for NaN and infinity, where the codec is not exact."""
+        name = self.plan.codec_of(stream)
+        if name == "none":
+            return encode_tensor(tensor)
+        codec, state = self._codecs[stream]
+        started = time.perf_counter()
+        payload = codec.encode(tensor, state, self._keys(codec, stream, step, micro_batch))
+        self._ledger.coded(name, "encode", tensor.numel(), time.perf_counter() - started, self.memory_bytes)
+        return stage_pb2.Tensor(codec=name, dtype="float32", shape=list(tensor.shape), payload=payload)
+
+    def expected(self, stream: str, shape: tuple[int | None, ...], at_most: int) -> Expected:
+        return Expected("float32", shape, at_most, self.plan.codec_of(stream))
+
+    def decode(
+        self, stream: str, message: stage_pb2.Tensor, expected: Expected, step: int = 0, micro_batch: int = 0
+    ) -> Tensor:
+        """float32 on the CPU. Raises BadTensor or CodecError when it is not what was agreed."""
+        name = expected.codec
+        if name == "none" or stream not in self._codecs:
+            return decode_tensor(message, expected)
+        codec, state = self._codecs[stream]
+        started = time.perf_counter()
+        keys = self._keys(codec, stream, step, micro_batch)
+        decoded = decode_tensor(message, expected, state, keys)
+        self._ledger.coded(name, "decode", decoded.numel(), time.perf_counter() - started, self.memory_bytes)
+        return decoded
+
+    def state_of(self, stream: str) -> CodecState | None:
+        known = self._codecs.get(stream)
+        return None if known is None else known[1]
+
+    @property
+    def memory_bytes(self) -> int:
+        """What this end's codecs remember."""
+        return sum(state.memory_bytes for _, state in self._codecs.values())
+
+    def _keys(self, codec: Codec, stream: str, step: int, micro_batch: int) -> Sequence[int] | None:
+        if codec.memory is None or stream in ADAPTERS:
+            return None
+        indices = batch_indices(self._samples, self._config.batch_size, step, self._config.seed)
+        return indices[micro_batch_slices(self._config.batch_size, self.plan.micro_batches)[micro_batch]]

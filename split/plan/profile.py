@@ -1,0 +1,89 @@
+"""What a link and a machine can do, measured."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from protos.v1 import stage_pb2
+from split.codecs import CodecState, parse
+
+MAX_PROBE_BYTES = 2**18
+_PINGS = 3
+_FIRST_PROBE_BYTES = 2**14
+_LONG_ENOUGH = 0.02  # seconds that a probe's bytes have to take beside the round trip, to be believed
+_SAMPLE = (256, 256)  # of the tensor with which codecs are timed
+
+
+@dataclass(frozen=True)
+class LinkProfile:
+    """A link as a device sees it: seconds there and back, bytes a second up and down (of messages, inside TLS)."""
+
+    round_trip: float = 0.0
+    up: float = math.inf
+    down: float = math.inf
+
+    def to_proto(self) -> stage_pb2.Measured:
+        return stage_pb2.Measured(
+            round_trip_seconds=self.round_trip, up_bytes_per_second=self.up, down_bytes_per_second=self.down
+        )
+
+    @classmethod
+    def from_proto(cls, message: stage_pb2.Measured) -> LinkProfile:
+        """What makes no sense counts as not measured."""
+        times = message.round_trip_seconds
+        return cls(
+            times if 0 <= times < math.inf else 0.0,
+            message.up_bytes_per_second if message.up_bytes_per_second > 0 else math.inf,
+            message.down_bytes_per_second if message.down_bytes_per_second > 0 else math.inf,
+        )
+
+    def __str__(self) -> str:
+        if self == LinkProfile():
+            return "a link without limits"
+        rates = " and ".join(
+            f"{8 * rate / 1e6:.3g} Mbit/s {way}" for rate, way in ((self.up, "up"), (self.down, "down"))
+        )
+        return f"{rates}, {1e3 * self.round_trip:.3g} ms there and back"
+
+
+def probe(exchange: Callable[[int, int], float]) -> LinkProfile:
+    """exchange(up, down): sends `up` bytes, waits for `down` bytes, returns the seconds that it took.
+
+    Takes some round trips and, each way, up to four times _LONG_ENOUGH seconds.
+    """
+    round_trip = min(exchange(0, 0) for _ in range(_PINGS))
+    rates = []
+    for upward in (True, False):
+        size = _FIRST_PROBE_BYTES
+        while True:
+            beside = max(exchange(size, 0) if upward else exchange(0, size), 1e-9) - round_trip
+            if beside >= _LONG_ENOUGH or size == MAX_PROBE_BYTES:
+                break
+            size = min(4 * size, MAX_PROBE_BYTES)
+        rates.append(size / beside if beside > 1e-4 else math.inf)
+    return LinkProfile(round_trip, *rates)
+
+
+def codec_seconds(names: Iterable[str]) -> dict[str, float]:
+    """Seconds to encode and decode a million values on this machine, by codec."""
+    return {name: _timed(name) for name in names}
+
+
+@lru_cache(maxsize=64)
+def _timed(name: str) -> float:
+    codec = parse(name)
+    scales = torch.logspace(0, -3, _SAMPLE[1])  # unlike white noise, as hidden states are
+    sample = torch.randn(_SAMPLE, generator=torch.Generator().manual_seed(0)) * scales
+    near, far = CodecState(0), CodecState(0)
+    best = math.inf
+    for _ in range(3):  # the first one learns, and warms up
+        started = time.perf_counter()
+        codec.decode(codec.encode(sample, near), _SAMPLE, far)
+        best = min(best, time.perf_counter() - started)
+    return best * 1e6 / sample.numel()
