@@ -131,7 +131,7 @@ class _Stream:
                 answer = replace(answer, values={**answer.values, HELD: time.perf_counter() - came})
             message = await asyncio.to_thread(self._encode, answer)
             self._traffic.crossed("sent", *kind_and_sizes(message))
-            self._count_wire()
+            self._count_wire(now=answer.phase == Phase.CLOSE)  # afterwards the connection is gone
             yield message
 
     def received(self, message: stage_pb2.Frame) -> stage_pb2.Frame:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import queue
+import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,21 +22,31 @@ from typing import Any
 import psutil
 
 from coordinator.cli.common import Connection, connected
+from coordinator.emulation import LinkProcess, LinkSpec, Pair, link_process
 from protos.v1 import coordinator_pb2 as pb
-from split.errors import IsthmusError, LinkLost
+from split.errors import IsthmusError, LinkLost, WrongState
 
 _START_SECONDS = 120.0
 _STOP_SECONDS = 30.0
+_HERE = "127.0.0.1"
+_STAGE_PORTS = (20_000, 32_000)  # below those that Linux gives to connections
 
 
 @dataclass
 class LocalCluster:
-    """Processes on free loopback ports, with state and logs under `folder`. A context manager: none is left behind."""
+    """Processes on free loopback ports, with state and logs under `folder`. A context manager: none is left behind.
+
+    A device may have a link of its own to the coordinator. It then knows it by another loopback address, on which an
+    emulated link listens on the same ports: control, enrolment, and those that stages may have.
+    """
 
     folder: Path
     coordinator_threads: int = 0
     ports: tuple[int, int] = (0, 0)
+    stage_ports: range = range(0)
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+    links: dict[str, LinkProcess] = field(default_factory=dict)  # by device
+    _open_links: ExitStack = field(default_factory=ExitStack)
     _seen: dict[int, psutil.Process] = field(default_factory=dict)
     _handles_sigterm: bool = False
 
@@ -60,11 +73,19 @@ class LocalCluster:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def start_coordinator(
-        self, *, port: int = 0, enrolment_port: int = 0, arguments: Sequence[str] = ()
+        self, *, port: int = 0, enrolment_port: int = 0, stage_ports: int = 0, arguments: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """`isthmus up`; returns what it says when it is ready."""
+        """`isthmus up`; returns what it says when it is ready.
+
+        stage_ports: how many stages there may be at a time, where devices have links of their own; a coordinator that
+        is started again keeps its ports for them.
+        """
         command = [sys.executable, "-m", "coordinator.cli.main", "up", "--state-dir", str(self.state)]
-        command += ["--host", "127.0.0.1", "--port", str(port), "--enrolment-port", str(enrolment_port), "--json"]
+        if stage_ports and not self.stage_ports:
+            self.stage_ports = _free_ports(stage_ports)
+        if self.stage_ports:
+            command += ["--stage-ports", f"{self.stage_ports[0]}-{self.stage_ports[-1]}"]
+        command += ["--host", _HERE, "--port", str(port), "--enrolment-port", str(enrolment_port), "--json"]
         command += ["--threads", str(self.coordinator_threads)]
         process = self._spawn("coordinator", [*command, *arguments], stdout=subprocess.PIPE)
         line = _first_line(process, _START_SECONDS)
@@ -92,16 +113,48 @@ class LocalCluster:
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         enrolled: bool = False,
+        link: LinkSpec | None = None,
+        host: str = _HERE,
     ) -> subprocess.Popen[str]:
-        """`isthmus-client run`, with a fresh token in its environment unless it is enrolled already."""
+        """`isthmus-client run`, with a fresh token in its environment unless it is enrolled already.
+
+        link: that it reaches the coordinator by, a process of its own; once it has one it keeps it. host: under which
+        the device knows the coordinator, where the caller has made a link there.
+        """
+        if link is not None:
+            host = self._link_to(name, link)
         command = [sys.executable, "-m", "client.cli", "run", "--state-dir", str(self.folder / name)]
         for dataset, path in data.items():
             command += ["--data", f"{dataset}={path}"]
         variables = dict(environment or {})
         if not enrolled:
             variables["ISTHMUS_TOKEN"] = self.token(name)  # not on the command line, which every user can read
-            variables["ISTHMUS_COORDINATOR"] = f"127.0.0.1:{self.ports[0]}"
+            variables["ISTHMUS_COORDINATOR"] = f"{host}:{self.ports[0]}"
         return self._spawn(name, [*command, *arguments], environment=variables)
+
+    def link_pairs(self, host: str) -> list[Pair]:
+        """What a link has to carry for a device that knows the coordinator as `host`. Raises WrongState where this
+        system has no such address."""
+        if not self.stage_ports:
+            raise WrongState("stages may listen on any port: start the coordinator with stage_ports for a link to them")
+        try:
+            socket.create_server((host, 0)).close()
+        except OSError as error:
+            raise WrongState(
+                f"a link for each device needs loopback addresses of its own, and {host} cannot be listened on here "
+                f"({error.strerror}): Linux has all of 127.0.0.0/8; leave the link out on other systems"
+            ) from None
+        return [((host, port), (_HERE, port)) for port in (*self.ports, *self.stage_ports)]
+
+    def _link_to(self, device: str, spec: LinkSpec) -> str:
+        """The host under which the device reaches the coordinator through a link of its own, started if need be."""
+        if device not in self.links:
+            pairs = self.link_pairs(f"127.0.0.{2 + len(self.links)}")
+            log = self.log(f"link-{device}")
+            log.parent.mkdir(parents=True, exist_ok=True)
+            self.links[device] = self._open_links.enter_context(link_process(spec, pairs, log))
+            self._remember(self.links[device].pid)
+        return self.links[device].addresses[0][0]
 
     def wait_connected(self, names: Sequence[str], seconds: float = _START_SECONDS) -> None:
         """Until the devices are connected. Raises LinkLost naming one that has ended or does not come."""
@@ -150,6 +203,7 @@ class LocalCluster:
             if process.stdout is not None:
                 process.stdout.close()
         self.processes.clear()
+        self._open_links.close()
         _, alive = psutil.wait_procs(list(self._seen.values()), timeout=10)
         for left in alive:
             left.kill()
@@ -199,6 +253,26 @@ def wait_for_job(connection: Connection, job: str) -> dict[str, Any]:
         raise IsthmusError(f"job {job} {pb.JobState.Name(ended.state).lower()}: {ended.message}")
     report: dict[str, Any] = json.loads(ended.report)
     return report
+
+
+def events_of(connection: Connection, job: str) -> list[tuple[pb.JobEvent, dict[str, Any]]]:
+    """All events of a job that has ended, with their data."""
+    events = connection.stub.WatchJob(pb.WatchJobRequest(id=job))
+    return [(event, json.loads(event.data or "{}")) for event in events]
+
+
+def _free_ports(count: int) -> range:
+    """So many ports one after the other, free on every loopback address. Raises WrongState."""
+    for _ in range(100):
+        first = random.randrange(_STAGE_PORTS[0], _STAGE_PORTS[1] - count)
+        with ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.create_server(("0.0.0.0", port)))
+            except OSError:
+                continue
+            return range(first, first + count)
+    raise WrongState(f"no {count} free ports from {_STAGE_PORTS[0]} to {_STAGE_PORTS[1]}")
 
 
 def _first_line(process: subprocess.Popen[str], seconds: float) -> str | None:

@@ -235,6 +235,8 @@ class StageHost:
             )
             for device, member in members.items()
         }
+        for device, member in members.items():
+            member.link = views[device].link
         work, steps = self.trainer.ledger.compute_by_work, self._steps_timed
         stage = {name: work[name] / steps for name in ("forward", "backward")} if steps else {}
         plans, sentences = self._planner.plans(views, stage, micro_batches)
@@ -293,7 +295,7 @@ class StageHost:
         batches = {device: tensor_of(frame) for device, frame in frames.items()}
         if self.config.labels == "device":
             for device, output in self.trainer.forward(batches, micro_batch=micro_batch).items():
-                self._answer(device, Frame(Phase.FORWARD, step, micro_batch, output.float()))
+                self._answer(device, Frame(Phase.FORWARD, step, micro_batch, _of_use(output.float(), frames[device])))
             return
         labels = {device: frame.labels for device, frame in frames.items() if frame.labels is not None}
         tokens = {device: int(frame.values["tokens"]) for device, frame in frames.items()}
@@ -364,7 +366,8 @@ class StageHost:
         plans: dict[str, Plan] = {}
         for device, frame in frames.items():
             self._members[device].measured = frame.measured or self._members[device].measured
-        if self._plan_due:
+        changed = any(LinkProfile.from_proto(one.measured).differs(one.link) for one in self._members.values())
+        if self._plan_due or changed:
             plans = self._plan({device: self._members[device] for device in frames})
         self._aggregations += 1
         for device in frames:
@@ -386,7 +389,7 @@ class StageHost:
     def _evaluated(self, frame: Frame) -> Frame:
         outputs = self.trainer.evaluate(tensor_of(frame))
         if frame.labels is None:
-            return Frame(Phase.EVALUATE, frame.step, tensor=outputs.float())
+            return Frame(Phase.EVALUATE, frame.step, tensor=_of_use(outputs.float(), frame))
         loss, tokens = nll(outputs, frame.labels.to(outputs.device))
         return Frame(Phase.EVALUATE, frame.step, values={"nll": float(loss), "tokens": float(tokens)})
 
@@ -462,3 +465,8 @@ class StageHost:
             member.deliver(error)
         self._members.clear()
         self.tell("failed", "", {"message": str(error)})
+
+
+def _of_use(outputs: Tensor, frame: Frame) -> Tensor:
+    """Last hidden states, with zeros where the device has no use for them: codecs drop such rows."""
+    return outputs if frame.wanted is None else outputs * frame.wanted.to(outputs.device).unsqueeze(-1)

@@ -24,7 +24,7 @@ from split.plan.profile import LinkProfile, probe
 from split.streams import stream_of
 from split.tcp import Counted, counted
 from split.tls import MAX_MESSAGE_BYTES, error_of
-from split.wire import encode_tensor
+from split.wire import encode_tensor, pack_bits
 
 if TYPE_CHECKING:
     from split.host import StageHost
@@ -39,7 +39,8 @@ _COUNT_EVERY = 1.0  # seconds between looks at the kernel's counters
 class Frame:
     """A stage_pb2.Frame with its tensors decoded: what both sides compute with. On the wire it is a message.
 
-    encoded: in the place of `tensor` where the stage sends all devices the same bytes.
+    encoded: in the place of `tensor` where the stage sends all devices the same bytes. wanted: (rows, sequence) bool,
+    the positions whose last hidden states are of use; None: all.
     """
 
     phase: stage_pb2.Phase
@@ -48,6 +49,7 @@ class Frame:
     tensor: Tensor | None = None
     encoded: stage_pb2.Tensor | None = None
     labels: Tensor | None = None
+    wanted: Tensor | None = None
     values: dict[str, float] = field(default_factory=dict)
     open: stage_pb2.Open | None = None
     agreement: stage_pb2.Agreement | None = None
@@ -80,8 +82,11 @@ class LocalLink:
         samples: int,
         ledger: Ledger,
         *,
+        profile: LinkProfile = LinkProfile(),
         timeout: float = 600.0,
     ) -> None:
+        """profile: what `measure` says: of the network that this link stands for."""
+        self._profile = profile
         self.coder, self._far = Coder(config, samples, ledger), Coder(config, samples, Ledger())
         self._host, self._device, self._labels, self._ledger = host, device, config.labels, ledger
         self._timeout = timeout
@@ -112,7 +117,7 @@ class LocalLink:
         self._host.leave(self._device, self._deliver)
 
     def measure(self) -> LinkProfile:
-        return LinkProfile()
+        return self._profile
 
     def _crossed(self, frame: Frame, *, upward: bool) -> Frame:
         """The frame as the other side gets it."""
@@ -120,17 +125,21 @@ class LocalLink:
         message = frame.encoded
         if message is None and frame.tensor is not None:
             if not stream or self.coder.plan.codec_of(stream) == "none":
+                self._count(frame, upward, "none", frame.tensor.numel() * frame.tensor.element_size())
                 return frame
             encoder = self.coder if upward else self._far
             message = encoder.encode(stream, frame.tensor, frame.step, frame.micro_batch)
         if message is None:
             return frame
-        way, size = "sent" if upward else "received", len(message.payload)
-        self._ledger.traffic.crossed(way, Phase.Name(frame.phase).lower(), message.codec, size, message.ByteSize())
+        self._count(frame, upward, message.codec, len(message.payload))
         decoder = self._far if upward else self.coder
         expected = decoder.expected(stream, tuple(message.shape), 2**62)
         tensor = decoder.decode(stream, message, expected, frame.step, frame.micro_batch)
         return replace(frame, tensor=tensor, encoded=None)
+
+    def _count(self, frame: Frame, upward: bool, codec: str, size: int) -> None:
+        way = "sent" if upward else "received"
+        self._ledger.traffic.crossed(way, Phase.Name(frame.phase).lower(), codec, size, size)
 
 
 class GrpcLink:
@@ -288,6 +297,8 @@ def frame_to_proto(frame: Frame, job: str, session: str, coder: Coder, labels: s
         stream = stream_of(frame.phase, upward, labels)
         encoded = coder.encode(stream, frame.tensor, frame.step, frame.micro_batch)
         message.tensor.CopyFrom(encoded)
+    if frame.wanted is not None:
+        message.wanted = pack_bits(frame.wanted)
     if frame.labels is not None:
         message.labels.CopyFrom(encode_tensor(frame.labels.to(torch.int32)))
     return message

@@ -24,6 +24,7 @@ from split.link import LocalLink
 from split.models.source import TensorSource
 from split.models.stage import build_stages
 from split.parts import parts_of
+from split.plan.profile import LinkProfile
 from split.precision import pick_device, pick_precision
 from split.train import DeviceTrainer, ServerTrainer
 
@@ -45,14 +46,16 @@ def train_split_locally(
     texts: Sequence[Text],
     *,
     device: str = "cpu",
+    profile: LinkProfile = LinkProfile(),
     checkpoints: Path | None = None,
     resume: bool = False,
     tell: Callable[[str, str, dict[str, Any]], None] = lambda kind, device, data: None,
 ) -> LocalRun:
     """Trains the devices d0, d1, ... on their texts, each in a thread with stages of its own.
 
-    device: torch device of all stages. checkpoints: a folder for the server's and the devices' records; `resume` goes
-    on from the last. tell(kind, device, data): the host's events, in its thread (see StageHost).
+    device: torch device of all stages. profile: of the network that the links stand for, for `auto`. checkpoints: a
+    folder for the server's and the devices' records; `resume` goes on from the last. tell(kind, device, data): the
+    host's events, in its thread (see StageHost).
     Raises the first error of a device or of the stage.
     """
     where = pick_device(device)
@@ -90,7 +93,7 @@ def train_split_locally(
     )
 
     def work(name: str, trainer: DeviceTrainer) -> None:
-        link = LocalLink(host, name, config, len(trainer.train), trainer.ledger)
+        link = LocalLink(host, name, config, len(trainer.train), trainer.ledger, profile=profile)
         try:
             trainer.run(link, cancelled=threading.Event())
         except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread

@@ -11,6 +11,7 @@ from split.coding import Plan
 from split.config import TrainingConfig
 from split.errors import BadFrame, IsthmusError
 from split.link import Frame, Phase
+from split.plan.profile import LinkProfile
 
 Deliver = Callable[[Frame | IsthmusError], None]  # also names the stream: a device that joins again has another one
 
@@ -28,6 +29,7 @@ class Member:
     families: frozenset[str] = frozenset()  # of codecs
     measured: stage_pb2.Measured = field(default_factory=stage_pb2.Measured)
     plan: Plan = field(default_factory=Plan)
+    link: LinkProfile = field(default_factory=LinkProfile)  # that the plan was made for
     step: int = 0  # that STEP has not come for
     forward: tuple[int, int] = (0, 0)
     backward: tuple[int, int] = (0, 0)

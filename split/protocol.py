@@ -14,7 +14,7 @@ from split.errors import BadFrame, BadTensor
 from split.link import Frame, Phase
 from split.plan.profile import MAX_PROBE_BYTES
 from split.streams import stream_of
-from split.wire import Expected, check_tensor, decode_tensor
+from split.wire import Expected, check_tensor, decode_tensor, unpack_bits
 
 _MAX_SESSION = 64  # characters
 _MAX_VALUES = 64  # scalars in a frame
@@ -75,12 +75,18 @@ class Rules:
             labels = decode_tensor(message.labels, self._labels_of(message)).long()
             if bool(((labels != -100) & ((labels < 0) | (labels >= self.vocabulary_size))).any()):
                 raise BadTensor(f"labels outside the vocabulary of {self.vocabulary_size}")
+        wanted = None
+        if message.wanted:
+            if tensor is None or message.phase not in (Phase.FORWARD, Phase.EVALUATE) or with_labels:
+                raise BadFrame(f"{Phase.Name(message.phase)} with positions that are wanted")
+            wanted = unpack_bits(message.wanted, tensor.shape[:2])
         return Frame(
             phase=message.phase,
             step=message.step,
             micro_batch=message.micro_batch,
             tensor=tensor,
             labels=labels,
+            wanted=wanted,
             values=dict(message.values),
             open=message.open if message.HasField("open") else None,
             measured=message.measured if message.HasField("measured") else None,

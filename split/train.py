@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -40,7 +40,9 @@ from split.precision import autocast
 
 log = logging.getLogger(__name__)
 
-_PROBE_EVERY = 20.0  # seconds between looks at the link
+_PROBE_EVERY = 60.0  # seconds between looks at the link, unless it seems to have changed
+_NOISE = 0.05  # seconds of waiting a step that tell nothing
+_NEARLY_ALL = 0.97  # of the positions: then it is not worth saying which
 _EVALUATIONS_AHEAD = 2  # held-out batches that are sent before the first one's answer has come
 
 
@@ -237,6 +239,11 @@ class DeviceTrainer:
         }
         self._profile, self._probed_at = LinkProfile(), -math.inf
         self._steps_done = 0
+        self._looked_at: tuple[int, float] = (
+            0,
+            0.0,
+        )  # steps and seconds of waiting for the link, at the last aggregation
+        self._usual_wait: float | None = None  # for the link, a step, after the last probe
         self.stepper = Stepper(self.parameters, config)
         self._points: dict[int, dict[str, Tensor]] = {0: {}}  # the optimiser's state at the last two aggregations
         self._device = next(self.front.parameters()).device
@@ -293,8 +300,9 @@ class DeviceTrainer:
 
     def _measured(self, link: Link) -> stage_pb2.Measured:
         """For the stage's plan. The link is looked at again after some time only: it takes some round trips."""
-        if time.monotonic() - self._probed_at > _PROBE_EVERY:
+        if time.monotonic() - self._probed_at > _PROBE_EVERY or self._link_has_changed():
             self._profile, self._probed_at = link.measure(), time.monotonic()
+            self._usual_wait = None
         measured = self._profile.to_proto()
         measured.codec_seconds.update(codec_seconds(candidates(self.config)))
         steps = max(1, self._steps_done)
@@ -302,6 +310,16 @@ class DeviceTrainer:
             if name in DEVICE_WORK:
                 measured.compute_seconds[name] = seconds / steps
         return measured
+
+    def _link_has_changed(self) -> bool:
+        """Whether the steps since the last look waited much longer or shorter for the link than those before."""
+        steps, seconds = self._steps_done - self._looked_at[0], self.ledger.link_seconds - self._looked_at[1]
+        self._looked_at = self._steps_done, self.ledger.link_seconds
+        if not steps:
+            return False
+        wait, usual = seconds / steps, self._usual_wait
+        self._usual_wait = wait if usual is None else usual
+        return usual is not None and not usual / 2 - _NOISE < wait < 1.5 * usual + _NOISE
 
     def _optimizer_state_of(self, step: int) -> dict[str, Tensor]:
         """After `step` steps: from this run's memory or an earlier run's record; empty where this device was away."""
@@ -336,10 +354,11 @@ class DeviceTrainer:
             with self.ledger.computing((FRONT, input_ids.shape)), autocast(self._dtype, self._device):
                 smashed = functional_call(self.front, batch.adapter, (input_ids,))
             batch.smashed[batch.begun] = smashed
-            hidden_states, labels, values = smashed.detach().float(), None, {}
+            hidden_states, wanted = _of_use(smashed.detach().float(), batch.labels[part])
+            frame = Frame(Phase.FORWARD, batch.step, batch.begun, hidden_states, wanted=wanted)
             if self.tail is None:
-                labels, values = batch.labels[part], {"tokens": float(batch.tokens)}
-            frame = Frame(Phase.FORWARD, batch.step, batch.begun, hidden_states, labels=labels, values=values)
+                values = {"tokens": float(batch.tokens)}
+                frame = replace(frame, labels=batch.labels[part], wanted=None, values=values)
             batch.begun += 1
             link.send(frame)
 
@@ -424,8 +443,9 @@ class DeviceTrainer:
             if input_ids is not None and labels is not None:
                 with self.ledger.computing(("evaluate front", input_ids.shape)):
                     smashed = self.front(input_ids.to(self._device)).float()
-                sent = labels if self.tail is None else None
-                link.send(Frame(Phase.EVALUATE, done, tensor=smashed, labels=sent))
+                hidden_states, wanted = _of_use(smashed, labels.to(self._device))
+                frame = Frame(Phase.EVALUATE, done, tensor=hidden_states, wanted=wanted)
+                link.send(replace(frame, labels=labels, wanted=None) if self.tail is None else frame)
                 waiting.append((smashed.shape, labels))
             while waiting and (input_ids is None or len(waiting) > _EVALUATIONS_AHEAD):
                 loss, tokens = self._evaluated(_answer(link, Phase.EVALUATE, done), *waiting.popleft())
@@ -439,6 +459,18 @@ class DeviceTrainer:
         with self.ledger.computing(("evaluate tail", last.shape)):
             loss, tokens = nll(self.tail(last), labels.to(self._device))
         return float(loss), tokens
+
+
+def _of_use(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What has to cross for a loss on `labels` (rows, sequence): hidden states (rows, sequence, hidden) with zeros
+    behind the last predicted position of each row, which nothing before them can see, and the positions whose last
+    hidden states are of use, (rows, sequence) bool; None where that is nearly all."""
+    wanted = torch.zeros_like(labels, dtype=torch.bool)
+    wanted[:, :-1] = labels[:, 1:] != IGNORE  # position t predicts labels[:, t + 1]
+    if wanted.float().mean() > _NEARLY_ALL:
+        return hidden_states, None
+    seen = wanted.flip(1).cummax(1).values.flip(1)
+    return hidden_states * seen.unsqueeze(-1), wanted
 
 
 def _batches(sequences: Sequences, size: int) -> Iterator[tuple[Tensor, Tensor]]:

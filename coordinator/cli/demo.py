@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from coordinator.cli.common import console, human_bytes
+from coordinator.cli.common import Connection, console, human_bytes
 from coordinator.cli.jobs import write_export
 from coordinator.cli.watch import check_ended_well, follow
+from coordinator.emulation import LinkSpec
 from coordinator.local_cluster import LocalCluster, submit
 from protos.v1 import coordinator_pb2 as pb
 from split.config import TrainingConfig
@@ -27,6 +28,7 @@ from split.stdlib_text import PRIVATE_MODULES, private_text
 
 _MARKER = ".isthmus-demo"  # what says that a folder is an earlier demo's and may be replaced
 _DATASET = "notes"
+_STAGE_PORTS = 2  # one for the job, and one that something else may take meanwhile
 
 
 def demo(
@@ -37,20 +39,29 @@ def demo(
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 50,
     cut_layer: Annotated[int, typer.Option(help="Blocks that each device holds.")] = 2,
     labels: Annotated[str, typer.Option(help="device or server (see `isthmus finetune --help`).")] = "device",
+    codec: Annotated[str, typer.Option(help="What crosses as what; none: float32 (see `isthmus finetune --help`).")] = (
+        "auto"
+    ),
+    link: Annotated[
+        str,
+        typer.Option(help="RATE,ROUND-TRIP of each device's own emulated link, such as 20mbit,40ms; empty: none."),
+    ] = "",
 ) -> None:
     """Fine-tune the default model by SplitLoRA over a coordinator and three devices, each a process of its own.
 
     Each device has text that the model has not seen and the others do not have:
     the sources of one part of Python's standard library.
 
-    Example: isthmus demo --json report.json
+    Example: isthmus demo --link 20mbit,40ms --json report.json
     """
+    link_spec = LinkSpec.parse_short(link) if link else None
     if json_file is not None:
         json_file.touch()  # a place that cannot be written to is known now, not at the end
     folder = _fresh(out.expanduser().resolve())
     training = TrainingConfig(
         cut_layer=cut_layer,
         labels=labels,
+        codec=codec,
         steps=steps,
         batch_size=8,
         sequence_length=128,
@@ -65,14 +76,16 @@ def demo(
     started = time.monotonic()
     with LocalCluster(folder) as cluster:
         with console.status("starting the coordinator on Ray"):
-            cluster.start_coordinator()
+            cluster.start_coordinator(stage_ports=_STAGE_PORTS if link_spec else 0)
         with console.status("enrolling and starting three devices"):
             for name, path in texts.items():
-                cluster.start_device(name, {_DATASET: path}, arguments=["--threads", "1"])
+                cluster.start_device(name, {_DATASET: path}, arguments=["--threads", "1"], link=link_spec)
             cluster.wait_connected(list(texts))
         console.print(
             f"coordinator on 127.0.0.1:{cluster.ports[0]}, devices {', '.join(texts)}; logs in {folder / 'logs'}"
         )
+        if link_spec:
+            console.print(f"each device reaches the coordinator over an emulated link of its own: {link_spec}")
         with cluster.connect() as connection:
             spec = pb.JobSpec(
                 method="splitlora", model="default", dataset=_DATASET, devices=list(texts), training=training.to_json()
@@ -80,7 +93,7 @@ def demo(
             job = submit(connection, spec)
             ended = follow(connection, job, as_json=False)
             check_ended_well(ended)
-            report = json.loads(ended.report)
+            report = {**json.loads(ended.report), "log": _messages(connection, job.id)}
             adapter = write_export(connection, job.id, folder / "adapter")
         with console.status("stopping the processes"):
             cluster.stop()
@@ -94,6 +107,7 @@ def demo(
         from split.evaluate import evaluate_files  # torch and transformers: only now
 
         check = evaluate_files("default", held_out, adapter=adapter, data=training.data)
+    report["link"] = str(link_spec or "this machine's loopback")
     result = _result(report, adapter, held_out, training, peaks, check.perplexity, time.monotonic() - started)
     _show(result)
     if json_file is not None:
@@ -168,7 +182,9 @@ def _result(
         "adapter": str(adapter),
         "validation_files": [str(path) for path in held_out],
         "sequence_length": training.sequence_length,
-        "devices": report["devices"],
+        "link": report["link"],
+        "log": report["log"],
+        "devices": [{**device, "reduction": _reduction(device["traffic"], training)} for device in report["devices"]],
         "coordinator": report["coordinator"],
         **peaks,
         "training": report["training"],
@@ -177,23 +193,54 @@ def _result(
     }
 
 
+def _messages(connection: Connection, job: str) -> list[str]:
+    """What the job said, such as how tensors were to cross and why."""
+    events = connection.stub.WatchJob(pb.WatchJobRequest(id=job))
+    return [json.loads(event.data)["message"] for event in events if event.kind == "log"]
+
+
+def _reduction(traffic: list[dict[str, Any]], training: TrainingConfig) -> float:
+    """By how much fewer bytes a device's training tensors took than as float32. traffic: as the stage counted it."""
+    hidden_size: int = json.loads((DEFAULT_MODEL_FOLDER / "config.json").read_text())["hidden_size"]
+    steps: int = sum(row["messages"] for row in traffic if row["kind"] == "step" and row["direction"] == "received")
+    of_training = [row for row in traffic if row["kind"] in ("forward", "backward") and row["codec"]]
+    streams = len({(row["direction"], row["kind"]) for row in of_training})
+    tokens = steps * training.batch_size * training.sequence_length
+    values = streams * tokens * hidden_size + (tokens if training.labels == "server" else 0)  # labels, of 4 bytes too
+    payload: int = sum(row["payload_bytes"] for row in of_training)
+    return 4 * values / max(1, payload)
+
+
 def _show(result: dict[str, Any]) -> None:
     before, after = result["perplexity_before"], result["perplexity_after"]
     console.print(f"held-out perplexity: {before:.3f} before, {after:.3f} after", style="bold")
     console.print(
         f"the adapter in the unsplit model, by plain transformers and peft: {result['perplexity_after_unsplit']:.3f}"
     )
-    table = Table("process", "sent", "received", "peak memory", "of the whole model's")
+    last = {message.partition(":")[0]: message for message in result["log"]}  # of each device: how its tensors cross
+    for message in last.values():
+        console.print(message, highlight=False)
+    console.print(f"link: {result['link']}", highlight=False)
     whole = result["whole_model_bytes"]
+
+    def memory(peak: int) -> str:
+        return f"{human_bytes(peak)}, {100 * peak / whole:.0f} %"
+
+    table = Table(
+        "process", "sent", "received", "than as float32", "waited for the link", "peak memory, of the whole's"
+    )
     for device in result["devices"]:
-        share = f"{100 * device['peak_bytes'] / whole:.0f} %"
-        sent, received = human_bytes(device["bytes_sent"]), human_bytes(device["bytes_received"])
-        table.add_row(f"device {device['name']}", sent, received, human_bytes(device["peak_bytes"]), share)
-    peak = result["coordinator"]["peak_bytes"]
-    table.add_row("coordinator's stage", "", "", human_bytes(peak), f"{100 * peak / whole:.0f} %")
-    table.add_row("the whole model, unsplit", "", "", human_bytes(whole), "100 %")
-    libraries = result["libraries_bytes"]
-    table.add_row("in each: the libraries", "", "", human_bytes(libraries), f"{100 * libraries / whole:.0f} %")
+        table.add_row(
+            f"device {device['name']}",
+            human_bytes(device["bytes_sent"]),
+            human_bytes(device["bytes_received"]),
+            f"{device['reduction']:.1f} times fewer",
+            f"{device['link_seconds']:.1f} s",
+            memory(device["peak_bytes"]),
+        )
+    table.add_row("coordinator's stage", "", "", "", "", memory(result["coordinator"]["peak_bytes"]))
+    table.add_row("the whole model, unsplit", "", "", "", "", memory(whole))
+    table.add_row("in each: the libraries", "", "", "", "", memory(result["libraries_bytes"]))
     console.print(table)
     console.print(f"adapter: {result['adapter']}", soft_wrap=True)
     console.print(f"done in {result['seconds']:.0f} s", highlight=False)

@@ -97,9 +97,9 @@ def finetune(
     codec: Annotated[
         str,
         typer.Option(
-            help="What crosses the link as what. auto: as the measured link makes it worth, within --error-budget. Or a "
-            "codec of `isthmus codecs` for hidden states and gradients. Or KEY=CODEC;KEY=CODEC with KEY up, down, hidden, "
-            "gradients, adapters, evaluation, hidden_up, ...; the rest is auto. none: float32.",
+            help="What crosses the link as what. auto: as the measured link makes it worth, within --error-budget. Or "
+            "a codec of `isthmus codecs` for hidden states and gradients. Or KEY=CODEC;KEY=CODEC with KEY up, down, "
+            "hidden, gradients, adapters, evaluation, hidden_up, ...; the rest is auto. none: float32.",
             rich_help_panel=_LINK,
         ),
     ] = _DEFAULTS.codec,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from coordinator.cli.common import Json, console, human_bytes, print_json
-from coordinator.emulated_link import Address, Cut, EmulatedLink, LinkSpec, Pair, parse_rate, parse_share, parse_time
+from coordinator.emulation import Address, Cut, EmulatedLink, LinkSpec, Pair, parse_rate, parse_share, parse_time
 from split.errors import BadRequest, IsthmusError
 from split.tls import split_address
 

@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from coordinator.cli import demo, devices, evaluate, finetune, jobs, link, up
+from coordinator.cli import codecs, demo, devices, evaluate, finetune, jobs, link, up
 from split.errors import IsthmusError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -29,6 +29,7 @@ app.command()(jobs.export)
 app.command()(evaluate.evaluate)
 app.command()(demo.demo)
 app.command()(link.link)
+app.command()(codecs.codecs)
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ class Tensor(_message.Message):
     def __init__(self, codec: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("job", "session", "step", "micro_batch", "phase", "tensor", "labels", "values", "open", "agreement", "plan", "measured", "probe")
+    __slots__ = ("job", "session", "step", "micro_batch", "phase", "tensor", "labels", "values", "open", "agreement", "plan", "measured", "probe", "wanted")
     class ValuesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +64,7 @@ class Frame(_message.Message):
     PLAN_FIELD_NUMBER: _ClassVar[int]
     MEASURED_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
     job: str
     session: str
     step: int
@@ -77,7 +78,8 @@ class Frame(_message.Message):
     plan: Plan
     measured: Measured
     probe: Probe
-    def __init__(self, job: _Optional[str] = ..., session: _Optional[str] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., labels: _Optional[_Union[Tensor, _Mapping]] = ..., values: _Optional[_Mapping[str, float]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., agreement: _Optional[_Union[Agreement, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ...) -> None: ...
+    wanted: bytes
+    def __init__(self, job: _Optional[str] = ..., session: _Optional[str] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., labels: _Optional[_Union[Tensor, _Mapping]] = ..., values: _Optional[_Mapping[str, float]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., agreement: _Optional[_Union[Agreement, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., wanted: _Optional[bytes] = ...) -> None: ...
 
 class Measured(_message.Message):
     __slots__ = ("round_trip_seconds", "up_bytes_per_second", "down_bytes_per_second", "codec_seconds", "compute_seconds")

@@ -82,7 +82,7 @@ class Transform(Protocol):
     def width(self, width: int) -> int: ...
 
     def side_bytes(self, width: int) -> int:
-        """The most that `forward` gives as side information."""
+        """The most that `forward` gives as side information; 0: it never gives any, and no section is sent for it."""
 
 
 class Entropy(Protocol):
@@ -172,7 +172,8 @@ class Codec:
             coded = flat
             if self.transform is not None:
                 side, coded = self.transform.forward(flat, state)
-                writer.section(side)
+                if self.transform.side_bytes(width):
+                    writer.section(side)
             if self.transform is not None or self.memory is not None:
                 check_finite(coded, self.name)  # sums can overflow
             payload = self.quantiser.quantise(coded, self.entropy, state)
@@ -198,8 +199,8 @@ class Codec:
         decoded = torch.empty(0)
         if rows * width:
             if self.transform is not None:
-                side = reader.section(self.transform.side_bytes(width))
-                self.transform.receive(side, width, state)
+                most_side = self.transform.side_bytes(width)
+                self.transform.receive(reader.section(most_side) if most_side else b"", width, state)
             decoded = self._decoded(reader.rest(), rows, width, state)
             if not self.exact and not _is_finite(decoded):
                 raise CodecError(f"a payload of {self.name} that holds NaN or infinity")
@@ -217,7 +218,8 @@ class Codec:
         if not rows * width:
             return 0
         coded = width if self.transform is None else self.transform.width(width)
-        side = 0 if self.transform is None else Writer.section_bytes(self.transform.side_bytes(width))
+        most_side = 0 if self.transform is None else self.transform.side_bytes(width)
+        side = Writer.section_bytes(most_side) if most_side else 0
         return side + self.quantiser.payload_bytes(rows, coded, self.entropy)
 
     def estimate(self, shape: Sequence[int], state: CodecState | None = None) -> float:

@@ -54,7 +54,7 @@ class Parameter:
         """What can be given, for people."""
         if self.type is bool:
             return "given or not"
-        return " or ".join(self.choices) if self.choices else f"{self.low:g} to {self.high:g}"
+        return " or ".join(self.choices) if self.choices else f"{self.low:.10g} to {self.high:.10g}"
 
     def read(self, text: str, part: str) -> Value:
         if self.choices:
@@ -204,8 +204,9 @@ FAMILIES: dict[str, Family] = {
                 Parameter("step", Uniform.step, "in RMS", 0.001, 16),
                 Parameter("per", Uniform.per, "what the RMS is of", choices=("row", "tensor")),
                 Parameter("deadzone", Uniform.deadzone, "of a step, by which rounding goes towards 0", 0, 0.49),
+                Parameter("stochastic", Uniform.stochastic, "round up or down by chance, so that the mean is right"),
             ),
-            biased=True,
+            biased="unless stochastic",
             writes="symbols",
         ),
         Family(

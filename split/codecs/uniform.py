@@ -35,6 +35,10 @@ class Uniform:
     that are too large for the symbols go apart, as float32. Only what is below 2^-100 becomes zero in any case. Rows
     without a symbol other than 0 take one bit. `tensor` is for gradients, of which small rows matter less.
 
+    stochastic rounds up or down with the chances that make the mean of what is decoded the value (dithering; then
+    |x - decoded| < delta). Gradients need it: what is always rounded to 0, as whole directions are after klt, is never
+    learnt, and optimisers that rescale, like Adam, hear of small gradients too.
+
     deadzone, below 1/2, rounds that much towards 0. Symbols are then read as the mean of what was rounded to them
     (one correction for -1 and 1, one for all larger ones), within the bound.
     """
@@ -42,6 +46,7 @@ class Uniform:
     step: float = 0.13
     per: Literal["row", "tensor"] = "row"
     deadzone: float = 0.0
+    stochastic: bool = False
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -51,13 +56,16 @@ class Uniform:
             raise CodecError(f"uniform with a step per {self.per}: choose row or tensor")
         if not 0 <= self.deadzone < 0.5:
             raise CodecError(f"uniform with a deadzone of {self.deadzone}: choose 0 or more, below 0.5")
+        if self.stochastic and self.deadzone:
+            raise CodecError("uniform is stochastic, or has a deadzone: choose one of them")
 
     @property
     def name(self) -> str:
         per = "" if self.per == "row" else f":per={self.per}"
         step = "" if self.step == Uniform.step else f":step={_short(self.step)}"
         deadzone = f":deadzone={_short(self.deadzone)}" if self.deadzone else ""
-        return f"uniform{step}{per}{deadzone}"
+        stochastic = ":stochastic" if self.stochastic else ""
+        return f"uniform{step}{per}{deadzone}{stochastic}"
 
     @property
     def limit(self) -> int:
@@ -67,7 +75,7 @@ class Uniform:
     def quantise(self, x: Tensor, entropy: Entropy, state: CodecState) -> bytes:
         delta, codes = self._deltas(x)
         steps = x / delta
-        symbols = self._rounded(steps)
+        symbols = self._rounded(steps, state)
         writer = Writer()
         self._write_escapes(x, symbols, writer)
         kept = (symbols != 0).any(1)
@@ -145,7 +153,10 @@ class Uniform:
             raise CodecError("a payload with a scale that is negative, infinite or NaN")
         return scales
 
-    def _rounded(self, steps: Tensor) -> Tensor:
+    def _rounded(self, steps: Tensor, state: CodecState) -> Tensor:
+        if self.stochastic:
+            dither = torch.rand(steps.shape, generator=state.generator(steps.device), device=steps.device)
+            return (steps + dither).floor_()
         if not self.deadzone:
             return steps.round()
         return (steps.abs() + (0.5 - self.deadzone)).trunc_().mul_(steps.sign())

@@ -17,6 +17,8 @@ MAX_PROBE_BYTES = 2**18
 _PINGS = 3
 _FIRST_PROBE_BYTES = 2**14
 _LONG_ENOUGH = 0.02  # seconds that a probe's bytes have to take beside the round trip, to be believed
+_FAST = 5e7  # bytes a second: how much faster a link is does not matter
+_SOON = 0.005  # seconds: how much shorter a round trip is does not matter
 _SAMPLE = (256, 256)  # of the tensor with which codecs are timed
 
 
@@ -42,6 +44,12 @@ class LinkProfile:
             message.up_bytes_per_second if message.up_bytes_per_second > 0 else math.inf,
             message.down_bytes_per_second if message.down_bytes_per_second > 0 else math.inf,
         )
+
+    def differs(self, other: LinkProfile) -> bool:
+        """By more than measuring twice does."""
+        pairs = [(min(self.up, _FAST), min(other.up, _FAST)), (min(self.down, _FAST), min(other.down, _FAST))]
+        pairs.append((self.round_trip + _SOON, other.round_trip + _SOON))
+        return any(not 0.7 < one / two < 1.4 for one, two in pairs)
 
     def __str__(self) -> str:
         if self == LinkProfile():

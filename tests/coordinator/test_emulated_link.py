@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.emulated_link import Address, Cut, EmulatedLink, LinkSpec, LinkThread, parse_rate, parse_time
+from coordinator.emulation import Address, Cut, EmulatedLink, LinkSpec, LinkThread, parse_rate, parse_time
 from split.errors import BadRequest, WrongState
 
 ANY: Address = ("127.0.0.1", 0)

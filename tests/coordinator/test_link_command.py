@@ -13,7 +13,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from coordinator.emulated_link import Address, Cut, LinkSpec, link_process
+from coordinator.emulation import Address, Cut, LinkSpec, link_process
 
 ANY: Address = ("127.0.0.1", 0)
 COMMAND = [sys.executable, "-m", "coordinator.cli.link"]
@@ -89,7 +89,7 @@ def test_it_is_a_command_of_isthmus_and_its_help_has_an_example() -> None:
 def test_it_starts_without_torch_and_ray() -> None:
     script = "import coordinator.cli.link, json, sys; print(json.dumps(list(sys.modules)))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout)
-    assert "coordinator.emulated_link" in loaded
+    assert "coordinator.emulation" in loaded
     assert not {"torch", "ray", "transformers"} & set(loaded)
 
 

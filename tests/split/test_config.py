@@ -14,7 +14,16 @@ from split.errors import BadRequest
 
 
 def test_a_configuration_survives_the_way_to_the_other_side() -> None:
-    config = TrainingConfig(target_modules=("q_proj",), learning_rate=3e-4, prompt_column="a", completion_column="b")
+    config = TrainingConfig(
+        target_modules=("q_proj",),
+        learning_rate=3e-4,
+        prompt_column="a",
+        completion_column="b",
+        codec="hidden=klt,uniform,range;down=hadamard,int8",
+        error_budget=0.01,
+        micro_batches=4,
+        overlap="stale",
+    )
     assert TrainingConfig.from_json(config.to_json()) == config
 
 
@@ -29,6 +38,13 @@ def test_a_configuration_survives_the_way_to_the_other_side() -> None:
         ({"optimizer": "adagrad"}, "choose one of adamw, sgd"),
         ({"sequence_length": 1}, "sequence_length 1 leaves nothing to predict"),
         ({"max_gradient_norm": float("nan")}, "max_gradient_norm"),
+        ({"overlap": "none"}, "overlap is 'none'; choose one of exact, stale"),
+        ({"micro_batches": -1}, "micro_batches is -1; choose 0 or more"),
+        ({"micro_batches": 9}, "micro_batches is 9; a batch has 8 sequences"),
+        ({"error_budget": 0.0}, "error_budget is 0.0; choose from 0.0005 to 0.1"),
+        ({"error_budget": float("nan")}, "error_budget is nan"),
+        ({"codec": "zip"}, "no part of a codec is called 'zip'"),
+        ({"codec": "up=int8;int4"}, "'int4' has no KEY="),
     ],
 )
 def test_what_cannot_be_is_refused_with_a_line_that_says_so(change: dict, line: str) -> None:

@@ -48,16 +48,67 @@ def test_several_ledgers_count_in_threads_of_their_own() -> None:
     assert [ledger.flops for ledger in ledgers] == [5 * 2 * 4 * 8 * (i + 1) * 4 for i in range(3)]
 
 
-def test_traffic_keeps_directions_kinds_and_overhead_apart() -> None:
+def test_traffic_keeps_directions_kinds_codecs_and_overhead_apart() -> None:
     traffic = Traffic()
-    traffic.crossed("sent", "forward", payload=100, total=120)
-    traffic.crossed("sent", "forward", payload=100, total=110)
-    traffic.crossed("received", "forward", payload=50, total=50)
-    assert traffic.total_bytes("sent") == 230
-    assert traffic.rows() == [
-        {"direction": "received", "kind": "forward", "messages": 1, "payload_bytes": 50, "overhead_bytes": 0},
-        {"direction": "sent", "kind": "forward", "messages": 2, "payload_bytes": 200, "overhead_bytes": 30},
+    traffic.crossed("sent", "forward", "none", payload=100, total=120)
+    traffic.crossed("sent", "forward", "none", payload=100, total=110)
+    traffic.crossed("sent", "forward", "int8", payload=25, total=30)
+    traffic.crossed("received", "forward", "int8", payload=50, total=50)
+    traffic.crossed("received", "close", "", payload=0, total=7)
+    assert (traffic.total_bytes("sent"), traffic.total_bytes("received")) == (260, 57)
+    assert (traffic.received("forward"), traffic.received("backward")) == (1, 0)
+    assert [tuple(row.values()) for row in traffic.rows()] == [
+        ("received", "close", "", 1, 0, 7),
+        ("received", "forward", "int8", 1, 50, 0),
+        ("sent", "forward", "int8", 1, 25, 5),
+        ("sent", "forward", "none", 2, 200, 30),
     ]
+    assert list(traffic.rows()[0]) == ["direction", "kind", "codec", "messages", "payload_bytes", "overhead_bytes"]
+
+
+def test_what_the_protocols_below_took_is_a_row_of_its_own_where_the_kernel_told() -> None:
+    traffic = Traffic()
+    traffic.crossed("sent", "forward", "int8", payload=100, total=120)
+    traffic.crossed("received", "forward", "int8", payload=100, total=120)
+    traffic.on_the_wire["sent"] = 150
+    rows = [tuple(row.values()) for row in traffic.rows() if row["kind"] == "protocols"]
+    assert rows == [("sent", "protocols", "", 0, 0, 30)]
+    whole = sum(row["payload_bytes"] + row["overhead_bytes"] for row in traffic.rows() if row["direction"] == "sent")
+    assert whole == 150
+
+
+def test_the_traffic_of_several_runs_adds_up() -> None:
+    first, second = Traffic(), Traffic()
+    for traffic in (first, second):
+        traffic.crossed("sent", "forward", "int8", payload=100, total=120)
+        traffic.on_the_wire["sent"] = 130
+    second.crossed("sent", "step", "", payload=0, total=9)
+    first.add(second)
+    assert first.total_bytes("sent") == 249
+    assert first.on_the_wire == {"sent": 260}
+    assert [row["messages"] for row in first.rows()] == [2, 1, 0]
+
+
+def test_waiting_for_the_link_is_a_part_of_waiting() -> None:
+    ledger = Ledger()
+    ledger.waited(1.0, 0.25)
+    ledger.waited(0.5, 3.0)  # the question was sent long before anyone waited for its answer
+    ledger.waited(0.5, -0.1)  # two clocks that do not agree
+    assert (ledger.wait_seconds, ledger.link_seconds) == (2.0, 0.75)
+    summary = ledger.summary()
+    assert summary["link_seconds"] == 0.75
+    assert summary["wait_seconds"] == 2.0
+
+
+def test_what_codecs_took_is_added_up_and_their_memory_is_the_most_that_there_was() -> None:
+    ledger = Ledger()
+    ledger.coded("int8", "encode", 1000, 0.25, memory_bytes=10)
+    ledger.coded("klt,uniform", "encode", 1000, 0.5, memory_bytes=400)
+    ledger.coded("int8", "decode", 500, 0.125, memory_bytes=20)
+    summary = ledger.summary()
+    assert (summary["encode_seconds"], summary["decode_seconds"]) == (0.75, 0.125)
+    assert summary["codec_memory_bytes"] == 400
+    assert (ledger.coding["int8"].encode_values, ledger.coding["int8"].decode_values) == (1000, 500)
 
 
 def test_the_summary_says_where_its_energy_is_from() -> None:

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protos.v1 import stage_pb2
+from split.codecs import CodecState, parse
 from split.errors import BadTensor
-from split.wire import DTYPES, Expected, check_tensor, decode_tensor, encode_tensor
+from split.wire import DTYPES, Expected, check_tensor, decode_tensor, encode_tensor, pack_bits, unpack_bits
 
 
 @given(
@@ -66,3 +68,63 @@ def test_what_was_not_agreed_is_refused(change: dict, reason: str) -> None:
             setattr(message, field, value)
     with pytest.raises(BadTensor, match=reason):
         check_tensor(message, Expected("float32", (None, 3), 6))
+
+
+CODEC = parse("hadamard,int4").name
+
+
+def encoded(shape: tuple[int, ...] = (2, 3, 16)) -> stage_pb2.Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    payload = parse(CODEC).encode(values, CodecState(1))
+    return stage_pb2.Tensor(codec=CODEC, dtype="float32", shape=shape, payload=payload)
+
+
+def test_an_encoded_tensor_comes_back_as_its_codec_has_it() -> None:
+    values = torch.randn((2, 3, 16), generator=torch.Generator().manual_seed(0))
+    back = decode_tensor(encoded(), Expected("float32", (2, 3, 16), 96, CODEC), CodecState(1))
+    assert back.dtype == torch.float32
+    assert (back - values).square().mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"codec": "none"}, "codec 'none' was not agreed on; agreed: hadamard,int4"),
+        ({"codec": "int4,hadamard"}, "was not agreed"),  # not the canonical name
+        ({"dtype": "bfloat16"}, "dtype 'bfloat16' was not agreed"),
+        ({"shape": [2, 3, 17]}, "shape"),
+        ({"payload": bytes(10_000)}, "10000 bytes of payload; hadamard,int4.* takes at most"),
+    ],
+)
+def test_an_encoded_tensor_that_was_not_agreed_is_refused_before_it_is_decoded(change: dict, reason: str) -> None:
+    message = encoded()
+    for field, value in change.items():
+        message.ClearField(field)
+        if field == "shape":
+            message.shape.extend(value)
+        else:
+            setattr(message, field, value)
+    with pytest.raises(BadTensor, match=reason):
+        check_tensor(message, Expected("float32", (2, 3, 16), 96, CODEC))
+
+
+@given(payload=st.binary(max_size=80))
+def test_any_payload_of_a_codec_is_refused_or_gives_finite_values(payload: bytes) -> None:
+    message = encoded()
+    message.payload = payload
+    try:
+        back = decode_tensor(message, Expected("float32", (2, 3, 16), 96, CODEC), CodecState(1))
+    except BadTensor:
+        return
+    assert back.shape == (2, 3, 16)
+    assert torch.isfinite(back).all()
+
+
+@given(shape=st.lists(st.integers(1, 9), min_size=1, max_size=3), seed=st.integers(0, 2**31))
+def test_flags_take_a_bit_each_and_come_back(shape: list[int], seed: int) -> None:
+    flags = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    packed = pack_bits(flags)
+    assert len(packed) == -(-flags.numel() // 8)
+    assert torch.equal(unpack_bits(packed, shape), flags)
+    with pytest.raises(BadTensor, match="bytes of flags"):
+        unpack_bits(packed + b"\0", shape)

@@ -1,0 +1,278 @@
+"""What compressing the link costs in quality: fine-tuning with each pair of codecs, against the lossless run.
+
+One device and the stage in one process (a LocalLink: a job over a network gives the same losses), labels on the device.
+Every perplexity is that of the exported adapter in the unsplit, uncompressed model, by plain transformers and peft, on
+held-out text. Seeds are paired: a change is that of two runs with the same seed, batches and first adapter.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Annotated, Any
+
+import torch
+import typer
+from peft import PeftModel
+from rich.progress import Progress
+from transformers import AutoModelForCausalLM
+
+from benchmarks.common import JsonFile, command, console, describe, machine, quieten, table, write_json
+from benchmarks.methods import last_tenths
+from split.adapters.lora import lora_config, save_adapter
+from split.config import TrainingConfig
+from split.data import Sequences, sequences_of_file
+from split.errors import BadData, BadRequest
+from split.evaluate import nll
+from split.local import train_split_locally
+from split.models.source import open_model
+from split.plan.profile import LinkProfile
+
+_SHARED = Path(__file__).parents[2] / "shared" / "data"
+_TRAINING_KINDS = ("forward", "backward", "aggregate", "step")
+LOSSLESS = "none"
+_NARROW = LinkProfile(round_trip=0.04, up=2.5e6, down=2.5e6)  # what `auto` is told that the link is: 20 Mbit/s, 40 ms
+
+
+def pair(hidden: str, gradients: str) -> str:
+    return f"hidden={hidden};gradients={gradients}"
+
+
+def klt(step: float, entropy: str = "range") -> str:
+    return f"klt,uniform:step={step:g}:per=tensor,{entropy}"
+
+
+PAIRS = {
+    "int8": "hadamard,int8",
+    "int4": pair("hadamard,int4", "hadamard,int4:stochastic"),
+    "klt .13/.5": pair(klt(0.13), klt(0.5)),
+    "klt .2/.8": pair(klt(0.2), klt(0.8)),
+    "klt .3/1.2": pair(klt(0.3), klt(1.2)),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run. name: of the codec pair; data: e2e or shakespeare."""
+
+    data: str
+    name: str
+    codec: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Result:
+    case: Case
+    perplexity: float
+    bytes_a_step: float  # both ways, with adapters
+    bits_a_value: dict[str, float]  # by direction and kind
+    loss_before_last_tenth: float
+    loss_last_tenth: float
+
+
+def texts(data: str, files: Mapping[str, Path], training: TrainingConfig, model: str) -> tuple[Sequences, Sequences]:
+    source = open_model(model)
+    train, held_out = sequences_of_file(files[data], training.data, source.tokenizer())
+    if held_out is None:
+        raise BadData(f"{files[data].name} leaves nothing to hold out")
+    return train, held_out
+
+
+def training_of(case: Case, base: TrainingConfig) -> TrainingConfig:
+    training = replace(base, codec=case.codec, seed=case.seed)
+    return replace(training, prompt_column="mr", completion_column="ref") if case.data == "e2e" else training
+
+
+def run(case: Case, base: TrainingConfig, files: Mapping[str, Path], model: str, held_out_rows: int) -> Result:
+    """In a process of its own, with one thread."""
+    quieten()
+    torch.set_num_threads(1)
+    training = training_of(case, base)
+    train, held_out = texts(case.data, files, training, model)
+    source = open_model(model)
+    done = train_split_locally(source, training, [(train, None)], profile=_NARROW)
+    ledger = done.ledgers["d0"]
+    traffic = ledger.traffic
+    size = sum(
+        traffic.payload_bytes[key] + traffic.overhead_bytes[key]
+        for key in traffic.messages
+        if key[1] in _TRAINING_KINDS
+    )
+    values = training.batch_size * training.sequence_length * source.config.hidden_size * training.steps
+    bits: dict[str, float] = {}
+    for key, payload in traffic.payload_bytes.items():
+        if key[1] in ("forward", "backward"):
+            bits[f"{key[0]} {key[1]}"] = bits.get(f"{key[0]} {key[1]}", 0.0) + 8 * payload / values
+    before, last = last_tenths(done.outcome.losses)
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = Path(folder) / "adapter"
+        save_adapter(adapter, done.adapter, lora_config(training, source.config), model)
+        perplexity = unsplit_perplexity(str(source.path), adapter, held_out, held_out_rows)
+    return Result(case, perplexity, size / training.steps, bits, before, last)
+
+
+def unsplit_perplexity(model: str, adapter: Path, held_out: Sequences, rows: int) -> float:
+    """By plain transformers and peft, on at most `rows` held-out sequences."""
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), str(adapter))
+    whole.eval()
+    total, tokens = 0.0, 0
+    with torch.inference_mode():
+        for start in range(0, min(rows, len(held_out)), 16):
+            part = slice(start, min(start + 16, rows))
+            loss, count = nll(whole(input_ids=held_out.input_ids[part]).logits, held_out.labels[part])
+            total, tokens = total + float(loss), tokens + count
+    return math.exp(total / tokens)
+
+
+def summarise(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """By data and name of the pair: reduction of bytes and change of perplexity, the mean over paired seeds."""
+    lossless = {(r.case.data, r.case.seed): r for r in results if r.case.name == LOSSLESS}
+    rows: dict[str, dict[str, Any]] = {}
+    for data, name in dict.fromkeys((r.case.data, r.case.name) for r in results):
+        mine = [r for r in results if (r.case.data, r.case.name) == (data, name)]
+        pairs = [(r, lossless[data, r.case.seed]) for r in mine]
+        changes = [math.log(r.perplexity / base.perplexity) for r, base in pairs]
+        rows[f"{data}: {name}"] = {
+            "data": data,
+            "name": name,
+            "codec": mine[0].case.codec,
+            "seeds": len(mine),
+            "perplexity": fmean(r.perplexity for r in mine),
+            "change": math.expm1(fmean(changes)),
+            "change_standard_error": stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None,
+            "bytes_a_step": fmean(r.bytes_a_step for r in mine),
+            "reduction": fmean(base.bytes_a_step / r.bytes_a_step for r, base in pairs),
+            "bits_a_value": {
+                stream: fmean(r.bits_a_value[stream] for r in mine) for stream in sorted(mine[0].bits_a_value)
+            },
+            "loss_before_last_tenth": fmean(r.loss_before_last_tenth for r in mine),
+            "loss_last_tenth": fmean(r.loss_last_tenth for r in mine),
+        }
+    return rows
+
+
+def reduction_within(rows: Mapping[str, Mapping[str, Any]], change: float) -> float:
+    """The largest reduction that keeps within the change of perplexity on every data set, of one and the same pair."""
+    names = dict.fromkeys(row["name"] for row in rows.values())
+    best = 1.0
+    for name in names:
+        mine = [row for row in rows.values() if row["name"] == name]
+        if all(row["change"] <= change for row in mine):
+            best = max(best, min(row["reduction"] for row in mine))
+    return best
+
+
+def run_all(
+    cases: Sequence[Case], base: TrainingConfig, files: Mapping[str, Path], model: str, held_out: int, workers: int
+) -> Iterable[Result]:
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    with pool, Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("runs", total=len(cases))
+        started = [pool.submit(run, case, base, files, model, held_out) for case in cases]
+        for done in as_completed(started):
+            bar.advance(task)
+            yield done.result()
+
+
+def show(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    lines = []
+    for name, row in rows.items():
+        error = row["change_standard_error"]
+        bits = " ".join(f"{value:.2f}" for value in row["bits_a_value"].values())
+        lines.append(
+            (
+                name,
+                f"{row['perplexity']:.3f}",
+                f"{100 * row['change']:+.2f} %",
+                "" if error is None else f"{100 * error:.2f}",
+                f"{row['bytes_a_step'] / 1e3:.0f}",
+                f"{row['reduction']:.1f}",
+                bits,
+            )
+        )
+    columns = ("data: codecs", "perplexity", "change", "s.e.", "kB a step", "fewer bytes", "bits (bwd, fwd down; up)")
+    console.print(table("perplexity of the exported adapter, unsplit and uncompressed", columns, lines))
+
+
+def main(
+    e2e: Annotated[Path, typer.Option(help="E2E's devset.csv.")] = _SHARED / "e2e" / "devset.csv",
+    shakespeare: Annotated[Path, typer.Option(help="A text.")] = _SHARED / "shakespeare" / "input.txt",
+    data: Annotated[str, typer.Option(help="Which of the two, by commas.")] = "e2e,shakespeare",
+    model: Annotated[str, typer.Option(help="Folder in hub format, or default.")] = "default",
+    codecs: Annotated[
+        list[str] | None, typer.Option(help="NAME or NAME=CODEC, as of `isthmus finetune --codec`. Repeatable.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of every run.", min=2)] = 300,
+    seeds: Annotated[int, typer.Option(help="Paired runs of each, with seeds 0, 1, ...", min=1)] = 3,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    sequence_length: Annotated[int, typer.Option(min=8)] = 64,
+    held_out: Annotated[int, typer.Option(help="Held-out sequences that are evaluated, at most.", min=1)] = 256,
+    workers: Annotated[int, typer.Option(help="Runs at the same time, each with one thread.", min=1)] = 2,
+    json_file: JsonFile = None,
+) -> None:
+    """Perplexity after equal steps against bytes sent, for each pair of codecs and for auto.
+
+    Example: python -m benchmarks.compression --json compression.json
+    """
+    files = {"e2e": e2e, "shakespeare": shakespeare}
+    chosen = [name.strip() for name in data.split(",")]
+    for name in chosen:
+        if name not in files:
+            raise BadRequest(f"--data {name!r}: choose from {', '.join(files)}")
+        if not files[name].is_file():
+            raise BadData(f"no {name} data at {files[name]}: name it with --{name}")
+    pairs = _pairs(codecs)
+    base = TrainingConfig(
+        cut_layer=1,
+        steps=steps,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        learning_rate=4e-3,
+        warmup_steps=min(10, steps // 2),
+        precision="float32",
+        micro_batches=1,
+        aggregate_every=10,
+        validation_fraction=0.1,
+        target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    )
+    result: dict[str, Any] = {"machine": machine(), "training": asdict(base), "model": model}
+    console.print(describe(result["machine"]))
+    cases = [
+        Case(which, name, codec, seed)
+        for seed in range(seeds)
+        for which in chosen
+        for name, codec in {LOSSLESS: LOSSLESS, **pairs}.items()
+    ]
+    results = sorted(run_all(cases, base, files, model, held_out, workers), key=lambda r: cases.index(r.case))
+    rows = summarise(results)
+    show(rows)
+    result |= {
+        "bytes_reduction_at_half_percent": reduction_within(rows, 0.005),
+        "bytes_reduction_at_two_percent": reduction_within(rows, 0.02),
+        "rows": rows,
+        "runs": [asdict(each) for each in results],
+    }
+    for key in ("bytes_reduction_at_half_percent", "bytes_reduction_at_two_percent"):
+        console.print(f"{key}: {result[key]:.1f}")
+    write_json(json_file, result)
+
+
+def _pairs(codecs: Sequence[str] | None) -> dict[str, str]:
+    if not codecs:
+        return {**PAIRS, "auto": "auto"}
+    pairs = {}
+    for text in codecs:
+        name, equals, codec = text.partition("::")
+        pairs[name] = codec if equals else PAIRS.get(name, name)
+    return pairs
+
+
+if __name__ == "__main__":
+    command(main)
