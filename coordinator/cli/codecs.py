@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -90,12 +91,12 @@ def _all(width: int, json_output: bool) -> None:
     from split.codecs import FAMILIES, parse
     from split.codecs.grammar import ALIASES
     from split.config import TrainingConfig
-    from split.plan.choose import candidates_of
-    from split.streams import ADAPTERS_CODEC, EVALUATION_CODEC, STREAMS
+    from split.plan.choose import ladder
+    from split.streams import ADAPTERS_CODEC, EVALUATION_CODEC, STREAMS, TRAINING
 
     budget = TrainingConfig.error_budget
-    auto = {kind: candidates_of(kind, budget) for kind in ("hidden", "gradients")}
-    names = list(dict.fromkeys(parse(name).name for name in (*_TYPICAL, *auto["hidden"], *auto["gradients"])))
+    auto = {stream: ladder(stream, budget) for stream in TRAINING}
+    names = list(dict.fromkeys(parse(name).name for name in chain(_TYPICAL, *auto.values())))
     typical = {name: _tried(parse(name), width) for name in names}
     if json_output:
         print_json(
@@ -115,7 +116,7 @@ def _all(width: int, json_output: bool) -> None:
     console.print(
         "\nbits a value: at most, measured, and error in dB\n" + "\n".join(map(_line, typical, typical.values()))
     )
-    below = "\n" + 13 * " "
+    below = "\n" + 19 * " "
     console.print(
         f"measured on a synthetic tensor ({_ROWS}, {width}); `isthmus codecs CODEC` has its speed, too\n\n"
         "CODEC is PART,PART,... in any order; PART is NAME or NAME:ARGUMENT:ARGUMENT... An ARGUMENT is KEY=VALUE,\n"
@@ -128,7 +129,7 @@ def _all(width: int, json_output: bool) -> None:
         f"and held-out hidden states by {EVALUATION_CODEC};\n"
         "exactly (none) where all training streams are exact.\n\n"
         f"auto, at the default --error-budget of {budget:g}, chooses by link and processor from\n"
-        + "\n".join(f"  {kind + ':':<11}{below.join(found)}" for kind, found in auto.items()),
+        + "\n".join(f"  {stream + ':':<17}{below.join(found)}" for stream, found in auto.items()),
         soft_wrap=True,
     )
 

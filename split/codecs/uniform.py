@@ -24,6 +24,9 @@ _SCALE_CUT = 19  # bits of a float32 that the RMS of a row is sent without; 4 of
 _SCALE_CODES = 1 << (31 - _SCALE_CUT)
 _ROUNDING = 2.0**-4  # at most, by the bits cut off
 _COUNT, _SCALE, _SCALE_RANGE = struct.Struct("<I"), struct.Struct("<f"), struct.Struct("<HH")
+_SEED = struct.Struct("<I")
+_LOUD = 0.4  # RMS of the tensor: rows above it may have their dither taken off
+_CROSSING = 0.7  # steps: columns above it likewise; below, not to take it off makes less error
 _ALL, _SOME, _NONE = range(3)  # rows that have symbols
 
 
@@ -35,9 +38,11 @@ class Uniform:
     that are too large for the symbols go apart, as float32. Only what is below 2^-100 becomes zero in any case. Rows
     without a symbol other than 0 take one bit. `tensor` is for gradients, of which small rows matter less.
 
-    stochastic rounds up or down with the chances that make the mean of what is decoded the value (dithering; then
-    |x - decoded| < delta). Gradients need it: what is always rounded to 0, as whole directions are after klt, is never
-    learnt, and optimisers that rescale, like Adam, hear of small gradients too.
+    stochastic rounds up or down with the chances that make the mean of what is decoded the value; then |x - decoded| <
+    delta. Gradients need it: what is always rounded to 0, as whole directions are after klt, is never learnt, and
+    optimisers that rescale, like Adam, hear of small gradients too. The dither is drawn from a seed in the payload, and
+    where values are mostly larger than delta (by rows and columns) the decoder takes it off again, which halves the
+    squared error (subtractive dither: Roberts 1962; Schuchman 1964).
 
     deadzone, below 1/2, rounds that much towards 0. Symbols are then read as the mean of what was rounded to them
     (one correction for -1 and 1, one for all larger ones), within the bound.
@@ -75,10 +80,13 @@ class Uniform:
     def quantise(self, x: Tensor, entropy: Entropy, state: CodecState) -> bytes:
         delta, codes = self._deltas(x)
         steps = x / delta
-        symbols = self._rounded(steps, state)
         writer = Writer()
+        dither = self._write_dither(steps, state, writer) if self.stochastic else None
+        symbols = self._rounded(steps) if dither is None else (steps + dither.noise.to(x.device)).floor_()
         self._write_escapes(x, symbols, writer)
         kept = (symbols != 0).any(1)
+        if dither is not None:
+            kept |= dither.rows.to(kept.device)
         rows = int(kept.sum())
         writer.rest(bytes([_ALL if rows == len(x) else _SOME if rows else _NONE]))
         if rows and rows < len(x):
@@ -97,6 +105,7 @@ class Uniform:
 
     def dequantise(self, payload: bytes, rows: int, width: int, entropy: Entropy) -> Tensor:
         reader = Reader(payload)
+        dither = _read_dither(reader, rows, width) if self.stochastic else None
         where, escaped = self._read_escapes(reader, rows * width)
         (kind,) = reader.take(1)
         if kind > _NONE:
@@ -113,20 +122,25 @@ class Uniform:
             scales = self._read_scales(reader, count, entropy)
             corrections = reader.take(2) if self.deadzone else b"\0\0"
             symbols = entropy.unpack(reader.rest(), count, width, -self.limit, self.limit)
-            coded = self._steps(symbols, corrections).mul_(scales * self.step).clamp_(-_HUGE, _HUGE)
+            steps = self._steps(symbols, corrections)
+            if dither is not None:
+                steps -= dither.taken_off()[kept]
+            coded = steps.mul_(scales * self.step).clamp_(-_HUGE, _HUGE)
             values = coded if kind == _ALL else torch.zeros(rows, width).index_put_((kept,), coded)
         values.view(-1)[where] = escaped
         return values
 
     def payload_bytes(self, rows: int, width: int, entropy: Entropy) -> int:
         escapes = _COUNT.size + 8 * self._most_escapes(rows * width)
+        dither = _SEED.size + (rows + 7) // 8 + (width + 7) // 8 if self.stochastic else 0
         kept = 1 + (rows + 7) // 8
         if self.per == "tensor":
             scales = _SCALE.size
         else:
             scales = _SCALE_RANGE.size + Writer.section_bytes(entropy.packed_bytes(rows, 1, 0, _SCALE_CODES - 1))
         corrections = 2 if self.deadzone else 0
-        return escapes + kept + scales + corrections + entropy.packed_bytes(rows, width, -self.limit, self.limit)
+        symbols = entropy.packed_bytes(rows, width, -self.limit, self.limit)
+        return dither + escapes + kept + scales + corrections + symbols
 
     def _deltas(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Delta, and the RMS that is sent: as float32 for the tensor, as (rows,) codes for rows."""
@@ -153,10 +167,18 @@ class Uniform:
             raise CodecError("a payload with a scale that is negative, infinite or NaN")
         return scales
 
-    def _rounded(self, steps: Tensor, state: CodecState) -> Tensor:
-        if self.stochastic:
-            dither = torch.rand(steps.shape, generator=state.generator(steps.device), device=steps.device)
-            return (steps + dither).floor_()
+    def _write_dither(self, steps: Tensor, state: CodecState, writer: Writer) -> _Dither:
+        (seed,) = torch.randint(0, 2**31, (1,), generator=state.generator(torch.device("cpu"))).tolist()
+        power = steps.square().clamp_(max=_REACH**2 / self.step**2)
+        in_rows, in_columns = power.mean(1).cpu(), power.mean(0).cpu()
+        rows = in_rows > (_LOUD / self.step) ** 2
+        columns = in_columns > _CROSSING**2
+        writer.rest(_SEED.pack(seed))
+        for flags in (rows, columns):
+            writer.rest(np.packbits(flags.numpy()).tobytes())
+        return _Dither(_noise(seed, *steps.shape), rows, columns)
+
+    def _rounded(self, steps: Tensor) -> Tensor:
         if not self.deadzone:
             return steps.round()
         return (steps.abs() + (0.5 - self.deadzone)).trunc_().mul_(steps.sign())
@@ -204,6 +226,35 @@ class Uniform:
         if escapes and (where.max() >= count or not np.isfinite(values).all()):
             raise CodecError("values sent apart that are outside of the tensor, infinite or NaN")
         return torch.from_numpy(where), torch.from_numpy(values)
+
+
+@dataclass(frozen=True)
+class _Dither:
+    """noise: (rows, width), from 0 to 1; rows, columns: flags, which cross where the noise is taken off again."""
+
+    noise: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    def taken_off(self) -> Tensor:
+        """(rows, width), in steps."""
+        return (self.noise - 0.5).mul_(self.rows.unsqueeze(1)).mul_(self.columns)
+
+
+def _noise(seed: int, rows: int, width: int) -> Tensor:
+    """On the CPU, so that both ends draw the same whatever they compute on."""
+    return torch.rand((rows, width), generator=torch.Generator().manual_seed(seed))
+
+
+def _read_dither(reader: Reader, rows: int, width: int) -> _Dither:
+    (seed,) = _SEED.unpack(reader.take(_SEED.size))
+    flags = [
+        torch.from_numpy(
+            np.unpackbits(np.frombuffer(reader.take((count + 7) // 8), np.uint8), count=count).astype(np.bool_)
+        )
+        for count in (rows, width)
+    ]
+    return _Dither(_noise(seed, rows, width), *flags)
 
 
 def _rms(x: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 A candidate has to keep within the error budget; among those the one with the shortest step wins, and of those that are
 about as fast the one with the fewest bytes. The budget is a share by which perplexity may be worse. It is translated to
-the quantiser's step by a calibration (benchmarks/README.md, compression): at 0.5 % hidden states bear steps of
-_HIDDEN_STEP and gradients of _GRADIENT_STEP times their RMS, and the harm goes with the square of the step.
+the quantiser's steps by a calibration (benchmarks/README.md, compression): at a budget of 0.5 % each stream bears the
+step of _STEPS, in RMS, and the harm goes with the square of the step. Gradients have to be rounded without bias.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from split.codecs import CodecState, parse
 from split.codecs.base import matrix_shape
+from split.codecs.uniform import Uniform
 from split.coding import Plan
 from split.config import TrainingConfig
 from split.plan.pipeline import StepCosts, step_seconds
@@ -26,26 +27,27 @@ from split.streams import AUTO, TRAINING, choices
 FRONT, TAIL, FRONT_BACKWARD = "front", "tail", "front backward"
 DEVICE_WORK = (FRONT, TAIL, FRONT_BACKWARD)  # names of a device's work in its ledger
 
-_HIDDEN_STEP, _GRADIENT_STEP, _CALIBRATED_AT = 0.13, 0.5, 0.005
+_STEPS = {"hidden_up": 0.3, "hidden_down": 0.2, "gradients_up": 0.5, "gradients_down": 0.5}
+_CALIBRATED_AT, _LARGEST_STEP = 0.005, 2.0
 _ABOUT_AS_FAST = 1.03
 _WORTH_A_CHANGE = 0.95
 _MOST_MICRO_BATCHES = 8
 _SAMPLE_ROWS = 512
-_FIRST_BITS = {"hidden": 2.9, "gradients": 2.2}  # a value, of klt with an entropy coder, until they are measured
 
 
 def _kind(stream: str) -> str:
     return stream.partition("_")[0]
 
 
-def candidates_of(kind: str, budget: float) -> list[str]:
-    """Codecs for `hidden` or `gradients` that keep within the budget."""
-    step = (_HIDDEN_STEP if kind == "hidden" else _GRADIENT_STEP) * math.sqrt(budget / _CALIBRATED_AT)
-    uniform = f"uniform:step={min(step, 2.0):.3g}:per=tensor"
+def ladder(stream: str, budget: float) -> list[str]:
+    """Codecs of a training stream that keep within the budget, from the quickest to the one with the fewest bytes."""
+    step = min(_STEPS[stream] * math.sqrt(budget / _CALIBRATED_AT), _LARGEST_STEP)
+    rounding = ":stochastic" if _kind(stream) == "gradients" else ""
+    uniform = f"uniform:step={step:.3g}:per=tensor{rounding}"
     names = [
         "none",
         "bfloat16",
-        "hadamard,int8",
+        f"hadamard,int8{rounding}",
         f"hadamard,{uniform},zstd",
         f"klt,{uniform},zstd",
         f"klt,{uniform},range",
@@ -58,7 +60,7 @@ def candidates(config: TrainingConfig) -> list[str]:
     names: list[str] = []
     for stream, name in choices(config.codec).items():
         if stream in TRAINING:
-            names += candidates_of(_kind(stream), config.error_budget) if name == AUTO else [name]
+            names += ladder(stream, config.error_budget) if name == AUTO else [name]
     return list(dict.fromkeys(names))
 
 
@@ -79,7 +81,7 @@ class Planner:
 
     config: TrainingConfig
     hidden_size: int
-    bits: dict[tuple[str, str], float] = field(default_factory=dict)  # a value, by kind and codec
+    bits: dict[tuple[str, str], float] = field(default_factory=dict)  # a value, by stream and codec
     _states: dict[tuple[str, str], CodecState] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,9 +93,8 @@ class Planner:
         """Learns from a tensor of a training stream what the candidates would make of it. (rows, sequence, hidden)."""
         if self._choices.get(stream) != AUTO:
             return
-        kind = _kind(stream)
         rows = tensor.detach().reshape(matrix_shape(tensor.shape))[:_SAMPLE_ROWS]
-        for name in candidates_of(kind, self.config.error_budget):
+        for name in ladder(stream, self.config.error_budget):
             codec = parse(name)
             if codec.exact or not len(rows):
                 continue
@@ -104,8 +105,8 @@ class Planner:
                 codec.encode(rows[: len(rows) // 2], state)
                 sample = rows[len(rows) // 2 :]
             bits = 8 * len(codec.encode(sample, state)) / max(1, sample.numel())
-            known = self.bits.get((kind, name))
-            self.bits[kind, name] = bits if known is None else (known + bits) / 2
+            known = self.bits.get((stream, name))
+            self.bits[stream, name] = bits if known is None else (known + bits) / 2
 
     def plans(
         self, views: Mapping[str, View], stage_seconds: Mapping[str, float], micro_batches: int | None = None
@@ -147,11 +148,11 @@ class Planner:
         return [count for count in (1, 2, 4, 8) if count <= most]
 
     def _best(self, view: View, stage_seconds: Mapping[str, float], count: int) -> tuple[float, Plan]:
-        options = [self._options("hidden", view), self._options("gradients", view)]
         tried = []
-        for hidden, gradients in product(*options):
+        for levels in product(self._levels("hidden", view), self._levels("gradients", view)):
+            level = dict(zip(("hidden", "gradients"), levels, strict=True))
             codecs = {
-                stream: (hidden if _kind(stream) == "hidden" else gradients) if name == AUTO else name
+                stream: ladder(stream, self.config.error_budget)[level[_kind(stream)]] if name == AUTO else name
                 for stream, name in self._choices.items()
             }
             plan = Plan(count, count, codecs, self.config.seed)
@@ -165,12 +166,13 @@ class Planner:
                 return seconds, shallow
         return seconds, plan
 
-    def _options(self, kind: str, view: View) -> list[str]:
-        streams = [stream for stream in TRAINING if _kind(stream) == kind]
-        if all(self._choices[stream] != AUTO for stream in streams):
-            return [self._choices[streams[0]]]
-        names = candidates_of(kind, self.config.error_budget)
-        return [name for name in names if parse(name).families <= view.families]
+    def _levels(self, kind: str, view: View) -> list[int]:
+        """Places on the ladders of a kind that the device can follow; one where there is nothing to choose."""
+        automatic = [stream for stream in TRAINING if _kind(stream) == kind and self._choices[stream] == AUTO]
+        if not automatic:
+            return [0]
+        names = ladder(automatic[0], self.config.error_budget)
+        return [level for level, name in enumerate(names) if parse(name).families <= view.families]
 
     def _seconds_of(self, view: View, stage_seconds: Mapping[str, float], plan: Plan) -> float:
         values = self.config.batch_size * self.config.sequence_length * self.hidden_size
@@ -189,32 +191,36 @@ class Planner:
             front_backward=work.get(FRONT_BACKWARD, 0.0),
             stage_forward=stage_seconds.get("forward", 0.0),
             stage_backward=stage_seconds.get("backward", 0.0),
-            hidden_coding=coding("hidden_up"),
-            gradient_coding=coding("gradients_down"),
-            hidden_bytes=values * self._bits_of("hidden", plan.codec_of("hidden_up")) / 8,
-            gradient_bytes=values * self._bits_of("gradients", plan.codec_of("gradients_down")) / 8,
+            coding={stream: coding(stream) for stream in TRAINING},
+            size={stream: values * self._bits_of(stream, plan.codec_of(stream)) / 8 for stream in TRAINING},
         )
         return step_seconds(costs, plan.micro_batches, plan.depth)
 
-    def _bits_of(self, kind: str, name: str) -> float:
-        measured = self.bits.get((kind, name))
+    def _bits_of(self, stream: str, name: str) -> float:
+        """A value, once measured; until then an estimate."""
+        measured = self.bits.get((stream, name))
         if measured is not None:
             return measured
         codec = parse(name)
-        if "klt" in codec.families and "uniform" in codec.families:
-            return _FIRST_BITS[kind] + (0.4 if "zstd" in codec.families else 0.0)
-        if "uniform" in codec.families:
-            step = _HIDDEN_STEP if kind == "hidden" else _GRADIENT_STEP
-            return math.log2(4.13 / step)  # the entropy of a Gaussian's symbols
+        if isinstance(
+            codec.quantiser, Uniform
+        ):  # a Gaussian's entropy, and what klt saved on models that were looked at
+            return max(0.5, math.log2(4.13 / codec.quantiser.step) - ("klt" in codec.families))
         return 8 * codec.wire_bytes((64, self.hidden_size)) / (64 * self.hidden_size)
 
     def _bytes(self, plan: Plan) -> float:
         """Of a value in each training stream: only to compare plans with."""
-        return sum(self._bits_of(_kind(stream), plan.codec_of(stream)) for stream in TRAINING)
+        return sum(self._bits_of(stream, plan.codec_of(stream)) for stream in TRAINING)
 
     def _sentence(self, name: str, view: View, plan: Plan, seconds: float, before: float, measured: bool) -> str:
         expected = f"; about {seconds:.2g} s a step expected, {before:.2g} s as it was" if measured else ""
         return (
-            f"{name}: hidden states by {plan.codec_of('hidden_up')}, gradients by {plan.codec_of('gradients_down')}, "
+            f"{name}: hidden states by {_both(plan, 'hidden')}, gradients by {_both(plan, 'gradients')}, "
             f"{plan.micro_batches} micro-batches a step, {plan.depth} under way, on {view.link}{expected}"
         )
+
+
+def _both(plan: Plan, kind: str) -> str:
+    """The codecs up and down, once where they are the same."""
+    up, down = plan.codec_of(f"{kind}_up"), plan.codec_of(f"{kind}_down")
+    return up if up == down else f"{up} up and {down} down"

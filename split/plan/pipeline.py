@@ -7,7 +7,8 @@ stage, the downlink. What a codec costs is on the side that runs it. Seconds and
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from split.plan.profile import LinkProfile
 
@@ -18,7 +19,8 @@ _DEVICE, _UP, _STAGE, _DOWN = range(4)
 
 @dataclass(frozen=True)
 class StepCosts:
-    """u_shaped: with labels on the device; else there is no tail, no gradient up and no hidden states down."""
+    """Seconds of a whole step's work. u_shaped: with labels on the device; else there is no tail, no gradient up and no
+    hidden states down. coding: by stream, to encode or to decode, on either side; size: in bytes, by stream."""
 
     link: LinkProfile
     u_shaped: bool = True
@@ -27,10 +29,8 @@ class StepCosts:
     front_backward: float = 0.0
     stage_forward: float = 0.0
     stage_backward: float = 0.0
-    hidden_coding: float = 0.0  # on either side, of one stream: to encode or to decode it
-    gradient_coding: float = 0.0
-    hidden_bytes: float = 0.0  # of one stream
-    gradient_bytes: float = 0.0
+    coding: Mapping[str, float] = field(default_factory=dict)
+    size: Mapping[str, float] = field(default_factory=dict)
 
 
 def step_seconds(costs: StepCosts, micro_batches: int, depth: int) -> float:
@@ -61,23 +61,30 @@ def step_seconds(costs: StepCosts, micro_batches: int, depth: int) -> float:
 
 def _chain(costs: StepCosts) -> list[tuple[int, float]]:
     """What a micro-batch goes through: resource, and seconds or bytes."""
-    hidden, gradient = costs.hidden_coding, costs.gradient_coding
+
+    def coding(*streams: str) -> float:
+        return sum(costs.coding.get(stream, 0.0) for stream in streams)
+
+    def size(stream: str) -> float:
+        return costs.size.get(stream, 0.0)
+
+    forward, backward = costs.stage_forward, costs.stage_backward
     if not costs.u_shaped:
         return [
-            (_DEVICE, costs.front + hidden),
-            (_UP, costs.hidden_bytes),
-            (_STAGE, hidden + costs.stage_forward + costs.stage_backward + gradient),
-            (_DOWN, costs.gradient_bytes),
-            (_DEVICE, gradient + costs.front_backward),
+            (_DEVICE, costs.front + coding("hidden_up")),
+            (_UP, size("hidden_up")),
+            (_STAGE, forward + backward + coding("hidden_up", "gradients_down")),
+            (_DOWN, size("gradients_down")),
+            (_DEVICE, coding("gradients_down") + costs.front_backward),
         ]
     return [
-        (_DEVICE, costs.front + hidden),
-        (_UP, costs.hidden_bytes),
-        (_STAGE, hidden + costs.stage_forward + hidden),
-        (_DOWN, costs.hidden_bytes),
-        (_DEVICE, hidden + costs.tail + gradient),
-        (_UP, costs.gradient_bytes),
-        (_STAGE, gradient + costs.stage_backward + gradient),
-        (_DOWN, costs.gradient_bytes),
-        (_DEVICE, gradient + costs.front_backward),
+        (_DEVICE, costs.front + coding("hidden_up")),
+        (_UP, size("hidden_up")),
+        (_STAGE, forward + coding("hidden_up", "hidden_down")),
+        (_DOWN, size("hidden_down")),
+        (_DEVICE, coding("hidden_down", "gradients_up") + costs.tail),
+        (_UP, size("gradients_up")),
+        (_STAGE, backward + coding("gradients_up", "gradients_down")),
+        (_DOWN, size("gradients_down")),
+        (_DEVICE, coding("gradients_down") + costs.front_backward),
     ]
