@@ -36,7 +36,7 @@ from split.plan.profile import LinkProfile
 
 _SHARED = Path(__file__).parents[2] / "shared" / "data"
 _TRAINING_KINDS = ("forward", "backward", "aggregate", "step")
-LOSSLESS = "none"
+LOSSLESS, STALE = "none", "stale"  # stale: float32, with --overlap stale
 _NARROW = LinkProfile(round_trip=0.04, up=2.5e6, down=2.5e6)  # what `auto` is told that the link is: 20 Mbit/s, 40 ms
 
 
@@ -65,6 +65,7 @@ class Case:
     name: str
     codec: str
     seed: int
+    overlap: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def texts(data: str, files: Mapping[str, Path], training: TrainingConfig, model:
 
 
 def training_of(case: Case, base: TrainingConfig) -> TrainingConfig:
-    training = replace(base, codec=case.codec, seed=case.seed)
+    training = replace(base, codec=case.codec, seed=case.seed, overlap=case.overlap)
     return replace(training, prompt_column="mr", completion_column="ref") if case.data == "e2e" else training
 
 
@@ -207,7 +208,11 @@ def main(
     data: Annotated[str, typer.Option(help="Which of the two, by commas.")] = "e2e,shakespeare",
     model: Annotated[str, typer.Option(help="Folder in hub format, or default.")] = "default",
     codecs: Annotated[
-        list[str] | None, typer.Option(help="NAME or NAME=CODEC, as of `isthmus finetune --codec`. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="A pair of the default list, a codec as of `isthmus finetune --codec`, NAME::CODEC, or stale. "
+            "Repeatable."
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps of every run.", min=2)] = 300,
     seeds: Annotated[int, typer.Option(help="Paired runs of each, with seeds 0, 1, ...", min=1)] = 3,
@@ -245,7 +250,7 @@ def main(
     result: dict[str, Any] = {"machine": machine(), "training": asdict(base), "model": model}
     console.print(describe(result["machine"]))
     cases = [
-        Case(which, name, codec, seed)
+        Case(which, name, codec, seed, "stale" if name == STALE else "exact")
         for seed in range(seeds)
         for which in chosen
         for name, codec in {LOSSLESS: LOSSLESS, **pairs}.items()
@@ -266,11 +271,11 @@ def main(
 
 def _pairs(codecs: Sequence[str] | None) -> dict[str, str]:
     if not codecs:
-        return {**PAIRS, "auto": "auto"}
+        return {**PAIRS, "auto": "auto", STALE: LOSSLESS}
     pairs = {}
     for text in codecs:
         name, equals, codec = text.partition("::")
-        pairs[name] = codec if equals else PAIRS.get(name, name)
+        pairs[name] = codec if equals else PAIRS.get(name, LOSSLESS if name == STALE else name)
     return pairs
 
 

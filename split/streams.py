@@ -76,6 +76,12 @@ def choices(text: str) -> dict[str, str]:
     for stream, default in rest.items():
         name = chosen.get(stream, AUTO)
         training[stream] = ("none" if exact else _canonical(default)) if name == AUTO else name
+    learns = parse(training["adapters_down"]).families & {"klt", "delta"}
+    if learns:
+        raise BadRequest(
+            f"adapters_down cannot have {learns.pop()}: all devices get the same bytes, and one that joins later has "
+            "not seen what came before; choose a codec without it"
+        )
     return training
 
 

@@ -20,7 +20,7 @@ from split.codecs import parse
 from split.config import TrainingConfig
 from split.data import batch_indices
 from split.errors import CodecError
-from split.plan.choose import candidates_of
+from split.plan.choose import ladder
 from split.streams import TRAINING
 
 COMMAND = [sys.executable, "-m", "benchmarks.codecs"]

@@ -109,7 +109,7 @@ def print_report(report: dict[str, Any]) -> None:
     if after is not None:
         fall = f" (before: {before:.3f})" if before is not None else ""
         console.print(f"held-out perplexity: {after:.3f}{fall}")
-    table = Table("device", "sent", "received", "peak memory", "FLOPs", "waited for the link and the server")
+    table = Table("device", "sent", "received", "peak memory", "FLOPs", "waited for the link", "for the others")
     for device in report["devices"]:
         table.add_row(
             device["name"],
@@ -117,6 +117,7 @@ def print_report(report: dict[str, Any]) -> None:
             human_bytes(device["bytes_received"]),
             human_bytes(device["peak_bytes"]),
             f"{device.get('flops', 0):.3g}",
-            f"{device.get('wait_seconds', 0):.1f} s",
+            f"{device.get('link_seconds', 0):.1f} s",
+            f"{device.get('wait_seconds', 0) - device.get('link_seconds', 0):.1f} s",
         )
     console.print(table)

@@ -154,7 +154,8 @@ class Codec:
         return self.quantiser.exact and self.transform is None and self.memory is None
 
     def encode(self, x: Tensor, state: CodecState, keys: Keys | None = None) -> bytes:
-        """keys: of the samples in x's first dimension, for codecs with a memory; none: its place in the batch.
+        """keys: of the samples in x's first dimension (a vector is one sample), for codecs with a memory; none: its
+        place in the batch.
 
         Raises CodecError for NaN and infinity, unless the codec is exact.
         """
@@ -164,9 +165,10 @@ class Codec:
         if not self.exact:
             check_finite(given, self.name)
         if self.memory is not None and x.numel():
-            used = _keys_of(x, keys)
+            given = _batch(given)
+            used = _keys_of(given, keys)
             given = self.memory.before(given, used, state)
-        flat, width = _matrix(given)
+        flat, width = _matrix(given.reshape(x.shape))
         writer = Writer()
         if flat.numel():
             coded = flat
@@ -208,7 +210,8 @@ class Codec:
             reader.done()
         decoded = decoded.reshape(tuple(shape))
         if self.memory is not None and decoded.numel():
-            decoded = self.memory.after(decoded, _keys_of(decoded, keys), state)
+            batch = _batch(decoded)
+            decoded = self.memory.after(batch, _keys_of(batch, keys), state).reshape(tuple(shape))
         state.count += 1
         return decoded
 
@@ -259,8 +262,13 @@ def _matrix(x: Tensor) -> tuple[Tensor, int]:
     return x.reshape(rows, width).contiguous(), width
 
 
+def _batch(x: Tensor) -> Tensor:
+    """For a memory: a vector, such as an adapter, is one sample."""
+    return x if x.dim() > 1 else x.reshape(1, -1)
+
+
 def _keys_of(x: Tensor, keys: Keys | None) -> Keys:
-    batch = x.shape[0] if x.dim() else 1
+    batch = x.shape[0]
     if keys is None:
         return range(batch)
     if len(keys) != batch:

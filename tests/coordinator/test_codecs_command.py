@@ -10,7 +10,7 @@ import pytest
 
 from coordinator.cli.codecs import KEYS
 from split.codecs import FAMILIES, parse
-from split.plan.choose import candidates_of
+from split.plan.choose import ladder
 from split.streams import ADAPTERS_CODEC, EVALUATION_CODEC, STREAMS, choices
 from tests.cluster.house import run_cli
 

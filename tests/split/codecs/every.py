@@ -27,7 +27,7 @@ SPARSE = [
     "randtopk:0.6:alpha=0.5",
 ]
 LOW_RANK = ["powersgd:2", "lowrank:4"]
-UNIFORM = ["uniform:step=0.13", "uniform:step=1:deadzone=0.2"]
+UNIFORM = ["uniform:step=0.13", "uniform:step=1:deadzone=0.2", "uniform:step=0.5:per=tensor:stochastic"]
 QUANTISERS = FLOATS + INTEGERS + SPARSE + LOW_RANK + UNIFORM
 PIPELINES = [
     "klt,uniform:step=0.13,range",

@@ -10,7 +10,7 @@ import pytest
 from split.codecs import FAMILIES, Family, parse
 from split.codecs.grammar import ALIASES
 from split.config import TrainingConfig
-from split.plan.choose import candidates_of
+from split.plan.choose import ladder
 from split.streams import ADAPTERS_CODEC, EVALUATION_CODEC, STREAMS, choices
 
 TEXT = (Path(__file__).parents[3] / "docs" / "codecs.md").read_text()

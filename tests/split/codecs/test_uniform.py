@@ -121,7 +121,52 @@ def test_a_deadzone_loses_less_for_as_many_bits() -> None:
     assert (dead - x).square().mean() < 0.93 * (plain - x).square().mean()
 
 
-@pytest.mark.parametrize("quantiser", [Uniform(), Uniform(0.5, "tensor"), Uniform(0.3, deadzone=0.2)], ids=repr)
+def mixed(seed: int) -> Tensor:
+    """(40, 64): some rows and columns loud, some quiet, some zero, as gradients are."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, 64, generator=generator) * torch.logspace(0, -3, 64) * torch.logspace(0.5, -2, 40).unsqueeze(1)
+    x[7] = 0
+    return x
+
+
+@pytest.mark.parametrize("per", ["row", "tensor"])
+def test_stochastic_rounding_has_the_value_as_its_mean_and_an_error_below_a_step(per: str) -> None:
+    x, quantiser = mixed(0), Uniform(0.7, per, stochastic=True)
+    one, encoder, decoder = codec(quantiser), CodecState(3), CodecState(3)
+    draws = torch.stack([one.decode(one.encode(x, encoder), x.shape, decoder) for _ in range(1500)])
+    step = 2 * bound(x, quantiser)
+    assert ((draws - x).abs() <= step).all()
+    off = (draws.mean(0) - x) / (step / 2 / 1500**0.5)  # in standard errors, or less
+    assert off.abs().max() < 5
+    assert abs(float(off.sum())) < 5 * off.numel() ** 0.5
+    quiet = (x.abs() < step / 50) & (x != 0)  # what rounding to the nearest would always lose
+    assert quiet.sum() > 500
+    assert float(draws.mean(0)[quiet].abs().sum()) == pytest.approx(float(x[quiet].abs().sum()), rel=0.5)
+    assert (draws[:, 7] == 0).all()
+
+
+def test_dither_that_is_taken_off_again_halves_the_error_where_values_are_loud() -> None:
+    x = torch.randn(128, 64, generator=torch.Generator().manual_seed(1))
+    decoded, _ = through(x, Uniform(0.5, "tensor", stochastic=True), Range())
+    assert float((decoded - x).square().mean()) == pytest.approx(0.5**2 / 12, rel=0.05)
+    quiet = 0.01 * x  # beside one loud row: the chances of rounding up are small, and so is the error
+    quiet[0] = 10
+    decoded, _ = through(quiet, Uniform(0.5, "tensor", stochastic=True), Range())
+    delta = 0.5 * float(quiet.square().mean().sqrt())
+    assert float((decoded - quiet)[1:].square().mean()) < delta**2 / 40
+
+
+def test_both_ends_need_no_more_than_the_payload_to_agree_on_the_dither() -> None:
+    x, one = mixed(2), codec(Uniform(0.5, "tensor", stochastic=True), Range())
+    payload = one.encode(x, CodecState(5))
+    assert torch.equal(one.decode(payload, x.shape, CodecState(5)), one.decode(payload, x.shape, CodecState(99)))
+
+
+@pytest.mark.parametrize(
+    "quantiser",
+    [Uniform(), Uniform(0.5, "tensor"), Uniform(0.3, deadzone=0.2), Uniform(0.5, "tensor", stochastic=True)],
+    ids=repr,
+)
 @pytest.mark.parametrize("entropy", ENTROPIES, ids=lambda entropy: entropy.name)
 def test_damaged_payloads_give_finite_tensors_or_an_error(quantiser: Uniform, entropy: Entropy) -> None:
     draw = np.random.default_rng(5)
