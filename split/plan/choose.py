@@ -27,7 +27,7 @@ from split.streams import AUTO, TRAINING, choices
 FRONT, TAIL, FRONT_BACKWARD = "front", "tail", "front backward"
 DEVICE_WORK = (FRONT, TAIL, FRONT_BACKWARD)  # names of a device's work in its ledger
 
-_STEPS = {"hidden_up": 0.3, "hidden_down": 0.2, "gradients_up": 0.5, "gradients_down": 0.5}
+_STEPS = {"hidden_up": 0.25, "hidden_down": 0.16, "gradients_up": 0.35, "gradients_down": 0.35}
 _CALIBRATED_AT, _LARGEST_STEP = 0.005, 2.0
 _ABOUT_AS_FAST = 1.03
 _WORTH_A_CHANGE = 0.95
