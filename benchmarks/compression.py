@@ -40,20 +40,24 @@ LOSSLESS, STALE = "none", "stale"  # stale: float32, with --overlap stale
 _NARROW = LinkProfile(round_trip=0.04, up=2.5e6, down=2.5e6)  # what `auto` is told that the link is: 20 Mbit/s, 40 ms
 
 
-def pair(hidden: str, gradients: str) -> str:
-    return f"hidden={hidden};gradients={gradients}"
-
-
-def klt(step: float, entropy: str = "range") -> str:
-    return f"klt,uniform:step={step:g}:per=tensor,{entropy}"
+def klt(up: float, down: float, gradients: float, entropy: str = "range") -> str:
+    """Steps in RMS: of hidden states up and down, and of gradients, which are rounded without bias."""
+    uniform = "klt,uniform:step={:g}:per=tensor{},{}"
+    return ";".join(
+        [
+            f"hidden_up={uniform.format(up, '', entropy)}",
+            f"hidden_down={uniform.format(down, '', entropy)}",
+            f"gradients={uniform.format(gradients, ':stochastic', entropy)}",
+        ]
+    )
 
 
 PAIRS = {
-    "int8": "hadamard,int8",
-    "int4": pair("hadamard,int4", "hadamard,int4:stochastic"),
-    "klt .13/.5": pair(klt(0.13), klt(0.5)),
-    "klt .2/.8": pair(klt(0.2), klt(0.8)),
-    "klt .3/1.2": pair(klt(0.3), klt(1.2)),
+    "int8": "hidden=hadamard,int8;gradients=hadamard,int8:stochastic",
+    "int4": "hidden=hadamard,int4;gradients=hadamard,int4:stochastic",
+    "klt .25/.16/.35": klt(0.25, 0.16, 0.35),
+    "klt .3/.2/.5": klt(0.3, 0.2, 0.5),
+    "klt .4/.3/.8": klt(0.4, 0.3, 0.8),
 }
 
 

@@ -1,8 +1,8 @@
 """Training over narrow links: a plain split, ours, and ours on a link without limits.
 
 A coordinator on Ray and one device daemon, real processes, gRPC over mutual TLS, through an emulated link (a TCP proxy
-with a rate and a delay, `isthmus link`). All of it shares one machine, so computing is slower than on two; the link is
-not.
+with a rate and a delay, `isthmus link`). Device and stage have one thread each, so that on two cores neither takes the
+other's: two machines of one core.
 
     plain      float32, one micro-batch: every transfer is waited for
     ours       --codec auto: compressed and overlapped, as the job chooses by itself
@@ -35,6 +35,7 @@ LINKS = ("100mbit,10ms", "20mbit,40ms", "5mbit,100ms")
 HEADLINE = "20mbit,40ms"
 PLAIN, OURS, STALE, UNLIMITED = "plain", "ours", "ours, stale", "unlimited"
 _DATASET = "text"
+_ONE_THREAD = ("--threads", "1")
 _TRAINING_KINDS = ("forward", "backward", "aggregate", "step", "probe")
 
 
@@ -93,6 +94,10 @@ def bound(measured: Measured, spec: LinkSpec, unlimited: Measured) -> float:
     up = 8 * measured.bytes_a_step["sent"] / spec.up_rate
     down = 8 * measured.bytes_a_step["received"] / spec.down_rate
     return max(up, down, unlimited.step_seconds, 4 * spec.delay)
+
+
+def _cluster(folder: str) -> LocalCluster:
+    return LocalCluster(Path(folder), coordinator_threads=1)
 
 
 def show(model: str, results: Sequence[Measured], bounds: dict[str, float]) -> None:
@@ -159,7 +164,7 @@ def main(
     result: dict[str, Any] = {"machine": machine(), "training": asdict(ours), "model": model}
     console.print(describe(result["machine"]))
     results: list[Measured] = []
-    with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as temporary, LocalCluster(Path(temporary)) as cluster:
+    with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as temporary, _cluster(temporary) as cluster:
         folder = Path(temporary)
         name = str(write_random_llama(folder / "llama")) if model == "large" else model
         text = data or folder / "text.txt"
@@ -167,10 +172,10 @@ def main(
             text.write_text(private_text(PRIVATE_MODULES))
         with console.status("starting the coordinator and a device for each link"):
             cluster.start_coordinator(stage_ports=2)
-            cluster.start_device("unlimited", {_DATASET: text})
+            cluster.start_device("unlimited", {_DATASET: text}, arguments=_ONE_THREAD)
             devices = {link: f"link-{number}" for number, link in enumerate(specs)}
             for link, spec in specs.items():
-                cluster.start_device(devices[link], {_DATASET: text}, link=spec)
+                cluster.start_device(devices[link], {_DATASET: text}, link=spec, arguments=_ONE_THREAD)
             cluster.wait_connected(["unlimited", *devices.values()])
         runs = [("unlimited", "", UNLIMITED, ours)]
         for link in specs:
