@@ -19,6 +19,7 @@ _LINES = {
     "klt, uniform, range": [f"klt,uniform:step={step}:per=tensor,range" for step in _STEPS],
     "klt, uniform, zstd": [f"klt,uniform:step={step}:per=tensor,zstd" for step in _STEPS],
     "hadamard, uniform, zstd": [f"hadamard,uniform:step={step}:per=tensor,zstd" for step in _STEPS],
+    "klt, uniform:stochastic, range": [f"klt,uniform:step={step}:per=tensor:stochastic,range" for step in _STEPS],
     "hadamard, int2 to int8": [f"hadamard,int{bits}" for bits in (2, 3, 4, 8)],
     "int2 to int8": [f"int{bits}" for bits in (2, 3, 4, 8)],
     "topk": [f"topk:{share}" for share in _SHARES],

@@ -11,6 +11,7 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -26,8 +27,9 @@ from benchmarks.codec_sweep import bounds, draw, sweep
 from benchmarks.common import JsonFile, command, console, describe, machine, table, write_json
 from split.codecs import parse
 from split.config import TrainingConfig
-from split.plan.choose import candidates_of
+from split.plan.choose import ladder
 from split.stdlib_text import PRIVATE_MODULES
+from split.streams import TRAINING
 
 GIGABIT = 1e9  # bits a second, of the link that codecs are compared with
 _CODECS = (
@@ -64,7 +66,7 @@ def codec_names(text: str, quick: bool) -> list[str]:
     budget = TrainingConfig.error_budget
     names: Sequence[str] = [name for name in text.split(";") if name.strip()]
     if not names:
-        names = _QUICK if quick else (*_CODECS, *candidates_of("hidden", budget), *candidates_of("gradients", budget))
+        names = _QUICK if quick else [*_CODECS, *chain.from_iterable(ladder(stream, budget) for stream in TRAINING)]
     return list(dict.fromkeys(parse(name).name for name in names))
 
 

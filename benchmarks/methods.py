@@ -274,6 +274,8 @@ def main(
         learning_rate=4e-3,
         warmup_steps=min(10, steps // 2),
         precision="float32",
+        codec="none",
+        micro_batches=1,
         aggregate_every=5,
         target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         prompt_column=_PROMPT,

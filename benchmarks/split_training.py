@@ -54,6 +54,8 @@ class Workload:
             batch_size=self.batch_size,
             sequence_length=self.sequence_length,
             precision="float32",
+            codec="none",
+            micro_batches=1,
             aggregate_every=10,
             checkpoint_every=_ENDLESS,
             validation_fraction=0,

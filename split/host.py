@@ -8,6 +8,7 @@ nobody is left, the stage goes back to the last aggregation: the devices' part o
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -31,11 +32,12 @@ from split.members import Deliver, Member
 from split.perplexity import perplexity
 from split.plan.choose import Planner, View
 from split.plan.profile import LinkProfile
-from split.streams import missing_families, stream_of
+from split.streams import missing_families, remembers_samples, stream_of
 from split.train import ServerTrainer, tensor_of
 
 Tell = Callable[[str, str, dict[str, Any]], None]  # kind, device, data
 _Group = tuple[int, stage_pb2.Phase, int]  # step, phase, micro-batch
+_MOST_KEYS = 2**24  # samples of a device that codecs with a memory tell apart: their order takes 8 bytes each
 _PLAN_FIRST, _PLAN_EVERY = 2, 8  # aggregations: the first ones after which a plan is made anew, then every so many
 
 PATIENCE = 300.0  # seconds that a connected device may owe a frame before the others go on without it
@@ -195,6 +197,8 @@ class StageHost:
             return f"an adapter of {opened.adapter_values} values; this job's devices have {self._adapter_values}"
         if self._stage_digest and opened.stage_digest != self._stage_digest:
             return "the device's model files differ from the coordinator's: their digests are not the same"
+        if opened.samples > _MOST_KEYS and remembers_samples(self.config.codec):
+            return f"{opened.samples} training sequences are more than the {_MOST_KEYS} that ef and delta keep apart"
         if not 0 < opened.samples < 2**40:
             return f"{opened.samples} training sequences; at least one is needed"
         return ""
@@ -229,8 +233,8 @@ class StageHost:
             device: View(
                 member.families,
                 LinkProfile.from_proto(member.measured),
-                dict(member.measured.codec_seconds),
-                dict(member.measured.compute_seconds),
+                _times(member.measured.codec_seconds),
+                _times(member.measured.compute_seconds),
                 member.plan,
             )
             for device, member in members.items()
@@ -465,6 +469,11 @@ class StageHost:
             member.deliver(error)
         self._members.clear()
         self.tell("failed", "", {"message": str(error)})
+
+
+def _times(told: Mapping[str, float]) -> dict[str, float]:
+    """Without what cannot be a time."""
+    return {name: seconds for name, seconds in told.items() if 0 <= seconds < math.inf}
 
 
 def _of_use(outputs: Tensor, frame: Frame) -> Tensor:

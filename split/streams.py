@@ -76,10 +76,10 @@ def choices(text: str) -> dict[str, str]:
     for stream, default in rest.items():
         name = chosen.get(stream, AUTO)
         training[stream] = ("none" if exact else _canonical(default)) if name == AUTO else name
-    learns = parse(training["adapters_down"]).families & {"klt", "delta"}
+    learns = sorted(parse(training["adapters_down"]).families & {"klt", "delta"})
     if learns:
         raise BadRequest(
-            f"adapters_down cannot have {learns.pop()}: all devices get the same bytes, and one that joins later has "
+            f"adapters_down cannot have {learns[0]}: all devices get the same bytes, and one that joins later has "
             "not seen what came before; choose a codec without it"
         )
     return training
@@ -89,6 +89,12 @@ def missing_families(text: str, known: Iterable[str]) -> list[str]:
     """What a side with these families of codecs lacks of what `--codec` names."""
     named = (parse(name).families for name in choices(text).values() if name != AUTO)
     return sorted(frozenset().union(*named, {"none"}) - set(known))
+
+
+def remembers_samples(text: str) -> bool:
+    """Whether a training stream of `--codec` has a codec with a memory."""
+    chosen = choices(text)
+    return any(chosen[stream] != AUTO and parse(chosen[stream]).memory is not None for stream in TRAINING)
 
 
 def _canonical(name: str) -> str:

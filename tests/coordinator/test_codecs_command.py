@@ -11,7 +11,7 @@ import pytest
 from coordinator.cli.codecs import KEYS
 from split.codecs import FAMILIES, parse
 from split.plan.choose import ladder
-from split.streams import ADAPTERS_CODEC, EVALUATION_CODEC, STREAMS, choices
+from split.streams import ADAPTERS_CODEC, EVALUATION_CODEC, STREAMS, TRAINING, choices
 from tests.cluster.house import run_cli
 
 WIDTH = "64"
@@ -30,8 +30,8 @@ def test_the_list_has_every_part_with_its_parameters_and_what_is_chosen_by_defau
             assert parameter.range in out or parameter.type is bool
     for text in (ADAPTERS_CODEC, EVALUATION_CODEC, *STREAMS, *KEYS, "biased: unless stochastic", "synthetic"):
         assert text in out
-    for kind in ("hidden", "gradients"):
-        assert all(name in out for name in candidates_of(kind, 0.005))
+    for stream in TRAINING:
+        assert all(name in out for name in ladder(stream, 0.005))
     assert "up=int4:block=64,hadamard;down=topk:0.05,ef" in out
 
 
@@ -51,7 +51,8 @@ def test_the_list_as_json() -> None:
     }
     assert listed["families"][0]["parameters"][0]["default"] == 256
     assert listed["adapters"] == ADAPTERS_CODEC
-    assert listed["auto"]["hidden"] == candidates_of("hidden", listed["auto"]["error_budget"])
+    for stream in TRAINING:
+        assert listed["auto"][stream] == ladder(stream, listed["auto"]["error_budget"])
     assert listed["typical"]["bfloat16"]["bits_a_value"] == 16
     for key in listed["keys"]:
         choices(f"{key}=int8")

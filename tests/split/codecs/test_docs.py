@@ -11,7 +11,7 @@ from split.codecs import FAMILIES, Family, parse
 from split.codecs.grammar import ALIASES
 from split.config import TrainingConfig
 from split.plan.choose import ladder
-from split.streams import ADAPTERS_CODEC, EVALUATION_CODEC, STREAMS, choices
+from split.streams import ADAPTERS_CODEC, EVALUATION_CODEC, STREAMS, TRAINING, choices
 
 TEXT = (Path(__file__).parents[3] / "docs" / "codecs.md").read_text()
 
@@ -71,6 +71,9 @@ def test_every_stream_and_what_it_takes_by_default_is_in_the_text() -> None:
 
 def test_the_candidates_of_auto_are_those_in_the_text() -> None:
     listed = TEXT.split("## How `auto` chooses", 1)[1].split("```")[1].split()
-    for kind, step in (("hidden", "0.13"), ("gradients", "0.5")):
-        expected = [parse(name.replace("=S", f"={step}")).name for name in listed]
-        assert candidates_of(kind, TrainingConfig.error_budget) == expected
+    steps = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+) \|$", TEXT, re.MULTILINE))
+    assert list(steps) == list(TRAINING)
+    for stream, step in steps.items():
+        rounding = ":stochastic" if stream.startswith("gradients") else ""
+        written = [name.replace("=S", f"={step}").replace("[:stochastic]", rounding) for name in listed]
+        assert ladder(stream, TrainingConfig.error_budget) == [parse(name).name for name in written]
