@@ -61,6 +61,8 @@ def choices(text: str) -> dict[str, str]:
     chosen: dict[str, str] = {}
     for part in text.split(";"):
         key, equals, name = part.partition("=")
+        if equals and key.strip().isidentifier() and key.strip() not in _GROUPS:
+            raise BadRequest(f"--codec has no KEY called {key.strip()!r}; keys are {', '.join(_GROUPS)}")
         if key.strip() not in _GROUPS:  # `int4:block=64`: the equals sign is the codec's
             key, equals, name = "", "", part
         codec = _canonical(name.strip())
