@@ -35,6 +35,10 @@ class Plan:
     codecs: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
 
+    def __str__(self) -> str:
+        codecs = ", ".join(f"{stream} by {name}" for stream, name in sorted(self.codecs.items()))
+        return f"{self.micro_batches} micro-batches a step, {self.depth} under way; {codecs or 'all as float32'}"
+
     def codec_of(self, stream: str) -> str:
         return self.codecs.get(stream, "none")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -28,6 +29,8 @@ from split.wire import encode_tensor, pack_bits
 
 if TYPE_CHECKING:
     from split.host import StageHost
+
+log = logging.getLogger(__name__)
 
 Phase = stage_pb2.Phase
 HELD = "held_seconds"  # in an answer: how long the stage had the question
@@ -254,6 +257,8 @@ class GrpcLink:
         plan = None
         if message.HasField("plan"):
             plan = Plan.from_proto(message.plan, self.coder.batch_size)
+            if plan != self.coder.plan:
+                log.info("job %s: %s", self._job, plan)
             self.coder.use(plan)
         return Frame(
             phase=message.phase,

@@ -126,8 +126,8 @@ def test_buckets_at_quantiles_hold_about_equally_many_values() -> None:
     x = gaussian(3000, 100)
     codes = torch.frombuffer(bytearray(Buckets("quantile8").encode(x, [])), dtype=torch.uint8)[8 + 4 * 256 :]
     counts = torch.bincount(codes, minlength=256)
-    assert counts.min() > 0.9 * x.numel() / 256
-    assert counts.max() < 1.1 * x.numel() / 256
+    assert counts.min() > 0.8 * x.numel() / 256
+    assert counts.max() < 1.2 * x.numel() / 256
     assert error(Buckets("quantile8"), x) < 2e-3
 
 

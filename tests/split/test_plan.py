@@ -176,8 +176,8 @@ def test_every_candidate_is_timed() -> None:
 
 # ---- what is chosen ----
 
-CONFIG = TrainingConfig(steps=100, batch_size=8, sequence_length=64)
-HIDDEN = 128
+CONFIG = TrainingConfig(steps=100, batch_size=8, sequence_length=128)
+HIDDEN = 64
 WORK = {FRONT: 0.02, TAIL: 0.05, FRONT_BACKWARD: 0.04}
 STAGE = {"forward": 0.1, "backward": 0.2}
 NARROW = LinkProfile(0.04, 2.5e6, 2.5e6)  # 20 Mbit/s
