@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,9 +18,9 @@ from split.coding import Coder
 from split.errors import IsthmusError, NotAllowed
 from split.host import StageHost
 from split.ledger import Traffic
-from split.link import HELD, Frame, Phase, frame_to_proto, kind_and_sizes
+from split.link import HELD, Frame, Phase, Questions, as_known, frame_to_proto, kind_and_sizes
 from split.protocol import Rules
-from split.tcp import Counted, counted
+from split.tcp import counted
 from split.tls import Peer, peer_of
 
 _WAITING = 8  # answers that a device may have waiting for it, beside those that gRPC has
@@ -57,12 +56,12 @@ class ExchangeServicer(stage_pb2_grpc.StageServicer):
             async for message in stream.answers():
                 yield message
         finally:
+            if self._streams.get(peer.name) is stream:
+                del self._streams[peer.name]
+            stream.close()  # first of all: the others wait for this device until the host knows
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await reading
-            if self._streams.get(peer.name) is stream:
-                del self._streams[peer.name]
-            stream.close()
 
     def drop(self, device: str) -> None:
         """Ends a device's stream: its certificate does not count any more."""
@@ -87,10 +86,8 @@ class _Stream:
         self._answers: asyncio.Queue[Frame | IsthmusError | None] = asyncio.Queue()
         self._room = asyncio.Event()
         self._deliver = self._take  # one object: it names this stream to the host
-        self._came: dict[tuple[int, int, int], float] = {}
+        self._questions = Questions()
         self._counted_at = 0.0
-        self._wire: dict[int, Counted] = {}
-        self._wire_before = Counter(traffic.on_the_wire)
 
     def open(self, frame: Frame, session: str) -> None:
         self._session = session
@@ -104,7 +101,6 @@ class _Stream:
         try:
             async for message in requests:
                 self.received(message)
-                self._came[message.phase, message.step, message.micro_batch] = time.perf_counter()
                 frame = await asyncio.to_thread(self._rules.decode, message, self._session, self.coder)
                 if frame.phase == Phase.PROBE:
                     self._answers.put_nowait(frame)
@@ -113,8 +109,10 @@ class _Stream:
                 while self._answers.qsize() >= _WAITING:  # it does not take its answers: nothing more is read from it
                     self._room.clear()
                     await self._room.wait()
-        except IsthmusError as error:
-            last = error
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # noqa: BLE001  # a bug or no memory ends this stream, not the others
+            last = as_known(error, "decoding")
         finally:
             self.end(last)
 
@@ -126,9 +124,6 @@ class _Stream:
             if answer.phase == Phase.PROBE:
                 yield self.probed(answer, self._session)
                 continue
-            came = self._came.pop((answer.phase, answer.step, answer.micro_batch), None)
-            if came is not None:
-                answer = replace(answer, values={**answer.values, HELD: time.perf_counter() - came})
             message = await asyncio.to_thread(self._encode, answer)
             self._traffic.crossed("sent", *kind_and_sizes(message))
             self._count_wire(now=answer.phase == Phase.CLOSE)  # afterwards the connection is gone
@@ -136,6 +131,8 @@ class _Stream:
 
     def received(self, message: stage_pb2.Frame) -> stage_pb2.Frame:
         self._traffic.crossed("received", *kind_and_sizes(message))
+        if message.phase != Phase.PROBE:
+            self._questions.asked(message)
         return message
 
     def probed(self, frame: Frame, session: str) -> stage_pb2.Frame:
@@ -156,6 +153,10 @@ class _Stream:
         self._host.leave(self._device, self._deliver)
 
     def _take(self, answer: Frame | IsthmusError) -> None:  # called in the host's thread
+        if isinstance(answer, Frame):
+            place = stage_pb2.Frame(phase=answer.phase, step=answer.step, micro_batch=answer.micro_batch)
+            held, _ = self._questions.answered(place)
+            answer = replace(answer, values={**answer.values, HELD: held})
         self._loop.call_soon_threadsafe(self._answers.put_nowait, answer)
 
     def _encode(self, answer: Frame) -> stage_pb2.Frame:
@@ -169,10 +170,7 @@ class _Stream:
         if not now and time.monotonic() - self._counted_at < _COUNT_EVERY:
             return
         self._counted_at = time.monotonic()
-        self._wire |= counted(0, self._address)
-        wire = self._traffic.on_the_wire
-        wire["sent"] = self._wire_before["sent"] + sum(one.sent for one in self._wire.values())
-        wire["received"] = self._wire_before["received"] + sum(one.received for one in self._wire.values())
+        self._traffic.connections.update(counted(0, self._address))
 
 
 def _address(peer: str) -> str:

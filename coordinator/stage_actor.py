@@ -92,7 +92,8 @@ class StageActor:
         checkpoints = CheckpointFolder(Path(self._task.folder) / "checkpoints")
         self._device_adapter = parts.adapter
         values = sum(value.numel() for value in self._device_adapter.values())
-        self._host = StageHost(
+        self._host = await asyncio.to_thread(
+            StageHost,
             self._trainer,
             self._config,
             set(self._task.devices),

@@ -71,6 +71,7 @@ class Coder:
         self.plan = Plan()
         self._config, self._samples, self._ledger = config, samples, ledger
         self._codecs: dict[str, tuple[Codec, CodecState]] = {}
+        self._memory: dict[str, int] = {}  # bytes that each stream's codec remembers
 
     def use(self, plan: Plan) -> None:
         """From the next frame on."""
@@ -103,7 +104,7 @@ class Coder:
         codec, state = self._codecs[stream]
         started = time.perf_counter()
         payload = codec.encode(tensor, state, self._keys(codec, stream, step, micro_batch))
-        self._ledger.coded(name, "encode", tensor.numel(), time.perf_counter() - started, self.memory_bytes)
+        self._note("encode", stream, name, tensor.numel(), time.perf_counter() - started, state)
         return stage_pb2.Tensor(codec=name, dtype="float32", shape=list(tensor.shape), payload=payload)
 
     def expected(self, stream: str, shape: tuple[int | None, ...], at_most: int) -> Expected:
@@ -120,17 +121,18 @@ class Coder:
         started = time.perf_counter()
         keys = self._keys(codec, stream, step, micro_batch)
         decoded = decode_tensor(message, expected, state, keys)
-        self._ledger.coded(name, "decode", decoded.numel(), time.perf_counter() - started, self.memory_bytes)
+        self._note("decode", stream, name, decoded.numel(), time.perf_counter() - started, state)
         return decoded
 
     def state_of(self, stream: str) -> CodecState | None:
+        """What this end remembers of a stream; None before the first plan."""
         known = self._codecs.get(stream)
         return None if known is None else known[1]
 
-    @property
-    def memory_bytes(self) -> int:
-        """What this end's codecs remember."""
-        return sum(state.memory_bytes for _, state in self._codecs.values())
+    def _note(self, what: str, stream: str, name: str, values: int, seconds: float, state: CodecState) -> None:
+        # Each stream is coded by one thread at a time, so only its own state may be looked at.
+        self._memory[stream] = state.memory_bytes
+        self._ledger.coded(name, what, values, seconds, sum(list(self._memory.values())))
 
     def _keys(self, codec: Codec, stream: str, step: int, micro_batch: int) -> Sequence[int] | None:
         if codec.memory is None or stream in ADAPTERS:

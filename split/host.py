@@ -8,7 +8,6 @@ nobody is left, the stage goes back to the last aggregation: the devices' part o
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 import time
@@ -37,6 +36,7 @@ from split.train import ServerTrainer, tensor_of
 
 Tell = Callable[[str, str, dict[str, Any]], None]  # kind, device, data
 _Group = tuple[int, stage_pb2.Phase, int]  # step, phase, micro-batch
+_LONGEST = 3600.0  # seconds that a device may say that something takes
 _MOST_KEYS = 2**24  # samples of a device that codecs with a memory tell apart: their order takes 8 bytes each
 _PLAN_FIRST, _PLAN_EVERY = 2, 8  # aggregations: the first ones after which a plan is made anew, then every so many
 
@@ -84,6 +84,7 @@ class StageHost:
         self._planner = Planner(config, trainer.stage.model.config.hidden_size)
         self._averager = Averager(config, initial_adapter)
         self._aggregations = 0
+        self._stepped_ahead = False  # with overlap stale: this side has done a step whose STEP frames have not all come
         self._steps_timed = 0
         self._evaluations: dict[int, dict[str, tuple[float, int]]] = {}
         self._resources: dict[str, dict[str, float]] = {}
@@ -345,11 +346,13 @@ class StageHost:
         """With overlap stale: this side's step, before the devices' norms are known: clipped by their last ones."""
         if self.config.stale and last:
             self.trainer.step(step, self._norms)
+            self._stepped_ahead = True
 
     def _apply(self, step: int, frames: Mapping[str, Frame]) -> None:
         norms = {name: (frame.values["norm_squared"], int(frame.values["tokens"])) for name, frame in frames.items()}
         if not self.config.stale:
             self.trainer.step(step, norms)
+        self._stepped_ahead = False
         self._norms = norms
         self.step = step + 1
         self._steps_timed += 1
@@ -441,7 +444,8 @@ class StageHost:
             self._finished = True
             self.tell("finished", "", {"step": self.step})
             return
-        if self.step != self._point.step:
+        if self.step != self._point.step or self._stepped_ahead:
+            self._stepped_ahead = False
             message = (
                 f"no device is left: back from step {self.step} to the last aggregation, of step {self._point.step}"
             )
@@ -472,8 +476,8 @@ class StageHost:
 
 
 def _times(told: Mapping[str, float]) -> dict[str, float]:
-    """Without what cannot be a time."""
-    return {name: seconds for name, seconds in told.items() if 0 <= seconds < math.inf}
+    """Without what cannot be a time, and none longer than _LONGEST."""
+    return {name: min(seconds, _LONGEST) for name, seconds in told.items() if seconds >= 0}
 
 
 def _of_use(outputs: Tensor, frame: Frame) -> Tensor:

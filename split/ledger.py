@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from split.tcp import Counted
+
 WATTS_OF_A_BUSY_CORE = 8.0  # the estimate's one assumption; a meter, where there is one, replaces it
 _RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
@@ -41,14 +43,14 @@ _Key = tuple[str, str, str]  # direction (sent, received), kind of message, code
 class Traffic:
     """Bytes and messages by direction, kind of message and codec; tensor values and the rest of a message apart.
 
-    These are bytes of the messages as serialised. What HTTP/2, TLS, TCP and IP add below them is in `on_the_wire`,
-    bytes by direction as the kernel counted them (split/tcp.py): of whole connections, so of a stream's messages too.
+    These are bytes of the messages as serialised. What HTTP/2, TLS, TCP and IP add below them shows in `connections`:
+    all bytes of each, by the number of its socket, as the kernel counted them.
     """
 
     payload_bytes: Counter[_Key] = field(default_factory=Counter)
     overhead_bytes: Counter[_Key] = field(default_factory=Counter)
     messages: Counter[_Key] = field(default_factory=Counter)
-    on_the_wire: Counter[str] = field(default_factory=Counter)
+    connections: dict[int, Counted] = field(default_factory=dict)
 
     def crossed(self, direction: str, kind: str, codec: str, payload: int, total: int) -> None:
         """A message of `total` bytes, `payload` of them an encoded tensor, went over the wire."""
@@ -64,7 +66,12 @@ class Traffic:
             (self.messages, other.messages),
         ):
             mine.update(theirs)
-        self.on_the_wire.update(other.on_the_wire)
+        self.connections.update(other.connections)
+
+    def on_the_wire(self, direction: str) -> int:
+        """All bytes of the connections; 0 where they were not counted."""
+        counts = list(self.connections.values())
+        return sum(one.sent if direction == "sent" else one.received for one in counts)
 
     def total_bytes(self, direction: str) -> int:
         """Of messages, without what the protocols below them add."""
@@ -88,7 +95,10 @@ class Traffic:
             }
             for key in sorted(self.messages)
         ]
-        for direction, size in sorted(self.on_the_wire.items()):
+        for direction in ("received", "sent"):
+            size = self.on_the_wire(direction)
+            if not size:
+                continue
             rows.append(
                 {
                     "direction": direction,
@@ -188,8 +198,8 @@ class Ledger:
             "currency": self.prices.currency,
             "bytes_sent": self.traffic.total_bytes("sent"),
             "bytes_received": self.traffic.total_bytes("received"),
-            "wire_bytes_sent": self.traffic.on_the_wire["sent"],
-            "wire_bytes_received": self.traffic.on_the_wire["received"],
+            "wire_bytes_sent": self.traffic.on_the_wire("sent"),
+            "wire_bytes_received": self.traffic.on_the_wire("received"),
             "traffic": self.traffic.rows(),
         }
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
-from collections import Counter
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
@@ -21,10 +22,11 @@ from split.coding import Coder, Plan
 from split.config import TrainingConfig
 from split.errors import BadFrame, IsthmusError, LinkLost
 from split.ledger import Ledger
+from split.plan.choose import check_agreed
 from split.plan.profile import LinkProfile, probe
 from split.streams import stream_of
-from split.tcp import Counted, counted
-from split.tls import MAX_MESSAGE_BYTES, error_of
+from split.tcp import counted
+from split.tls import error_of
 from split.wire import encode_tensor, pack_bits
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 
 Phase = stage_pb2.Phase
 HELD = "held_seconds"  # in an answer: how long the stage had the question
+_UNDER_WAY = "under_way_seconds"  # beside it, on the device: since the question was sent
 _QUEUED = 4  # frames that wait to be sent
 _COUNT_EVERY = 1.0  # seconds between looks at the kernel's counters
 
@@ -167,11 +170,9 @@ class GrpcLink:
         """port: of the stage, for the kernel's count of bytes; 0: they are not counted."""
         self.coder = Coder(config, samples, ledger)
         self._job, self._session, self._labels, self._ledger = job, session, config.labels, ledger
-        self._port, self._counted_at = port, 0.0
-        self._wire: dict[int, Counted] = {}
-        self._wire_before = Counter(ledger.traffic.on_the_wire)
-        self._closed = threading.Event()
-        self._sent_at: dict[tuple[int, int, int], float] = {}
+        self._config, self._port, self._counted_at = config, port, 0.0
+        self._over = threading.Event()  # nothing is sent any more: closed here, or ended by the other side
+        self._questions = Questions()
         self._outbox: queue.Queue[Frame | None] = queue.Queue(_QUEUED)
         self._inbox: queue.SimpleQueue[Frame | IsthmusError] = queue.SimpleQueue()
         self._call = stage_pb2_grpc.StageStub(channel).Exchange(self._messages())
@@ -180,7 +181,7 @@ class GrpcLink:
     def send(self, frame: Frame) -> None:
         if frame.phase == Phase.REPORT:
             self._count_wire(now=True)
-        while not self._closed.is_set():
+        while not self._over.is_set():  # else `receive` says why
             try:
                 self._outbox.put(frame, timeout=0.2)
                 return
@@ -195,13 +196,11 @@ class GrpcLink:
         if isinstance(answer, IsthmusError):
             self._ledger.waited(waited, waited)
             raise answer
-        sent = self._sent_at.pop((answer.phase, answer.step, answer.micro_batch), start)
-        held = answer.values.get(HELD, 0.0)
-        self._ledger.waited(waited, time.perf_counter() - sent - held)
+        self._ledger.waited(waited, answer.values.get(_UNDER_WAY, waited) - answer.values.get(HELD, 0.0))
         return answer
 
     def close(self) -> None:
-        self._closed.set()
+        self._over.set()
         self._call.cancel()
         with contextlib.suppress(queue.Empty):  # what waits is not sent any more
             while True:
@@ -224,14 +223,14 @@ class GrpcLink:
 
     def _messages(self) -> Iterator[stage_pb2.Frame]:
         """What gRPC sends; it asks for the next one when the last is on its way."""
-        while (frame := self._outbox.get()) is not None and not self._closed.is_set():
+        while (frame := self._outbox.get()) is not None and not self._over.is_set():
             try:
                 message = frame_to_proto(frame, self._job, self._session, self.coder, self._labels, upward=True)
-            except IsthmusError as error:
-                self._inbox.put(error)
+            except Exception as error:  # noqa: BLE001  # it has to reach the trainer, which waits for an answer
+                self._inbox.put(as_known(error, "encoding"))
                 return
             self._ledger.traffic.crossed("sent", *kind_and_sizes(message))
-            self._sent_at[frame.phase, frame.step, frame.micro_batch] = time.perf_counter()
+            self._questions.asked(message)
             yield message
 
     def _read(self) -> None:
@@ -242,21 +241,24 @@ class GrpcLink:
             ended: IsthmusError = LinkLost("the coordinator closed the stream of this job")
         except grpc.RpcError as error:
             ended = error_of(error, "this job's stage")
-        except IsthmusError as error:
-            ended = error
+        except Exception as error:  # noqa: BLE001  # whatever it is, the trainer has to learn of it
+            ended = as_known(error, "decoding")
             self._call.cancel()
+        self._over.set()
         self._inbox.put(ended)
 
     def _answer(self, message: stage_pb2.Frame) -> Frame:
-        """A frame from the coordinator, whose size gRPC has bounded. What it has to be is checked by who asked."""
+        """A frame from the coordinator, whose size gRPC has bounded. The rest of it is checked by who asked."""
         tensor = None
+        seconds, shape = self._questions.answered(message)
         if message.HasField("tensor"):
             stream = stream_of(message.phase, upward=False, labels=self._labels)
-            expected = self.coder.expected(stream, tuple(message.tensor.shape), MAX_MESSAGE_BYTES)
+            expected = self.coder.expected(stream, shape, math.prod(shape))
             tensor = self.coder.decode(stream, message.tensor, expected, message.step, message.micro_batch)
         plan = None
         if message.HasField("plan"):
             plan = Plan.from_proto(message.plan, self.coder.batch_size)
+            check_agreed(plan, self._config)
             if plan != self.coder.plan:
                 log.info("job %s: %s", self._job, plan)
             self.coder.use(plan)
@@ -265,7 +267,7 @@ class GrpcLink:
             step=message.step,
             micro_batch=message.micro_batch,
             tensor=tensor,
-            values=dict(message.values),
+            values={**message.values, _UNDER_WAY: seconds},
             agreement=message.agreement if message.HasField("agreement") else None,
             plan=plan,
             probe=message.probe if message.HasField("probe") else None,
@@ -275,10 +277,42 @@ class GrpcLink:
         if not self._port or (not now and time.monotonic() - self._counted_at < _COUNT_EVERY):
             return
         self._counted_at = time.monotonic()
-        self._wire |= counted(self._port)
-        wire = self._ledger.traffic.on_the_wire
-        wire["sent"] = self._wire_before["sent"] + sum(one.sent for one in self._wire.values())
-        wire["received"] = self._wire_before["received"] + sum(one.received for one in self._wire.values())
+        self._ledger.traffic.connections.update(counted(self._port))
+
+
+class Questions:
+    """Frames that an answer is due to: since when, and of which shape. The answers come in the order of the questions;
+    a tensor in an answer has the shape of the question's, or, to OPEN, of the adapter."""
+
+    def __init__(self) -> None:
+        self._due: dict[tuple[int, int, int], deque[tuple[float, tuple[int, ...]]]] = {}
+
+    def asked(self, message: stage_pb2.Frame) -> None:
+        if message.phase not in (Phase.STEP, Phase.REPORT):
+            shape = (message.open.adapter_values,) if message.HasField("open") else tuple(message.tensor.shape)
+            self._due.setdefault(_place(message), deque()).append((time.perf_counter(), shape))
+
+    def answered(self, message: stage_pb2.Frame) -> tuple[float, tuple[int, ...]]:
+        """Seconds since the question, and the shape that a tensor has to have. Raises BadFrame if nothing was asked."""
+        due = self._due.get(_place(message))
+        if not due and message.phase != Phase.CLOSE:  # which also answers an OPEN that has come too late
+            raise BadFrame(f"{Phase.Name(message.phase)} of step {message.step} answers nothing")
+        at, shape = due.popleft() if due else (time.perf_counter(), ())
+        if not due:
+            self._due.pop(_place(message), None)
+        return time.perf_counter() - at, shape
+
+
+def _place(message: stage_pb2.Frame) -> tuple[int, int, int]:
+    return (message.phase, 0 if message.phase in (Phase.OPEN, Phase.PROBE) else message.step, message.micro_batch)
+
+
+def as_known(error: Exception, what: str) -> IsthmusError:
+    """An error for whoever waits for a frame: itself, or a line on what nobody expected."""
+    if isinstance(error, IsthmusError):
+        return error
+    log.error("%s a frame failed", what, exc_info=error)
+    return IsthmusError(f"{what} a frame failed: {type(error).__name__}: {error}")
 
 
 def frame_to_proto(frame: Frame, job: str, session: str, coder: Coder, labels: str, *, upward: bool) -> stage_pb2.Frame:
@@ -313,4 +347,5 @@ def kind_and_sizes(message: stage_pb2.Frame) -> tuple[str, str, int, int]:
     """Of a message: its kind, the codec of its tensor, the bytes of its tensors' payloads and of all of it."""
     payload = len(message.tensor.payload) + len(message.labels.payload) + len(message.probe.filling)
     codec = message.tensor.codec if message.HasField("tensor") else ""
-    return Phase.Name(message.phase).lower(), codec, payload, message.ByteSize()
+    kind = Phase.Name(message.phase).lower() if message.phase in Phase.values() else "unknown"
+    return kind, codec, payload, message.ByteSize()

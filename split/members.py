@@ -34,6 +34,7 @@ class Member:
     forward: tuple[int, int] = (0, 0)
     backward: tuple[int, int] = (0, 0)
     aggregates: bool = False  # AGGREGATE of the step before `step` is due
+    averaging: bool = False  # it has come and was not answered: nothing else may come, for the plan may change
     admitted: bool = False
     answered: float = field(default_factory=time.monotonic)  # when it last got an answer, so that it is its turn
 
@@ -41,17 +42,20 @@ class Member:
         self.answered = time.monotonic()
         if frame.plan is not None:
             self.plan = frame.plan
+        if frame.phase == Phase.AGGREGATE:
+            self.averaging = False
         self.deliver(frame)
 
     def admit(self, step: int) -> None:
-        self.admitted, self.step, self.forward, self.backward, self.aggregates = True, step, (step, 0), (step, 0), False
+        self.admitted, self.step, self.forward, self.backward = True, step, (step, 0), (step, 0)
+        self.aggregates = self.averaging = False
 
     def take(self, device: str, frame: Frame, config: TrainingConfig) -> None:
         """Checks that a training frame is one that is due, and moves on. Raises BadFrame."""
         at = (frame.step, frame.micro_batch)
         if frame.phase == Phase.AGGREGATE and self.aggregates and at == (self.step - 1, 0):
-            self.aggregates = False
-        elif self.aggregates or frame.step >= config.steps:
+            self.aggregates, self.averaging = False, True
+        elif self.aggregates or self.averaging or frame.step >= config.steps:
             raise self._not_due(device, frame)
         elif frame.phase == Phase.FORWARD and at == self.forward and self._may_go_ahead(config):
             self.forward = self._next(self.forward)
@@ -69,7 +73,9 @@ class Member:
 
     def check_evaluates(self, frame: Frame, config: TrainingConfig) -> None:
         """An evaluation is of the model after `step` steps, before the next one. Raises BadFrame elsewhere."""
-        between = self.forward == (self.step, 0) and not self.aggregates and frame.step == self.step
+        between = (
+            self.forward == (self.step, 0) and not self.aggregates and not self.averaging and frame.step == self.step
+        )
         if not between or not config.evaluates_after(frame.step):
             raise BadFrame(f"{Phase.Name(frame.phase)} after step {frame.step}, where no evaluation is due")
 
@@ -89,7 +95,9 @@ class Member:
         return (step, number + 1) if number + 1 < self.plan.micro_batches else (step + 1, 0)
 
     def _not_due(self, device: str, frame: Frame) -> BadFrame:
-        if self.aggregates:
+        if self.averaging:
+            due = f"nothing until AGGREGATE of step {self.step - 1} is answered"
+        elif self.aggregates:
             due = self._named(Phase.AGGREGATE, self.step - 1, 0)
         elif self.backward < self.forward:
             due = self._named(Phase.BACKWARD, *self.backward)

@@ -54,12 +54,16 @@ def choices(text: str) -> dict[str, str]:
     """`--codec` -> the canonical name of a codec, or `auto`, for every stream. Raises BadRequest.
 
     text: `auto`; or a codec, for hidden states and gradients; or `KEY=CODEC;KEY=CODEC`, where KEY is up, down, hidden,
-    gradients, adapters, evaluation or one stream, a later one overrides an earlier one, and `auto` is the rest.
+    gradients, adapters, evaluation or one stream, a later one overrides an earlier one, and `auto` is the rest. The
+    first may be without a KEY: for hidden states and gradients, if nothing else is said.
     Adapters and evaluation do not depend on the link: in `auto` they are exact where all of the training streams are,
     else they take ADAPTERS_CODEC and EVALUATION_CODEC.
     """
     chosen: dict[str, str] = {}
-    for part in text.split(";"):
+    parts = [part.strip() for part in text.split(";") if part.strip()]
+    if not parts:
+        raise BadRequest("--codec is empty; write auto, none, a codec of `isthmus codecs`, or KEY=CODEC;KEY=CODEC")
+    for number, part in enumerate(parts):
         key, equals, name = part.partition("=")
         if equals and key.strip().isidentifier() and key.strip() not in _GROUPS:
             raise BadRequest(f"--codec has no KEY called {key.strip()!r}; keys are {', '.join(_GROUPS)}")
@@ -67,11 +71,16 @@ def choices(text: str) -> dict[str, str]:
             key, equals, name = "", "", part
         codec = _canonical(name.strip())
         if not equals:
-            if ";" in text:
-                raise BadRequest(f"--codec {part.strip()!r} has no KEY=; keys are {', '.join(_GROUPS)}")
+            if number:
+                raise BadRequest(f"--codec {part!r} has no KEY=, and is not the first; keys are {', '.join(_GROUPS)}")
             chosen = dict.fromkeys(TRAINING, codec)
             continue
         chosen |= dict.fromkeys(_GROUPS[key.strip()], codec)
+    for stream in EVALUATION:
+        if chosen.get(stream, AUTO) != AUTO and parse(chosen[stream]).memory is not None:
+            raise BadRequest(
+                f"{stream} cannot have {chosen[stream]}: held-out samples are not remembered; leave it out"
+            )
     training = {stream: chosen.get(stream, AUTO) for stream in TRAINING}
     exact = all(name != AUTO and parse(name).exact for name in training.values())
     rest = {**dict.fromkeys(ADAPTERS, ADAPTERS_CODEC), **dict.fromkeys(EVALUATION, EVALUATION_CODEC)}

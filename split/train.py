@@ -239,10 +239,7 @@ class DeviceTrainer:
         }
         self._profile, self._probed_at = LinkProfile(), -math.inf
         self._steps_done = 0
-        self._looked_at: tuple[int, float] = (
-            0,
-            0.0,
-        )  # steps and seconds of waiting for the link, at the last aggregation
+        self._looked_at = (0, 0.0)  # steps, and seconds of waiting for the link, at the last aggregation
         self._usual_wait: float | None = None  # for the link, a step, after the last probe
         self.stepper = Stepper(self.parameters, config)
         self._points: dict[int, dict[str, Tensor]] = {0: {}}  # the optimiser's state at the last two aggregations
@@ -304,7 +301,7 @@ class DeviceTrainer:
             self._profile, self._probed_at = link.measure(), time.monotonic()
             self._usual_wait = None
         measured = self._profile.to_proto()
-        measured.codec_seconds.update(codec_seconds(candidates(self.config)))
+        measured.codec_seconds.update(codec_seconds(candidates(self.config), self.front.model.config.hidden_size))
         steps = max(1, self._steps_done)
         for name, seconds in self.ledger.compute_by_work.items():
             if name in DEVICE_WORK:
@@ -367,14 +364,14 @@ class DeviceTrainer:
         step, following = batch.step, None
         ahead = self.config.stale and step + 1 < self.config.steps and not self.config.aggregates_after(step + 1)
         while batch.done < len(batch.parts):
+            if ahead and following is None and self._all_sent(batch):
+                following = self._begin(link, step + 1)
             answer = link.receive()
             if self.tail is not None and answer.phase == Phase.FORWARD:
                 self._tail(link, batch, answer)
             else:
                 self._front_backward(batch, answer)
             self._send_forwards(link, batch)
-            if ahead and following is None and batch.asked == len(batch.parts):
-                following = self._begin(link, step + 1)
         for name, value in batch.adapter.items():
             self._front_lora[name].grad = value.grad
         norm_squared = self.stepper.gradient_norm_squared()
@@ -383,6 +380,10 @@ class DeviceTrainer:
         self.stepper.step(step, norm_squared + batch.norm_squared)
         self._steps_done += 1
         return batch.loss / max(batch.tokens, 1), following
+
+    def _all_sent(self, batch: _Batch) -> bool:
+        """Whether this device has sent all of a step but its STEP."""
+        return (batch.begun if self.tail is None else batch.asked) == len(batch.parts)
 
     def _tail(self, link: Link, batch: _Batch, answer: Frame) -> None:
         """The last hidden states of a micro-batch have come: its loss, and the gradient by them."""
@@ -438,6 +439,7 @@ class DeviceTrainer:
         if self.validation is None:
             return
         total, count = 0.0, 0
+        waited = self.ledger.link_seconds  # before: what is waited here says nothing of the steps
         waiting: deque[tuple[torch.Size, Tensor]] = deque()
         for input_ids, labels in [*_batches(self.validation, self.config.batch_size), (None, None)]:
             if input_ids is not None and labels is not None:
@@ -450,6 +452,7 @@ class DeviceTrainer:
             while waiting and (input_ids is None or len(waiting) > _EVALUATIONS_AHEAD):
                 loss, tokens = self._evaluated(_answer(link, Phase.EVALUATE, done), *waiting.popleft())
                 total, count = total + loss, count + tokens
+        self._looked_at = self._looked_at[0], self._looked_at[1] + self.ledger.link_seconds - waited
         link.send(Frame(Phase.REPORT, done, values={"evaluation_nll": total, "evaluation_tokens": float(count)}))
 
     def _evaluated(self, answer: Frame, shape: torch.Size, labels: Tensor) -> tuple[float, int]:

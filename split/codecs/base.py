@@ -279,6 +279,8 @@ def _keys_of(x: Tensor, keys: Keys | None) -> Keys:
 def _tensor_bytes(value: object) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
+    if isinstance(counted := getattr(value, "bytes", None), int):  # a part that keeps count itself
+        return counted
     if isinstance(value, dict):
         return sum(_tensor_bytes(one) for one in value.values())
     if isinstance(value, list | tuple):

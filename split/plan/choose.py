@@ -20,6 +20,7 @@ from split.codecs.base import matrix_shape
 from split.codecs.uniform import Uniform
 from split.coding import Plan
 from split.config import TrainingConfig
+from split.errors import CodecError
 from split.plan.pipeline import StepCosts, step_seconds
 from split.plan.profile import LinkProfile, codec_seconds
 from split.streams import AUTO, TRAINING, choices
@@ -64,6 +65,15 @@ def candidates(config: TrainingConfig) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def check_agreed(plan: Plan, config: TrainingConfig) -> None:
+    """Raises CodecError for a plan with a codec that a job of this configuration cannot have."""
+    for stream, chosen in choices(config.codec).items():
+        name = plan.codec_of(stream)
+        allowed = ladder(stream, config.error_budget) if chosen == AUTO else [chosen]
+        if name not in allowed:
+            raise CodecError(f"a plan with {name[:200]} for {stream}, which this job has not agreed on")
+
+
 @dataclass(frozen=True)
 class View:
     """What the stage knows of a device that it makes a plan for."""
@@ -87,7 +97,7 @@ class Planner:
     def __post_init__(self) -> None:
         self._choices = choices(self.config.codec)
         self.automatic = any(self._choices[stream] == AUTO for stream in TRAINING)
-        self._seconds = codec_seconds(candidates(self.config)) if self.automatic else {}
+        self._seconds = codec_seconds(candidates(self.config), self.hidden_size) if self.automatic else {}
 
     def look_at(self, stream: str, tensor: Tensor) -> None:
         """Learns from a tensor of a training stream what the candidates would make of it. (rows, sequence, hidden)."""
@@ -117,12 +127,14 @@ class Planner:
         job has settled on, when not everyone is asked.
         """
         counts = [micro_batches] if micro_batches else self._counts(views.values(), bool(stage_seconds))
+        present = {view.plan.micro_batches for view in views.values() if view.plan.codecs}
+        counts.sort(key=lambda count: (count not in present, count))  # what is has to be beaten
         best: dict[str, tuple[float, Plan]] = {}
         worst = math.inf
         for count in counts:
             found = {name: self._best(view, stage_seconds, count) for name, view in views.items()}
             slowest = max((seconds for seconds, _ in found.values()), default=0.0)
-            if slowest < worst * (_WORTH_A_CHANGE if best else 1.0):
+            if not best or slowest < worst * _WORTH_A_CHANGE:
                 best, worst = found, slowest
         plans, sentences = {}, []
         for name, (seconds, plan) in best.items():

@@ -17,9 +17,10 @@ MAX_PROBE_BYTES = 2**18
 _PINGS = 3
 _FIRST_PROBE_BYTES = 2**14
 _LONG_ENOUGH = 0.02  # seconds that a probe's bytes have to take beside the round trip, to be believed
+_SLOWEST, _FARTHEST = 100.0, 60.0  # bytes a second and seconds: what is told to be worse counts as this
 _FAST = 5e7  # bytes a second: how much faster a link is does not matter
 _SOON = 0.005  # seconds: how much shorter a round trip is does not matter
-_SAMPLE = (256, 256)  # of the tensor with which codecs are timed
+_SAMPLE_ROWS = 256  # of the tensor with which codecs are timed
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,11 @@ class LinkProfile:
 
     @classmethod
     def from_proto(cls, message: stage_pb2.Measured) -> LinkProfile:
-        """What makes no sense counts as not measured."""
+        """What makes no sense counts as not measured, or as the worst that makes sense."""
         times = message.round_trip_seconds
-        return cls(
-            times if 0 <= times < math.inf else 0.0,
-            message.up_bytes_per_second if message.up_bytes_per_second > 0 else math.inf,
-            message.down_bytes_per_second if message.down_bytes_per_second > 0 else math.inf,
-        )
+        rates = (message.up_bytes_per_second, message.down_bytes_per_second)
+        up, down = (max(rate, _SLOWEST) if rate > 0 else math.inf for rate in rates)
+        return cls(min(times, _FARTHEST) if times >= 0 else 0.0, up, down)
 
     def differs(self, other: LinkProfile) -> bool:
         """By more than measuring twice does."""
@@ -78,20 +77,21 @@ def probe(exchange: Callable[[int, int], float]) -> LinkProfile:
     return LinkProfile(round_trip, *rates)
 
 
-def codec_seconds(names: Iterable[str]) -> dict[str, float]:
-    """Seconds to encode and decode a million values on this machine, by codec."""
-    return {name: _timed(name) for name in names}
+def codec_seconds(names: Iterable[str], width: int) -> dict[str, float]:
+    """Seconds to encode and decode a million values of tensors of this width on this machine, by codec."""
+    return {name: _timed(name, width) for name in names}
 
 
-@lru_cache(maxsize=64)
-def _timed(name: str) -> float:
-    codec = parse(name)
-    scales = torch.logspace(0, -3, _SAMPLE[1])  # unlike white noise, as hidden states are
-    sample = torch.randn(_SAMPLE, generator=torch.Generator().manual_seed(0)) * scales
+@lru_cache(maxsize=128)
+def _timed(name: str, width: int) -> float:
+    """By the clock of this thread, which stands still while other programs have the processor."""
+    codec, shape = parse(name), (_SAMPLE_ROWS, width)
+    scales = torch.logspace(0, -3, width)  # unlike white noise, as hidden states are
+    sample = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scales
     near, far = CodecState(0), CodecState(0)
     best = math.inf
-    for _ in range(3):  # the first one learns, and warms up
-        started = time.perf_counter()
-        codec.decode(codec.encode(sample, near), _SAMPLE, far)
-        best = min(best, time.perf_counter() - started)
+    for _ in range(4):  # the first one learns, and warms up
+        started = time.thread_time()
+        codec.decode(codec.encode(sample, near), shape, far)
+        best = min(best, time.thread_time() - started)
     return best * 1e6 / sample.numel()

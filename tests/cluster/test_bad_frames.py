@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,9 +17,14 @@ from protos.v1 import coordinator_pb2 as pb
 from protos.v1 import stage_pb2
 from protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from protos.v1.stage_pb2_grpc import StageStub
+from split.codecs import FAMILIES, CodecState, parse
+from split.coding import Coder, Plan
 from split.config import TrainingConfig
+from split.errors import BadTensor
+from split.ledger import Ledger
 from split.models.source import ModelFolder
 from split.parts import parts_of
+from split.plan.profile import MAX_PROBE_BYTES
 from split.tls import channel
 from split.wire import encode_tensor
 from tests.cluster.house import LIMIT, TINY, House, events_of, refusal, succeeded
@@ -102,6 +107,18 @@ def lying_shape(*shape: int) -> stage_pb2.Tensor:
     return stage_pb2.Tensor(codec="none", dtype="float32", shape=shape, payload=b"\0" * 16)
 
 
+def by_codec(name: str, tensor: stage_pb2.Tensor) -> stage_pb2.Tensor:
+    """The same shape, by a codec."""
+    codec = parse(name)
+    payload = codec.encode(torch.full(tuple(tensor.shape), 0.5), CodecState(0))
+    return stage_pb2.Tensor(codec=codec.name, dtype="float32", shape=tensor.shape, payload=payload)
+
+
+def probe(job: str, filling: bytes, answer_bytes: int) -> stage_pb2.Frame:
+    contents = stage_pb2.Probe(filling=filling, answer_bytes=answer_bytes)
+    return frame(job, phase=stage_pb2.PROBE, tensor=None, probe=contents)
+
+
 def bad_frames(job: str, step: int) -> dict[str, tuple[stage_pb2.Frame, str]]:
     """By what is wrong with it: a frame in place of FORWARD of `step`, and a part of the line that answers it."""
     rows, length = CONFIG.batch_size, CONFIG.sequence_length
@@ -147,6 +164,26 @@ def bad_frames(job: str, step: int) -> dict[str, tuple[stage_pb2.Frame, str]]:
             frame(job, phase=stage_pb2.EVALUATE, tensor=lying_shape(0, length, HIDDEN), **here),
             "was not agreed",
         ),
+        "a codec that was not agreed": (
+            frame(job, tensor=by_codec("int8", whole), **here),
+            "codec 'int8' was not agreed",
+        ),
+        "a huge payload": (
+            frame(
+                job,
+                tensor=stage_pb2.Tensor(dtype="float32", shape=whole.shape, codec="none", payload=bytes(2**23)),
+                **here,
+            ),
+            "8388608 bytes of payload",
+        ),
+        "a PROBE that is too large": (probe(job, bytes(MAX_PROBE_BYTES + 1), 0), "a PROBE of more than"),
+        "a PROBE that asks for too much": (probe(job, b"", 2**32 - 1), "a PROBE of more than"),
+        "a PROBE without its contents": (
+            frame(job, phase=stage_pb2.PROBE, tensor=None, **here),
+            "PROBE without its contents",
+        ),
+        "a PROBE with a tensor": (frame(job, phase=stage_pb2.PROBE, probe=stage_pb2.Probe()), "PROBE with a tensor"),
+        "positions of another batch": (frame(job, wanted=b"\0", **here), "1 bytes of flags"),
         "NaN": (frame(job, tensor=tensor(rows, length, HIDDEN, fill=float("nan")), **here), "NaN or infinity"),
         "infinity": (frame(job, tensor=tensor(rows, length, HIDDEN, fill=float("inf")), **here), "NaN or infinity"),
         "labels that nobody agreed on": (
@@ -182,6 +219,13 @@ def test_a_bad_frame_ends_its_senders_stream_and_nothing_else(house: House) -> N
                 stream.send(frame(job))
                 refused(stream, "no OPEN at first", "the first frame has to be OPEN")
 
+            with exchange(stage) as stream:
+                for size in (0, 1, MAX_PROBE_BYTES):  # as large as may be, before OPEN and after it
+                    stream.send(probe(job, bytes(size), size))
+                    assert len(stream.receive().probe.filling) == size
+                stream.send(probe(job, b"", MAX_PROBE_BYTES + 1))
+                refused(stream, "a PROBE before OPEN", "a PROBE of more than")
+
             for wrong in bad_frames(job, 0):
                 with exchange(stage) as stream:
                     stream.send(good_open)
@@ -197,6 +241,76 @@ def test_a_bad_frame_ends_its_senders_stream_and_nothing_else(house: House) -> N
     assert report["perplexity_after"] < report["perplexity_before"]
 
 
+CODECS = [
+    "hadamard,int4",
+    "klt,uniform:step=0.2:per=tensor,range",
+    "hadamard,uniform:step=0.35:per=tensor:stochastic,zstd",
+    "delta,fp8",
+    "topk:0.1",
+]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_what_a_codec_of_the_plan_cannot_have_made_is_refused(house: House, codec: str) -> None:
+    """In hidden states and in gradients, of a micro-batch; a frame that is right goes through before and after."""
+    config = replace(CONFIG, codec=f"hidden={codec};gradients={codec}", micro_batches=2)
+    name, shape = parse(codec).name, (1, CONFIG.sequence_length, HIDDEN)
+    house.cluster.kill("d2", 15)
+    raw = RawDevice(house.identity("d2"))
+    with raw.session() as told, house.connect() as connection:
+        job = house.submit(connection, config, ["d2"])
+        task = next(message.task for message in told if message.WhichOneof("kind") == "task")
+        opened = agreeable_open(house, config, raw.digest(job), sorted(FAMILIES))
+        with channel(f"127.0.0.1{task.stage_address}", raw.identity.credentials) as stage:
+            few = set(parse(codec).families) | {"none"}
+            with exchange(stage) as stream:
+                lacking = agreeable_open(
+                    house, config, raw.digest(job), sorted(few - {codec.split(",")[-1].split(":")[0]})
+                )
+                stream.send(frame(job, phase=stage_pb2.OPEN, tensor=None, open=lacking))
+                refused(stream, "a family that it lacks", "the device lacks codecs of this job")
+            for phase, stream_name in ((stage_pb2.FORWARD, "hidden_up"), (stage_pb2.BACKWARD, "gradients_up")):
+                for wrong, (bad, line) in bad_payloads(name, shape).items():
+                    with exchange(stage) as stream:
+                        stream.send(frame(job, phase=stage_pb2.OPEN, tensor=None, open=opened))
+                        answer = stream.receive()
+                        plan = Plan.from_proto(answer.plan, config.batch_size)
+                        assert plan.codec_of(stream_name) == name
+                        coder, values = Coder(config, opened.samples, Ledger()), {"tokens": 4.0}
+                        coder.use(plan)
+                        step = answer.agreement.start_step
+                        if phase == stage_pb2.BACKWARD:
+                            right = coder.encode("hidden_up", torch.randn(shape), step, 0)
+                            stream.send(frame(job, tensor=right, step=step))
+                            assert stream.receive().tensor.codec == name
+                        stream.send(frame(job, phase=phase, tensor=bad, step=step, values=values))
+                        refused(stream, f"{wrong} in {stream_name}", line)
+        connection.stub.CancelJob(pb.JobRequest(id=job))
+
+
+def bad_payloads(name: str, shape: tuple[int, ...]) -> dict[str, tuple[stage_pb2.Tensor, str]]:
+    """By what is wrong with it: a tensor, and a part of the line that answers it."""
+    codec = parse(name)
+    good = codec.encode(torch.randn(shape, generator=torch.Generator().manual_seed(0)), CodecState(0))
+    most = codec.wire_bytes(shape)
+    payloads = {
+        "garbage": (b"\xff" * (len(good) // 2), ""),
+        "nothing": (b"", ""),
+        "the end missing": (good[:-1], ""),
+        "more than there can be": (bytes(most + 1), f"{most + 1} bytes of payload"),
+    }
+    tensors = {}
+    for wrong, (payload, line) in payloads.items():
+        with pytest.raises(BadTensor):
+            codec.decode(payload, shape, CodecState(0))
+        tensors[wrong] = stage_pb2.Tensor(codec=name, dtype="float32", shape=shape, payload=payload), line
+    plain = encode_tensor(torch.zeros(shape))
+    tensors["no codec"] = plain, f"codec 'none' was not agreed on; agreed: {name}"
+    whole = stage_pb2.Tensor(codec=name, dtype="float32", shape=(2, *shape[1:]), payload=good)
+    tensors["the shape of the whole batch"] = whole, f"shape {(2, *shape[1:])} was not agreed on; agreed: {shape}"
+    return tensors
+
+
 def refused(stream: Stream, wrong: str, line: str) -> None:
     error = refusal(stream.receive)
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, f"{wrong}: {error}"
@@ -204,22 +318,24 @@ def refused(stream: Stream, wrong: str, line: str) -> None:
     assert "\n" not in error.details()
 
 
-def agreeable_open(house: House, config: TrainingConfig, digest: str) -> stage_pb2.Open:
+def agreeable_open(
+    house: House, config: TrainingConfig, digest: str, families: Sequence[str] = ("none",)
+) -> stage_pb2.Open:
     adapter = parts_of(ModelFolder(house.model).config, config).adapter
     values = sum(value.numel() for value in adapter.values())
-    return stage_pb2.Open(codecs=["none"], samples=3, stage_digest=digest, adapter_values=values)
+    return stage_pb2.Open(codecs=families, samples=3, stage_digest=digest, adapter_values=values)
 
 
 def bad_openings(good: stage_pb2.Frame) -> dict[str, str]:
     """What is wrong with an OPEN, and a part of the line that answers it."""
     return {
-        "codecs": "no codec in common",
+        "codecs": "the device lacks codecs of this job: none",
         "samples": "at least one is needed",
         "stage_digest": "differ from the coordinator's",
         "adapter_values": f"this job's devices have {good.open.adapter_values}",
         "session": "a session of 1 to 64 characters",
         "job": "a frame for job ''",
-        "open": "no codec in common",
+        "open": "OPEN without its contents",
     }
 
 

@@ -19,17 +19,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 pytestmark = pytest.mark.cluster
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("demo")
-    marker = f"ISTHMUS_DEMO_TEST={os.getpid()}"
+def run_demo(folder: Path, *arguments: str) -> dict[str, Any]:
+    """The report of `isthmus demo`; with what it printed, and what its processes have in their environment."""
+    marker = f"ISTHMUS_DEMO_TEST={os.getpid()} {folder}"
     name, _, value = marker.partition("=")
     command = [sys.executable, "-m", "coordinator.cli.main", "demo", "--out", str(folder / "out")]
-    command += ["--json", str(folder / "report.json"), "--steps", "12"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, name: value})
+    command += ["--json", str(folder / "report.json"), *arguments]
+    environment = {**os.environ, name: value, "COLUMNS": "200"}  # no line is broken
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     written: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return {**written, "_marker": marker, "_printed": done.stdout}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_demo(tmp_path_factory.mktemp("demo"), "--steps", "12")
 
 
 def test_the_held_out_perplexity_falls_clearly(report: dict[str, Any]) -> None:
@@ -56,7 +61,7 @@ def test_each_device_is_accounted_for(report: dict[str, Any]) -> None:
         assert device["flops"] > 0
 
 
-def test_no_process_is_left_behind(report: dict[str, Any]) -> None:
+def processes_left(report: dict[str, Any]) -> list[list[str]]:
     name, _, value = report["_marker"].partition("=")
     left = []
     for process in psutil.process_iter():
@@ -65,7 +70,29 @@ def test_no_process_is_left_behind(report: dict[str, Any]) -> None:
                 left.append(process.cmdline())
         except (psutil.AccessDenied, psutil.NoSuchProcess):
             continue
-    assert not left
+    return left
+
+
+def test_no_process_is_left_behind(report: dict[str, Any]) -> None:
+    assert not processes_left(report)
+
+
+def test_each_device_may_have_a_narrow_link_of_its_own(tmp_path: Path) -> None:
+    narrow = run_demo(tmp_path, "--link", "50mbit,10ms", "--steps", "10")
+    assert narrow["perplexity_after"] < 0.95 * narrow["perplexity_before"]
+    assert narrow["link"] == "50 Mbit/s each way, 10 ms there and back"
+    assert narrow["training"]["codec"] == "auto"
+    for text in (narrow["link"], "times fewer", "waited"):
+        assert text in narrow["_printed"]
+    for device in narrow["devices"]:
+        codecs = {row["codec"] for row in device["traffic"] if row["kind"] in ("forward", "backward")}
+        assert any("uniform" in codec for codec in codecs), codecs
+        said = [message for message in narrow["log"] if message.startswith(f"{device['name']}: hidden states by ")]
+        assert any(" Mbit/s up and " in message and "micro-batches a step" in message for message in said)
+        assert device["reduction"] > 4
+        assert 0 < device["link_seconds"] < device["wait_seconds"]
+        assert f"{device['reduction']:.1f} times" in narrow["_printed"]
+    assert not processes_left(narrow)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from split.ledger import Ledger, Traffic
+from split.tcp import Counted
 
 
 def test_flops_are_those_of_the_matrix_products_and_are_counted_each_time() -> None:
@@ -70,7 +71,7 @@ def test_what_the_protocols_below_took_is_a_row_of_its_own_where_the_kernel_told
     traffic = Traffic()
     traffic.crossed("sent", "forward", "int8", payload=100, total=120)
     traffic.crossed("received", "forward", "int8", payload=100, total=120)
-    traffic.on_the_wire["sent"] = 150
+    traffic.connections[7] = Counted(sent=150)
     rows = [tuple(row.values()) for row in traffic.rows() if row["kind"] == "protocols"]
     assert rows == [("sent", "protocols", "", 0, 0, 30)]
     whole = sum(row["payload_bytes"] + row["overhead_bytes"] for row in traffic.rows() if row["direction"] == "sent")
@@ -81,11 +82,11 @@ def test_the_traffic_of_several_runs_adds_up() -> None:
     first, second = Traffic(), Traffic()
     for traffic in (first, second):
         traffic.crossed("sent", "forward", "int8", payload=100, total=120)
-        traffic.on_the_wire["sent"] = 130
+        traffic.connections[id(traffic)] = Counted(sent=130)
     second.crossed("sent", "step", "", payload=0, total=9)
     first.add(second)
     assert first.total_bytes("sent") == 249
-    assert first.on_the_wire == {"sent": 260}
+    assert (first.on_the_wire("sent"), first.on_the_wire("received")) == (260, 0)
     assert [row["messages"] for row in first.rows()] == [2, 1, 0]
 
 

@@ -142,6 +142,8 @@ def test_a_profile_survives_the_wire_and_nonsense_counts_as_not_measured() -> No
     assert LinkProfile.from_proto(message) == LinkProfile()
     message = LinkProfile(math.nan, math.nan, math.nan).to_proto()
     assert LinkProfile.from_proto(message) == LinkProfile()
+    message = LinkProfile(math.inf, 1e-300, 5.0).to_proto()  # as bad as a link can be, and no worse
+    assert LinkProfile.from_proto(message) == LinkProfile(60.0, 100.0, 100.0)
 
 
 @pytest.mark.parametrize(
@@ -168,10 +170,10 @@ def test_how_much_faster_than_fast_a_link_is_does_not_count() -> None:
 
 def test_every_candidate_is_timed() -> None:
     names = ladder("hidden_up", 0.005)
-    seconds = codec_seconds(names)
+    seconds = codec_seconds(names, HIDDEN)
     assert list(seconds) == names
     assert all(0 < taken < 10 for taken in seconds.values())
-    assert codec_seconds(names) == seconds  # measured once
+    assert codec_seconds(names, HIDDEN) == seconds  # measured once
 
 
 # ---- what is chosen ----
@@ -350,7 +352,7 @@ def test_a_link_that_has_become_slow_gets_another_plan_and_the_way_back_too() ->
     assert bits(made, slow) < bits(made, fast)
     assert "0.8 Mbit/s up" in sentence
     back, sentences = plan_for(view(fast_link, slow, slow=0.2), made)
-    assert back == fast
+    assert back.codecs == fast.codecs  # and no other count of micro-batches, unless that is worth it
     assert len(sentences) == 1
 
 
