@@ -55,7 +55,7 @@ _CODECS = (
     "powersgd:16",
 )
 _QUICK = ("none", "hadamard,int4", "klt,uniform:step=0.13:per=tensor,zstd")
-_TIMES = 3
+_TIMES = 5
 _SWEPT = 2  # tensors that count in the sweep
 
 Figures = dict[str, Any]
@@ -74,7 +74,7 @@ def measure(method: Method, passed: Sequence[Passed], measured: int, eigenvalues
     """Of the last `measured` tensors of a stream; those before are what the method learns from.
 
     A tensor's time is the best of _TIMES with the same state, as others use the machine too; seconds are the median
-    over the tensors.
+    over the tensors. `best`, `at_best`: the best of all, which is what counts on a machine that is not quiet.
     """
     encoding, decoding, sizes = [], [], []
     error = power = 0.0
@@ -112,6 +112,7 @@ def measure(method: Method, passed: Sequence[Passed], measured: int, eigenvalues
         "decode_seconds": decode,
         "gigabit_seconds": gigabit_seconds,
         "faster_than_gigabit": encode + decode < gigabit_seconds,
+        "faster_than_gigabit_at_best": min(encoding) + min(decoding) < gigabit_seconds,
     }
 
 
@@ -124,10 +125,10 @@ def _timed(method: Method, passed: Passed) -> tuple[float, float]:
     return encoded - start, time.perf_counter() - encoded
 
 
-def faster_everywhere(streams: dict[str, dict[str, Figures]]) -> list[str]:
+def faster_everywhere(streams: dict[str, dict[str, Figures]], key: str = "faster_than_gigabit") -> list[str]:
     """Names of those that are faster than the gigabit link on every stream."""
     names = next(iter(streams.values()))
-    return [name for name in names if all(figures[name]["faster_than_gigabit"] for figures in streams.values())]
+    return [name for name in names if all(figures[name][key] for figures in streams.values())]
 
 
 def show_stream(stream: str, figures: dict[str, Figures]) -> None:
@@ -153,14 +154,14 @@ def show_stream(stream: str, figures: dict[str, Figures]) -> None:
 
 
 def show_all(streams: dict[str, dict[str, Figures]], fast: Sequence[str]) -> None:
-    """Bits and dB on each stream, and the median speed over the streams."""
+    """Bits and dB on each stream, and the best speed, the median over the streams."""
     rows = []
     for name in next(iter(streams.values())):
         ones = [figures[name] for figures in streams.values()]
         bits = [f"{one['bits_a_value']:.2f} / {_number(one['nmse_db'], '.1f')}" for one in ones]
-        speeds = [f"{median(one[f'{way}_gb_per_second'] for one in ones):.2f}" for way in ("encode", "decode")]
+        speeds = [f"{median(one[f'{way}_gb_per_second_best'] for one in ones):.2f}" for way in ("encode", "decode")]
         rows.append((name, *bits, *speeds, "yes" if name in fast else "no"))
-    columns = ("codec", *(stream.replace("_", " ") for stream in streams), "enc. GB/s", "dec. GB/s", "< 1 Gbit/s")
+    columns = ("codec", *(stream.replace("_", " ") for stream in streams), "best enc. GB/s", "best dec.", "< 1 Gbit/s")
     console.print(table("bits a value / error in dB", columns, rows))
 
 
@@ -242,6 +243,7 @@ def main(
         "values_a_tensor": {stream: tensors[-1].tensor.numel() for stream, tensors in passed.items()},
         "streams": streams,
         "encode_decode_faster_than_gigabit": fast,
+        "encode_decode_faster_than_gigabit_at_best": faster_everywhere(streams, "faster_than_gigabit_at_best"),
     }
     if plot is not None or json_file is not None:
         with console.status("sweep"):

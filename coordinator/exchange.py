@@ -130,7 +130,9 @@ class _Stream:
             yield message
 
     def received(self, message: stage_pb2.Frame) -> stage_pb2.Frame:
-        self._traffic.crossed("received", *kind_and_sizes(message))
+        kind, codec, payload, total = kind_and_sizes(message)
+        known = {"", "none", *self.coder.plan.codecs.values()}
+        self._traffic.crossed("received", kind, codec if codec in known else "unknown", payload, total)
         if message.phase != Phase.PROBE:
             self._questions.asked(message)
         return message

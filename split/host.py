@@ -333,7 +333,8 @@ class StageHost:
 
     def _look_at(self, frame: Frame, *, upward: bool) -> None:
         """Shows the planner a tensor of the last step before it is asked."""
-        due = self.config.aggregates_after(frame.step + 1) and self._plan_due
+        done = frame.step + 1
+        due = self.config.aggregates_after(done) and done < self.config.steps and self._plan_due
         if due and self._planner.automatic and frame.micro_batch == 0 and frame.tensor is not None:
             self._planner.look_at(stream_of(frame.phase, upward, self.config.labels), frame.tensor)
 
@@ -374,7 +375,7 @@ class StageHost:
         for device, frame in frames.items():
             self._members[device].measured = frame.measured or self._members[device].measured
         changed = any(LinkProfile.from_proto(one.measured).differs(one.link) for one in self._members.values())
-        if self._plan_due or changed:
+        if (self._plan_due or changed) and self.step < self.config.steps:
             plans = self._plan({device: self._members[device] for device in frames})
         self._aggregations += 1
         for device in frames:
