@@ -78,7 +78,8 @@ def draw(
         axis.set_xlabel("bits a value, as sent")
     for axis in axes[:, 0]:
         axis.set_ylabel("normalised mean squared error, dB")
-    axes[0, 0].legend(fontsize=8, loc="lower left")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4)
     figure.suptitle(title)
     figure.savefig(path, dpi=100, format="png")
     pyplot.close(figure)
