@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,11 +19,10 @@ from split.host import StageHost
 from split.ledger import Traffic
 from split.link import HELD, Frame, Phase, Questions, as_known, frame_to_proto, kind_and_sizes
 from split.protocol import Rules
-from split.tcp import counted
+from split.tcp import Watch
 from split.tls import Peer, peer_of
 
 _WAITING = 8  # answers that a device may have waiting for it, beside those that gRPC has
-_COUNT_EVERY = 1.0  # seconds between looks at the kernel's counters
 
 
 class ExchangeServicer(stage_pb2_grpc.StageServicer):
@@ -78,7 +76,8 @@ class _Stream:
 
     def __init__(self, host: StageHost, rules: Rules, device: str, traffic: Traffic, address: str) -> None:
         self._host, self._rules, self._device = host, rules, device
-        self._traffic, self._address = traffic, address
+        self._traffic = traffic
+        self._wire = Watch(traffic.connections, peer=address)
         self._ledger = host.trainer.ledger
         self.coder = Coder(rules.config, 1, self._ledger)
         self._session = ""
@@ -87,7 +86,6 @@ class _Stream:
         self._room = asyncio.Event()
         self._deliver = self._take  # one object: it names this stream to the host
         self._questions = Questions()
-        self._counted_at = 0.0
 
     def open(self, frame: Frame, session: str) -> None:
         self._session = session
@@ -126,7 +124,7 @@ class _Stream:
                 continue
             message = await asyncio.to_thread(self._encode, answer)
             self._traffic.crossed("sent", *kind_and_sizes(message))
-            self._count_wire(now=answer.phase == Phase.CLOSE)  # afterwards the connection is gone
+            self._wire.look(now=answer.phase == Phase.CLOSE)  # afterwards the connection is gone
             yield message
 
     def received(self, message: stage_pb2.Frame) -> stage_pb2.Frame:
@@ -151,7 +149,7 @@ class _Stream:
         self._answers.put_nowait(reason)
 
     def close(self) -> None:
-        self._count_wire(now=True)
+        self._wire.look(now=True)
         self._host.leave(self._device, self._deliver)
 
     def _take(self, answer: Frame | IsthmusError) -> None:  # called in the host's thread
@@ -167,12 +165,6 @@ class _Stream:
         if answer.plan is not None:
             self.coder.use(answer.plan)
         return message
-
-    def _count_wire(self, *, now: bool = False) -> None:
-        if not now and time.monotonic() - self._counted_at < _COUNT_EVERY:
-            return
-        self._counted_at = time.monotonic()
-        self._traffic.connections.update(counted(0, self._address))
 
 
 def _address(peer: str) -> str:

@@ -255,10 +255,12 @@ def wait_for_job(connection: Connection, job: str) -> dict[str, Any]:
     return report
 
 
-def events_of(connection: Connection, job: str) -> list[tuple[pb.JobEvent, dict[str, Any]]]:
-    """All events of a job that has ended, with their data."""
-    events = connection.stub.WatchJob(pb.WatchJobRequest(id=job))
-    return [(event, json.loads(event.data or "{}")) for event in events]
+def events_of(
+    connection: Connection, job: str, kind: str = "", *, timeout: float | None = None
+) -> list[tuple[pb.JobEvent, dict[str, Any]]]:
+    """All events of a job that has ended, or those of a kind, with their data. timeout: seconds."""
+    events = connection.stub.WatchJob(pb.WatchJobRequest(id=job), timeout=timeout)
+    return [(event, json.loads(event.data or "{}")) for event in events if not kind or event.kind == kind]
 
 
 def _free_ports(count: int) -> range:

@@ -12,7 +12,6 @@ from split.codecs import CodecState, parse
 from split.coding import stream_seed
 from split.config import TrainingConfig
 from split.streams import choices
-from split.wire import encode_tensor
 
 
 class Averager:
@@ -27,8 +26,8 @@ class Averager:
         """initial: (values,), what every device starts with."""
         codecs = choices(config.codec)
         self._up, self._down = parse(codecs["adapters_up"]), parse(codecs["adapters_down"])
-        self._seed = stream_seed(config.seed, "adapters_down")
-        self._encoder, self._decoder = CodecState(self._seed), CodecState(self._seed)
+        seed = stream_seed(config.seed, "adapters_down")
+        self._encoder, self._decoder = CodecState(seed), CodecState(seed)
         self._initial = initial
 
     def average(self, shares: Sequence[tuple[Tensor, float]], last: Tensor | None) -> tuple[Tensor, stage_pb2.Tensor]:
@@ -39,14 +38,8 @@ class Averager:
         base = self._initial if last is None else last
         sent = torch.stack([tensor * weight for tensor, weight in shares]).sum(0)
         average = sent if self._up.exact else base + sent
-        if self._down.exact:
-            if self._down.name == "none":
-                return average, encode_tensor(average)
-            payload = self._down.encode(average, self._encoder)
-            return average, self._message(payload, average)
-        payload = self._down.encode(average - base, self._encoder)
-        decoded = self._down.decode(payload, average.shape, self._decoder)
-        return base + decoded, self._message(payload, average)
-
-    def _message(self, payload: bytes, average: Tensor) -> stage_pb2.Tensor:
-        return stage_pb2.Tensor(codec=self._down.name, dtype="float32", shape=list(average.shape), payload=payload)
+        payload = self._down.encode(average if self._down.exact else average - base, self._encoder)
+        message = stage_pb2.Tensor(codec=self._down.name, dtype="float32", shape=list(average.shape), payload=payload)
+        if not self._down.exact:
+            average = base + self._down.decode(payload, average.shape, self._decoder)
+        return average, message

@@ -78,9 +78,10 @@ class TrainingConfig:
             raise BadRequest(
                 f"error_budget is {self.error_budget}; choose from 0.0005 to 0.1, a share of the perplexity"
             )
-        from split.streams import choices  # torch comes with it: not for whoever only asks for help
+        if self.codec != "auto":
+            from split.streams import choices  # torch comes with it: not for every command's start
 
-        choices(self.codec)  # raises for a codec that there is not
+            choices(self.codec)  # raises for a codec that there is not
         _ = self.data  # raises for what concerns the text
 
     @property

@@ -36,7 +36,6 @@ from split.train import ServerTrainer, tensor_of
 
 Tell = Callable[[str, str, dict[str, Any]], None]  # kind, device, data
 _Group = tuple[int, stage_pb2.Phase, int]  # step, phase, micro-batch
-_LONGEST = 3600.0  # seconds that a device may say that something takes
 _MOST_KEYS = 2**24  # samples of a device that codecs with a memory tell apart: their order takes 8 bytes each
 _PLAN_FIRST, _PLAN_EVERY = 2, 8  # aggregations: the first ones after which a plan is made anew, then every so many
 
@@ -230,16 +229,7 @@ class StageHost:
 
     def _plan(self, members: Mapping[str, Member], micro_batches: int | None = None) -> dict[str, Plan]:
         """How each device's tensors cross from now on; watchers are told what changes and why."""
-        views = {
-            device: View(
-                member.families,
-                LinkProfile.from_proto(member.measured),
-                _times(member.measured.codec_seconds),
-                _times(member.measured.compute_seconds),
-                member.plan,
-            )
-            for device, member in members.items()
-        }
+        views = {device: View.of(member.families, member.measured, member.plan) for device, member in members.items()}
         for device, member in members.items():
             member.link = views[device].link
         work, steps = self.trainer.ledger.compute_by_work, self._steps_timed
@@ -474,11 +464,6 @@ class StageHost:
             member.deliver(error)
         self._members.clear()
         self.tell("failed", "", {"message": str(error)})
-
-
-def _times(told: Mapping[str, float]) -> dict[str, float]:
-    """Without what cannot be a time, and none longer than _LONGEST."""
-    return {name: min(seconds, _LONGEST) for name, seconds in told.items() if seconds >= 0}
 
 
 def _of_use(outputs: Tensor, frame: Frame) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from protos.v1 import stage_pb2, stage_pb2_grpc
+from split.codecs.packing import pack_bits
 from split.coding import Coder, Plan
 from split.config import TrainingConfig
 from split.errors import BadFrame, IsthmusError, LinkLost
@@ -25,9 +26,9 @@ from split.ledger import Ledger
 from split.plan.choose import check_agreed
 from split.plan.profile import LinkProfile, probe
 from split.streams import stream_of
-from split.tcp import counted
+from split.tcp import Watch
 from split.tls import error_of
-from split.wire import encode_tensor, pack_bits
+from split.wire import encode_tensor
 
 if TYPE_CHECKING:
     from split.host import StageHost
@@ -38,7 +39,6 @@ Phase = stage_pb2.Phase
 HELD = "held_seconds"  # in an answer: how long the stage had the question
 _UNDER_WAY = "under_way_seconds"  # beside it, on the device: since the question was sent
 _QUEUED = 4  # frames that wait to be sent
-_COUNT_EVERY = 1.0  # seconds between looks at the kernel's counters
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,8 @@ class GrpcLink:
         """port: of the stage, for the kernel's count of bytes; 0: they are not counted."""
         self.coder = Coder(config, samples, ledger)
         self._job, self._session, self._labels, self._ledger = job, session, config.labels, ledger
-        self._config, self._port, self._counted_at = config, port, 0.0
+        self._config = config
+        self._wire = Watch(ledger.traffic.connections, port=port)
         self._over = threading.Event()  # nothing is sent any more: closed here, or ended by the other side
         self._questions = Questions()
         self._outbox: queue.Queue[Frame | None] = queue.Queue(_QUEUED)
@@ -180,7 +181,7 @@ class GrpcLink:
 
     def send(self, frame: Frame) -> None:
         if frame.phase == Phase.REPORT:
-            self._count_wire(now=True)
+            self._wire.look(now=True)
         while not self._over.is_set():  # else `receive` says why
             try:
                 self._outbox.put(frame, timeout=0.2)
@@ -192,7 +193,7 @@ class GrpcLink:
         start = time.perf_counter()
         answer = self._inbox.get()
         waited = time.perf_counter() - start
-        self._count_wire()
+        self._wire.look()
         if isinstance(answer, IsthmusError):
             self._ledger.waited(waited, waited)
             raise answer
@@ -273,12 +274,6 @@ class GrpcLink:
             probe=message.probe if message.HasField("probe") else None,
         )
 
-    def _count_wire(self, *, now: bool = False) -> None:
-        if not self._port or (not now and time.monotonic() - self._counted_at < _COUNT_EVERY):
-            return
-        self._counted_at = time.monotonic()
-        self._ledger.traffic.connections.update(counted(self._port))
-
 
 class Questions:
     """Frames that an answer is due to: since when, and of which shape. The answers come in the order of the questions;
@@ -286,20 +281,23 @@ class Questions:
 
     def __init__(self) -> None:
         self._due: dict[tuple[int, int, int], deque[tuple[float, tuple[int, ...]]]] = {}
+        self._lock = threading.Lock()  # one thread asks, another hears the answers, of several evaluations at a time
 
     def asked(self, message: stage_pb2.Frame) -> None:
         if message.phase not in (Phase.STEP, Phase.REPORT):
             shape = (message.open.adapter_values,) if message.HasField("open") else tuple(message.tensor.shape)
-            self._due.setdefault(_place(message), deque()).append((time.perf_counter(), shape))
+            with self._lock:
+                self._due.setdefault(_place(message), deque()).append((time.perf_counter(), shape))
 
     def answered(self, message: stage_pb2.Frame) -> tuple[float, tuple[int, ...]]:
         """Seconds since the question, and the shape that a tensor has to have. Raises BadFrame if nothing was asked."""
-        due = self._due.get(_place(message))
-        if not due and message.phase != Phase.CLOSE:  # which also answers an OPEN that has come too late
-            raise BadFrame(f"{Phase.Name(message.phase)} of step {message.step} answers nothing")
-        at, shape = due.popleft() if due else (time.perf_counter(), ())
-        if not due:
-            self._due.pop(_place(message), None)
+        with self._lock:
+            due = self._due.get(_place(message))
+            if not due and message.phase != Phase.CLOSE:  # which also answers an OPEN that has come too late
+                raise BadFrame(f"{Phase.Name(message.phase)} of step {message.step} answers nothing")
+            at, shape = due.popleft() if due else (time.perf_counter(), ())
+            if not due:
+                self._due.pop(_place(message), None)
         return time.perf_counter() - at, shape
 
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from protos.v1 import stage_pb2
+from split.codecs.packing import unpack_bits
 from split.coding import Coder, Plan
 from split.config import TrainingConfig
 from split.errors import BadFrame, BadTensor
 from split.link import Frame, Phase
 from split.plan.profile import MAX_PROBE_BYTES
 from split.streams import stream_of
-from split.wire import Expected, check_tensor, decode_tensor, unpack_bits
+from split.wire import Expected, check_tensor, decode_tensor
 
 _MAX_SESSION = 64  # characters
 _MAX_VALUES = 64  # scalars in a frame

@@ -2,15 +2,18 @@
 
 Linux keeps for every connection the bytes and segments that it sent and received (tcp_info, include/uapi/linux/tcp.h).
 With the headers of each segment that is what crosses the interface: HTTP/2, TLS, retransmissions and acknowledgements
-are all in it. gRPC does not give out its sockets, so they are found among this process's open files by their peer.
+are all in it, but for what has arrived a second time. gRPC does not give out its sockets, so they are found among this
+process's open files by their peer.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import struct
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +24,7 @@ _SEGMENTS = struct.Struct("<II")  # segs_out, segs_in
 _AT_BYTES_RECEIVED, _AT_SEGMENTS, _AT_DATA_IN, _AT_DATA_OUT, _AT_BYTES_SENT = 128, 136, 152, 156, 200
 _ENOUGH = 208  # bytes of tcp_info that reach to bytes_sent: Linux 4.19 and later
 _ETHERNET, _TCP = 14, 32  # bytes of headers: Ethernet; TCP with its time stamps
+_LOOK_EVERY = 1.0  # seconds: a look goes through all open files
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _OFFLOADED = 65_000  # bytes: what a virtual interface counts as one packet, since nobody has cut it into segments yet
 
@@ -54,6 +58,22 @@ def counted(port: int, peer: str = "") -> dict[int, Counted]:
             finally:
                 known.detach()  # it is gRPC's to close
     return found
+
+
+class Watch:
+    """Keeps the counts of some connections up to date in `into`: of those to `port`, or from `peer` (as in `counted`);
+    of none where neither is named. A connection that is closed keeps its last count."""
+
+    def __init__(self, into: dict[int, Counted], *, port: int = 0, peer: str = "") -> None:
+        self._into, self._port, self._peer = into, port, peer
+        self._looked_at = -math.inf
+
+    def look(self, *, now: bool = False) -> None:
+        """Not more often than once a second, unless it has to be `now`."""
+        if not (self._port or self._peer) or (not now and time.monotonic() - self._looked_at < _LOOK_EVERY):
+            return
+        self._looked_at = time.monotonic()
+        self._into.update(counted(self._port, self._peer))
 
 
 def _open(descriptor: int) -> socket.socket:

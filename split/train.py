@@ -441,17 +441,23 @@ class DeviceTrainer:
         total, count = 0.0, 0
         waited = self.ledger.link_seconds  # before: what is waited here says nothing of the steps
         waiting: deque[tuple[torch.Size, Tensor]] = deque()
-        for input_ids, labels in [*_batches(self.validation, self.config.batch_size), (None, None)]:
-            if input_ids is not None and labels is not None:
-                with self.ledger.computing(("evaluate front", input_ids.shape)):
-                    smashed = self.front(input_ids.to(self._device)).float()
-                hidden_states, wanted = _of_use(smashed, labels.to(self._device))
-                frame = Frame(Phase.EVALUATE, done, tensor=hidden_states, wanted=wanted)
-                link.send(replace(frame, labels=labels, wanted=None) if self.tail is None else frame)
-                waiting.append((smashed.shape, labels))
-            while waiting and (input_ids is None or len(waiting) > _EVALUATIONS_AHEAD):
-                loss, tokens = self._evaluated(_answer(link, Phase.EVALUATE, done), *waiting.popleft())
-                total, count = total + loss, count + tokens
+
+        def take() -> None:
+            nonlocal total, count
+            loss, tokens = self._evaluated(_answer(link, Phase.EVALUATE, done), *waiting.popleft())
+            total, count = total + loss, count + tokens
+
+        for input_ids, labels in _batches(self.validation, self.config.batch_size):
+            with self.ledger.computing(("evaluate front", input_ids.shape)):
+                smashed = self.front(input_ids.to(self._device)).float()
+            hidden_states, wanted = _of_use(smashed, labels.to(self._device))
+            frame = Frame(Phase.EVALUATE, done, tensor=hidden_states, wanted=wanted)
+            link.send(replace(frame, labels=labels, wanted=None) if self.tail is None else frame)
+            waiting.append((smashed.shape, labels))
+            if len(waiting) > _EVALUATIONS_AHEAD:
+                take()
+        while waiting:
+            take()
         self._looked_at = self._looked_at[0], self._looked_at[1] + self.ledger.link_seconds - waited
         link.send(Frame(Phase.REPORT, done, values={"evaluation_nll": total, "evaluation_tokens": float(count)}))
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,20 +86,6 @@ def decode_tensor(
     if not message.payload:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(bytearray(message.payload), dtype=dtype).reshape(shape)
-
-
-def pack_bits(flags: Tensor) -> bytes:
-    """bool of any shape -> a bit a value, the lowest first."""
-    return np.packbits(flags.cpu().numpy().reshape(-1), bitorder="little").tobytes()
-
-
-def unpack_bits(data: bytes, shape: Sequence[int]) -> Tensor:
-    """The reverse. Raises BadTensor when there are not as many bits."""
-    count = math.prod(shape)
-    if len(data) != (count + 7) // 8:
-        raise BadTensor(f"{len(data)} bytes of flags; shape {tuple(shape)} takes {(count + 7) // 8}")
-    flags = np.unpackbits(np.frombuffer(data, np.uint8), count=count, bitorder="little")
-    return torch.from_numpy(flags).bool().reshape(tuple(shape))
 
 
 def _matches(shape: Sequence[int], agreed: Sequence[int | None]) -> bool:

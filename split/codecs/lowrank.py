@@ -7,6 +7,7 @@ is lost, unless `ef` (error feedback) sends it later.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,33 +23,22 @@ _MORE = 8  # columns beyond the rank while looking for the best ones
 
 
 @dataclass(frozen=True)
-class PowerSgd:
-    """One power iteration from the last tensor's right factor (Vogels et al. 2019, arXiv 1905.13727): for gradients of
-    weights and other tensors that change little from one to the next.
+class _Factors(ABC):
+    """What both have in common: everything but how the factors are found."""
 
-    The right factor of each shape is kept at the encoder; the decoder keeps nothing.
-    """
-
-    rank: int = 4
     exact: ClassVar[bool] = False
+    rank: int
 
-    @property
-    def name(self) -> str:
-        return "powersgd" if self.rank == 4 else f"powersgd:rank={self.rank}"
+    @abstractmethod
+    def _factors(self, x: Tensor, rank: int, state: CodecState) -> tuple[Tensor, Tensor]:
+        """(rows, width) -> left (rows, rank) and right (width, rank), whose product stands for x."""
 
     def quantise(self, x: Tensor, entropy: Entropy, state: CodecState) -> bytes:
-        rows, width = x.shape
-        rank = _rank(self.rank, rows, width)
+        rank = _rank(self.rank, *x.shape)
         if not rank:
             return _BFLOAT16.quantise(x, entropy, state)
         shift = power_of_two(x)
-        x = x * 2.0**shift
-        kept: dict[tuple[int, int], Tensor] = state.parts.setdefault(self.name, {})
-        last = kept.get((rows, width))
-        start = _start(width, rank, state) if last is None else last
-        left = torch.linalg.qr(x @ start.to(x.device))[0]
-        right = x.T @ left
-        kept[rows, width] = right
+        left, right = self._factors(x * 2.0**shift, rank, state)
         return _write(left, right, shift, entropy, state)
 
     def dequantise(self, payload: bytes, rows: int, width: int, entropy: Entropy) -> Tensor:
@@ -59,37 +49,49 @@ class PowerSgd:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class PowerSgd(_Factors):
+    """One power iteration from the last tensor's right factor (Vogels et al. 2019, arXiv 1905.13727): for gradients of
+    weights and other tensors that change little from one to the next.
+
+    The right factor of each shape is kept at the encoder; the decoder keeps nothing.
+    """
+
+    rank: int = 4
+
+    @property
+    def name(self) -> str:
+        return "powersgd" if self.rank == 4 else f"powersgd:rank={self.rank}"
+
+    def _factors(self, x: Tensor, rank: int, state: CodecState) -> tuple[Tensor, Tensor]:
+        rows, width = x.shape
+        kept: dict[tuple[int, int], Tensor] = state.parts.setdefault(self.name, {})
+        last = kept.get((rows, width))
+        start = _start(width, rank, state) if last is None else last
+        left = torch.linalg.qr(x @ start.to(x.device))[0]
+        right = kept[rows, width] = x.T @ left
+        return left, right
+
+
+@dataclass(frozen=True)
+class LowRank(_Factors):
     """Nearly the best of this rank for each tensor on its own: two randomised subspace iterations with 8 columns to
     spare (Halko et al. 2011, arXiv 0909.4061), then the best of these. For hidden states, which change at every step.
     """
 
     rank: int = 16
-    exact: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
         return "lowrank" if self.rank == 16 else f"lowrank:rank={self.rank}"
 
-    def quantise(self, x: Tensor, entropy: Entropy, state: CodecState) -> bytes:
+    def _factors(self, x: Tensor, rank: int, state: CodecState) -> tuple[Tensor, Tensor]:
         rows, width = x.shape
-        rank = _rank(self.rank, rows, width)
-        if not rank:
-            return _BFLOAT16.quantise(x, entropy, state)
-        shift = power_of_two(x)
-        x = x * 2.0**shift
         basis = torch.linalg.qr(x @ _start(width, min(rank + _MORE, rows, width), state).to(x.device))[0]
         for _ in range(2):
             basis = torch.linalg.qr(x @ torch.linalg.qr(x.T @ basis)[0])[0]
         inside = basis.T @ x
         turn = torch.linalg.eigh((inside @ inside.T).double())[1].flip(1)[:, :rank].float()
-        return _write(basis @ turn, inside.T @ turn, shift, entropy, state)
-
-    def dequantise(self, payload: bytes, rows: int, width: int, entropy: Entropy) -> Tensor:
-        return _read(payload, rows, width, _rank(self.rank, rows, width), entropy)
-
-    def payload_bytes(self, rows: int, width: int, entropy: Entropy) -> int:
-        return _size(rows, width, _rank(self.rank, rows, width), entropy)
+        return basis @ turn, inside.T @ turn
 
 
 def _rank(wanted: int, rows: int, width: int) -> int:

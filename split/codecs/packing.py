@@ -6,10 +6,14 @@ bytes as these are bits. Together that is ceil(count * bits / 8) bytes, as if th
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from split.errors import CodecError
 
@@ -48,6 +52,20 @@ def unpack(data: bytes, count: int, bits: int) -> Unsigned:
     if len(parts) == 2:
         return _join(parts, np.uint16)
     return _join(parts, np.uint32)
+
+
+def pack_bits(flags: Tensor) -> bytes:
+    """bool of any shape -> a bit a value, the lowest first."""
+    return np.packbits(flags.cpu().numpy().reshape(-1), bitorder="little").tobytes()
+
+
+def unpack_bits(data: bytes, shape: Sequence[int]) -> Tensor:
+    """The reverse. Raises CodecError when there are not as many bits."""
+    count = math.prod(shape)
+    if len(data) != packed_size(count, 1):
+        raise CodecError(f"{len(data)} bytes of flags; shape {tuple(shape)} takes {packed_size(count, 1)}")
+    flags = np.unpackbits(np.frombuffer(data, np.uint8), count=count, bitorder="little")
+    return torch.from_numpy(flags).bool().reshape(tuple(shape))
 
 
 def byte_planes(values: Unsigned) -> bytes:

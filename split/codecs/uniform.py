@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from split.codecs.base import CodecState, Entropy
+from split.codecs.packing import pack_bits, packed_size, unpack_bits
 from split.codecs.payload import Reader, Writer
 from split.errors import CodecError
 
@@ -90,7 +91,7 @@ class Uniform:
         rows = int(kept.sum())
         writer.rest(bytes([_ALL if rows == len(x) else _SOME if rows else _NONE]))
         if rows and rows < len(x):
-            writer.rest(np.packbits(kept.cpu().numpy()).tobytes())
+            writer.rest(pack_bits(kept))
             symbols = symbols[kept]
             steps = steps[kept] if self.deadzone else steps
         if rows:
@@ -112,8 +113,7 @@ class Uniform:
             raise CodecError(f"rows of a kind that is not known: {kind}")
         kept = torch.ones(rows, dtype=torch.bool) if kind == _ALL else torch.zeros(rows, dtype=torch.bool)
         if kind == _SOME:
-            bits = np.frombuffer(reader.take((rows + 7) // 8), dtype=np.uint8)
-            kept = torch.from_numpy(np.unpackbits(bits, count=rows).astype(np.bool_))
+            kept = unpack_bits(reader.take(packed_size(rows, 1)), (rows,))
         count = int(kept.sum())
         if not count:
             reader.done()
@@ -132,8 +132,8 @@ class Uniform:
 
     def payload_bytes(self, rows: int, width: int, entropy: Entropy) -> int:
         escapes = _COUNT.size + 8 * self._most_escapes(rows * width)
-        dither = _SEED.size + (rows + 7) // 8 + (width + 7) // 8 if self.stochastic else 0
-        kept = 1 + (rows + 7) // 8
+        dither = _SEED.size + packed_size(rows, 1) + packed_size(width, 1) if self.stochastic else 0
+        kept = 1 + packed_size(rows, 1)
         if self.per == "tensor":
             scales = _SCALE.size
         else:
@@ -175,7 +175,7 @@ class Uniform:
         columns = in_columns > _CROSSING**2
         writer.rest(_SEED.pack(seed))
         for flags in (rows, columns):
-            writer.rest(np.packbits(flags.numpy()).tobytes())
+            writer.rest(pack_bits(flags))
         return _Dither(_noise(seed, *steps.shape), rows, columns)
 
     def _rounded(self, steps: Tensor) -> Tensor:
@@ -248,12 +248,7 @@ def _noise(seed: int, rows: int, width: int) -> Tensor:
 
 def _read_dither(reader: Reader, rows: int, width: int) -> _Dither:
     (seed,) = _SEED.unpack(reader.take(_SEED.size))
-    flags = [
-        torch.from_numpy(
-            np.unpackbits(np.frombuffer(reader.take((count + 7) // 8), np.uint8), count=count).astype(np.bool_)
-        )
-        for count in (rows, width)
-    ]
+    flags = [unpack_bits(reader.take(packed_size(count, 1)), (count,)) for count in (rows, width)]
     return _Dither(_noise(seed, rows, width), *flags)
 
 

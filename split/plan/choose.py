@@ -15,6 +15,7 @@ from itertools import product
 
 from torch import Tensor
 
+from protos.v1 import stage_pb2
 from split.codecs import CodecState, parse
 from split.codecs.base import matrix_shape
 from split.codecs.uniform import Uniform
@@ -34,6 +35,7 @@ _ABOUT_AS_FAST = 1.03
 _WORTH_A_CHANGE = 0.95
 _MOST_MICRO_BATCHES = 8
 _SAMPLE_ROWS = 512
+_LONGEST = 3600.0  # seconds that a device may say that something takes
 
 
 def _kind(stream: str) -> str:
@@ -84,6 +86,15 @@ class View:
     compute_seconds: Mapping[str, float]  # of a step, by DEVICE_WORK; empty: not measured yet
     plan: Plan
 
+    @classmethod
+    def of(cls, families: frozenset[str], measured: stage_pb2.Measured, plan: Plan) -> View:
+        """From what a device says that it has measured; what cannot be is left out, or bounded."""
+        coding, computing = (
+            {name: min(seconds, _LONGEST) for name, seconds in told.items() if seconds >= 0}
+            for told in (measured.codec_seconds, measured.compute_seconds)
+        )
+        return cls(families, LinkProfile.from_proto(measured), coding, computing, plan)
+
 
 @dataclass
 class Planner:
@@ -97,6 +108,7 @@ class Planner:
     def __post_init__(self) -> None:
         self._choices = choices(self.config.codec)
         self.automatic = any(self._choices[stream] == AUTO for stream in TRAINING)
+        self._ladders = {stream: ladder(stream, self.config.error_budget) for stream in TRAINING}
         self._seconds = codec_seconds(candidates(self.config), self.hidden_size) if self.automatic else {}
 
     def look_at(self, stream: str, tensor: Tensor) -> None:
@@ -104,7 +116,7 @@ class Planner:
         if self._choices.get(stream) != AUTO:
             return
         rows = tensor.detach().reshape(matrix_shape(tensor.shape))[:_SAMPLE_ROWS]
-        for name in ladder(stream, self.config.error_budget):
+        for name in self._ladders[stream]:
             codec = parse(name)
             if codec.exact or not len(rows):
                 continue
@@ -164,7 +176,7 @@ class Planner:
         for levels in product(self._levels("hidden", view), self._levels("gradients", view)):
             level = dict(zip(("hidden", "gradients"), levels, strict=True))
             codecs = {
-                stream: ladder(stream, self.config.error_budget)[level[_kind(stream)]] if name == AUTO else name
+                stream: self._ladders[stream][level[_kind(stream)]] if name == AUTO else name
                 for stream, name in self._choices.items()
             }
             plan = Plan(count, count, codecs, self.config.seed)
@@ -183,7 +195,7 @@ class Planner:
         automatic = [stream for stream in TRAINING if _kind(stream) == kind and self._choices[stream] == AUTO]
         if not automatic:
             return [0]
-        names = ladder(automatic[0], self.config.error_budget)
+        names = self._ladders[automatic[0]]
         return [level for level, name in enumerate(names) if parse(name).families <= view.families]
 
     def _seconds_of(self, view: View, stage_seconds: Mapping[str, float], plan: Plan) -> float:
@@ -214,9 +226,8 @@ class Planner:
         if measured is not None:
             return measured
         codec = parse(name)
-        if isinstance(
-            codec.quantiser, Uniform
-        ):  # a Gaussian's entropy, and what klt saved on models that were looked at
+        if isinstance(codec.quantiser, Uniform):
+            # A Gaussian's entropy, and what klt saved on models that were looked at.
             return max(0.5, math.log2(4.13 / codec.quantiser.step) - ("klt" in codec.families))
         return 8 * codec.wire_bytes((64, self.hidden_size)) / (64 * self.hidden_size)
 

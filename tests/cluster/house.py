@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 
 from client.identity import Identity
+from coordinator import local_cluster
 from coordinator.cli import main as cli
 from coordinator.cli.common import Connection
 from coordinator.local_cluster import LocalCluster, submit
@@ -170,8 +171,7 @@ def succeeded(connection: Connection, job: str) -> dict[str, Any]:
 
 def events_of(connection: Connection, job: str, kind: str = "") -> list[tuple[pb.JobEvent, dict[str, Any]]]:
     """All events of a job that has ended."""
-    events = connection.stub.WatchJob(pb.WatchJobRequest(id=job), timeout=LIMIT)
-    return [(event, json.loads(event.data or "{}")) for event in events if not kind or event.kind == kind]
+    return local_cluster.events_of(connection, job, kind, timeout=LIMIT)
 
 
 def wait_for(condition: Callable[[], bool], what: str, limit: float = LIMIT) -> None:

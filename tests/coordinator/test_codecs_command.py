@@ -101,8 +101,9 @@ def test_its_help_has_an_example() -> None:
     assert "Example: isthmus codecs klt,uniform:step=0.26,range" in run_cli("codecs", "--help")[1]
 
 
-def test_it_is_imported_without_torch() -> None:
-    script = "import coordinator.cli.codecs, json, sys; print(json.dumps(list(sys.modules)))"
+@pytest.mark.parametrize("module", ["coordinator.cli.codecs", "coordinator.cli.main"])
+def test_it_is_imported_without_torch(module: str) -> None:
+    script = f"import {module}, json, sys; print(json.dumps(list(sys.modules)))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout)
-    assert "coordinator.cli.codecs" in loaded
+    assert module in loaded
     assert not {"torch", "ray", "transformers"} & set(loaded)

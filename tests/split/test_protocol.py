@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from protos.v1 import stage_pb2
 from split.codecs import CodecState, parse
+from split.codecs.packing import pack_bits
 from split.coding import Coder, Plan
 from split.config import TrainingConfig
 from split.data import micro_batch_slices
@@ -23,7 +24,7 @@ from split.link import Phase
 from split.plan.profile import MAX_PROBE_BYTES
 from split.protocol import Rules
 from split.streams import TRAINING
-from split.wire import DTYPES, Expected, check_tensor, decode_tensor, encode_tensor, pack_bits
+from split.wire import DTYPES, Expected, check_tensor, decode_tensor, encode_tensor
 
 HIDDEN, VOCABULARY, ADAPTER = 4, 50, 6
 CONFIG = TrainingConfig(steps=5, batch_size=2, sequence_length=3)

@@ -25,12 +25,16 @@ _NUMBERS = itertools.count()
 NET = "198.18.77"  # of the block that is for measurements of networks (RFC 2544)
 
 # At the other end: for each line `UP DOWN` of 8 bytes each, reads UP bytes and sends DOWN bytes.
-PEER = """
+SO_MAX_PACING_RATE = 47  # socket(7); the module socket does not name it
+RATE = 10_000_000  # bytes a second: in bursts TCP sends things twice, and of what came twice a receiver keeps no count
+PEER = f"""
 import socket, struct
+SO_MAX_PACING_RATE, RATE = {SO_MAX_PACING_RATE}, {RATE}
 server = socket.create_server(("0.0.0.0", 0))
 print(server.getsockname()[1], flush=True)
 end, _ = server.accept()
 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+end.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, RATE)
 def read(size):
     got = bytearray()
     while len(got) < size:
@@ -119,6 +123,7 @@ def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
             monkeypatch.setattr(tcp, "_virtual", lambda address: False)
         connection = undo.enter_context(socket.create_connection((f"{NET}.2", port), LIMIT))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, RATE)
         yield Wire(f"{name}a", connection, port)
 
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from protos.v1 import stage_pb2
 from split.codecs import CodecState, parse
+from split.codecs.packing import pack_bits, unpack_bits
 from split.errors import BadTensor
-from split.wire import DTYPES, Expected, check_tensor, decode_tensor, encode_tensor, pack_bits, unpack_bits
+from split.wire import DTYPES, Expected, check_tensor, decode_tensor, encode_tensor
 
 
 @given(
