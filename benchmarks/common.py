@@ -82,10 +82,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     return made
 
 
-def write_json(path: Path | None, result: dict[str, Any]) -> None:
+def write_json(path: Path | None, result: dict[str, Any], tell: bool = True) -> None:
     if path is not None:
         path.write_text(json.dumps(result, indent=2) + "\n")
-        console.print(f"written to {path}")
+        if tell:
+            console.print(f"written to {path}")
 
 
 def start_job(

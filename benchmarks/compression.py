@@ -137,8 +137,12 @@ def unsplit_perplexity(model: str, adapter: Path, held_out: Sequences, rows: int
 
 
 def summarise(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    """By data and name of the pair: reduction of bytes and change of perplexity, the mean over paired seeds."""
+    """By data and name of the pair: reduction of bytes and change of perplexity, the mean over paired seeds.
+
+    A run whose lossless partner has not ended yet is left out.
+    """
     lossless = {(r.case.data, r.case.seed): r for r in results if r.case.name == LOSSLESS}
+    results = [r for r in results if (r.case.data, r.case.seed) in lossless]
     rows: dict[str, dict[str, Any]] = {}
     for data, name in dict.fromkeys((r.case.data, r.case.name) for r in results):
         mine = [r for r in results if (r.case.data, r.case.name) == (data, name)]
@@ -166,10 +170,11 @@ def summarise(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 def reduction_within(rows: Mapping[str, Mapping[str, Any]], change: float) -> float:
     """The largest reduction that keeps within the change of perplexity on every data set, of one and the same pair."""
     names = dict.fromkeys(row["name"] for row in rows.values())
+    data = {row["data"] for row in rows.values()}
     best = 1.0
     for name in names:
         mine = [row for row in rows.values() if row["name"] == name]
-        if all(row["change"] <= change for row in mine):
+        if len(mine) == len(data) and all(row["change"] <= change for row in mine):
             best = max(best, min(row["reduction"] for row in mine))
     return best
 
@@ -259,18 +264,25 @@ def main(
         for which in chosen
         for name, codec in {LOSSLESS: LOSSLESS, **pairs}.items()
     ]
-    results = sorted(run_all(cases, base, files, model, held_out, workers), key=lambda r: cases.index(r.case))
+    results: list[Result] = []
+    for done in run_all(cases, base, files, model, held_out, workers):
+        results = sorted([*results, done], key=lambda r: cases.index(r.case))
+        result |= report(results)
+        write_json(json_file, result, tell=False)  # after each run: what has ended is kept when the command is stopped
+    show(result["rows"])
+    for key in ("bytes_reduction_at_half_percent", "bytes_reduction_at_two_percent"):
+        console.print(f"{key}: {result[key]:.1f}")
+    write_json(json_file, result)
+
+
+def report(results: Sequence[Result]) -> dict[str, Any]:
     rows = summarise(results)
-    show(rows)
-    result |= {
+    return {
         "bytes_reduction_at_half_percent": reduction_within(rows, 0.005),
         "bytes_reduction_at_two_percent": reduction_within(rows, 0.02),
         "rows": rows,
         "runs": [asdict(each) for each in results],
     }
-    for key in ("bytes_reduction_at_half_percent", "bytes_reduction_at_two_percent"):
-        console.print(f"{key}: {result[key]:.1f}")
-    write_json(json_file, result)
 
 
 def _pairs(codecs: Sequence[str] | None) -> dict[str, str]:
