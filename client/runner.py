@@ -145,8 +145,8 @@ class Runner(threading.Thread):
         while True:
             before = ledger.traffic.received("forward")
             with channel(join_address(host, port), self._identity.credentials) as stage:
-                session, samples = secrets.token_hex(8), len(trainer.train)
-                self._link = GrpcLink(stage, self.task.job, session, trainer.config, samples, ledger, port=port)
+                session = secrets.token_hex(8)
+                self._link = GrpcLink(stage, self.task.job, session, trainer.terms, ledger, port=port)
                 if self._cancelled.is_set():  # before there was a link to close
                     self._link.close()
                 try:

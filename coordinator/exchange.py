@@ -79,7 +79,7 @@ class _Stream:
         self._traffic = traffic
         self._wire = Watch(traffic.connections, peer=address)
         self._ledger = host.trainer.ledger
-        self.coder = Coder(rules.config, 1, self._ledger)
+        self.coder = Coder(rules.terms(), self._ledger)
         self._session = ""
         self._loop = asyncio.get_running_loop()
         self._answers: asyncio.Queue[Frame | IsthmusError | None] = asyncio.Queue()
@@ -90,7 +90,7 @@ class _Stream:
     def open(self, frame: Frame, session: str) -> None:
         self._session = session
         if frame.open is not None:
-            self.coder = Coder(self._rules.config, max(1, frame.open.samples), self._ledger)
+            self.coder = Coder(self._rules.terms(max(1, frame.open.samples)), self._ledger)
         self._host.join(self._device, frame, self._deliver)
 
     async def read(self, requests: AsyncIterator[stage_pb2.Frame]) -> None:

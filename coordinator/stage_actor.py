@@ -18,7 +18,7 @@ import torch
 from coordinator.exchange import ExchangeServicer
 from coordinator.interceptors import ErrorInterceptor
 from protos.v1 import stage_pb2_grpc
-from split.adapters.lora import add_lora, flatten, initial_adapter, lora_config, save_adapter, unflatten
+from split.adapters.lora import add_lora, initial_adapter, lora_config, save_adapter, shapes_of, unflatten
 from split.checkpoint import CheckpointFolder
 from split.config import TrainingConfig
 from split.errors import IsthmusError
@@ -91,20 +91,20 @@ class StageActor:
 
         checkpoints = CheckpointFolder(Path(self._task.folder) / "checkpoints")
         self._device_adapter = parts.adapter
-        values = sum(value.numel() for value in self._device_adapter.values())
         self._host = await asyncio.to_thread(
             StageHost,
             self._trainer,
             self._config,
             set(self._task.devices),
-            initial_adapter=flatten(initial_adapter(self._device_adapter, self._config.seed)),
+            initial_adapter=initial_adapter(self._device_adapter, self._config.seed),
             stage_digest=self._task.stage_digest,
             checkpoints=checkpoints,
             resume=await asyncio.to_thread(checkpoints.last) if self._task.resume else None,
             tell=tell,
         )
         model = self._trainer.stage.model.config
-        rules = Rules(self._task.job, self._config, model.hidden_size, model.vocab_size, values)
+        adapter = shapes_of(self._device_adapter)
+        rules = Rules(self._task.job, self._config, model.hidden_size, model.vocab_size, adapter)
         self._servicer = ExchangeServicer(self._host, rules, self._allowed, self._traffic)
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
         stage_pb2_grpc.add_StageServicer_to_server(self._servicer, self._server)

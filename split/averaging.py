@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from protos.v1 import stage_pb2
-from split.codecs import CodecState, parse
+from split.adapters.lora import flatten, shapes_of
+from split.codecs import CodecState, for_matrices, parse
 from split.coding import stream_seed
 from split.config import TrainingConfig
 from split.streams import choices
@@ -22,13 +23,14 @@ class Averager:
     need, so a device that joins later decodes the same.
     """
 
-    def __init__(self, config: TrainingConfig, initial: Tensor) -> None:
-        """initial: (values,), what every device starts with."""
+    def __init__(self, config: TrainingConfig, initial: Mapping[str, Tensor]) -> None:
+        """initial: the adapter that every device starts with, by name."""
         codecs = choices(config.codec)
-        self._up, self._down = parse(codecs["adapters_up"]), parse(codecs["adapters_down"])
+        down = parse(codecs["adapters_down"])
+        self._up, self._down = parse(codecs["adapters_up"]), for_matrices(down, shapes_of(initial))
         seed = stream_seed(config.seed, "adapters_down")
         self._encoder, self._decoder = CodecState(seed), CodecState(seed)
-        self._initial = initial
+        self._initial = flatten(initial)
 
     def average(self, shares: Sequence[tuple[Tensor, float]], last: Tensor | None) -> tuple[Tensor, stage_pb2.Tensor]:
         """shares: what each device sent, (values,), and its weight; last: the average before.

@@ -14,13 +14,26 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from protos.v1 import stage_pb2
-from split.codecs import Codec, CodecState, parse
+from split.codecs import AnyCodec, CodecState, for_matrices, parse
 from split.config import TrainingConfig
 from split.data import batch_indices, micro_batch_slices
 from split.errors import BadFrame
 from split.ledger import Ledger
 from split.streams import ADAPTERS, STREAMS
-from split.wire import Expected, decode_tensor, encode_tensor
+from split.wire import AS_IT_IS, Expected, decode_tensor, encode_tensor
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What both ends of a session know before its first plan, and code by.
+
+    samples: training sequences of the device, from which follows which are in a batch. adapter: the shapes of the
+    matrices that make up the device's adapter.
+    """
+
+    config: TrainingConfig
+    samples: int
+    adapter: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,12 +78,12 @@ def stream_seed(seed: int, stream: str) -> int:
 
 
 class Coder:
-    """One end of one session. samples: training sequences of the device, from which both ends know a batch's keys."""
+    """One end of one session."""
 
-    def __init__(self, config: TrainingConfig, samples: int, ledger: Ledger) -> None:
+    def __init__(self, terms: Terms, ledger: Ledger) -> None:
         self.plan = Plan()
-        self._config, self._samples, self._ledger = config, samples, ledger
-        self._codecs: dict[str, tuple[Codec, CodecState]] = {}
+        self._terms, self._ledger = terms, ledger
+        self._codecs: dict[str, tuple[AnyCodec, CodecState]] = {}
         self._memory: dict[str, int] = {}  # bytes that each stream's codec remembers
 
     def use(self, plan: Plan) -> None:
@@ -79,7 +92,7 @@ class Coder:
             name = plan.codec_of(stream)
             known = self._codecs.get(stream)
             if known is None or known[0].name != name or plan.seed != self.plan.seed:
-                self._codecs[stream] = parse(name), CodecState(stream_seed(plan.seed, stream))
+                self._codecs[stream] = self._codec(stream, name), CodecState(stream_seed(plan.seed, stream))
         self.plan = plan
 
     def adapters_differ(self, stream: str) -> bool:
@@ -89,11 +102,11 @@ class Coder:
 
     @property
     def batch_size(self) -> int:
-        return self._config.batch_size
+        return self._terms.config.batch_size
 
     def rows(self, micro_batch: int) -> int:
         """Sequences in a micro-batch of a step."""
-        part = micro_batch_slices(self._config.batch_size, self.plan.micro_batches)[micro_batch]
+        part = micro_batch_slices(self._terms.config.batch_size, self.plan.micro_batches)[micro_batch]
         return int(part.stop - part.start)
 
     def encode(self, stream: str, tensor: Tensor, step: int = 0, micro_batch: int = 0) -> stage_pb2.Tensor:
@@ -103,24 +116,24 @@ class Coder:
             return encode_tensor(tensor)
         codec, state = self._codecs[stream]
         started = time.perf_counter()
-        payload = codec.encode(tensor, state, self._keys(codec, stream, step, micro_batch))
+        payload = codec.encode(tensor, state, self._keys(stream, step, micro_batch))
         self._note("encode", stream, name, tensor.numel(), time.perf_counter() - started, state)
         return stage_pb2.Tensor(codec=name, dtype="float32", shape=list(tensor.shape), payload=payload)
 
     def expected(self, stream: str, shape: tuple[int | None, ...], at_most: int) -> Expected:
-        return Expected("float32", shape, at_most, self.plan.codec_of(stream))
+        known = self._codecs.get(stream)
+        return Expected("float32", shape, at_most, known[0] if known else AS_IT_IS)
 
     def decode(
         self, stream: str, message: stage_pb2.Tensor, expected: Expected, step: int = 0, micro_batch: int = 0
     ) -> Tensor:
         """float32 on the CPU. Raises BadTensor or CodecError when it is not what was agreed."""
-        name = expected.codec
-        if name == "none" or stream not in self._codecs:
+        name = expected.codec.name
+        if name == "none":
             return decode_tensor(message, expected)
-        codec, state = self._codecs[stream]
+        _, state = self._codecs[stream]
         started = time.perf_counter()
-        keys = self._keys(codec, stream, step, micro_batch)
-        decoded = decode_tensor(message, expected, state, keys)
+        decoded = decode_tensor(message, expected, state, self._keys(stream, step, micro_batch))
         self._note("decode", stream, name, decoded.numel(), time.perf_counter() - started, state)
         return decoded
 
@@ -134,8 +147,12 @@ class Coder:
         self._memory[stream] = state.memory_bytes
         self._ledger.coded(name, what, values, seconds, sum(list(self._memory.values())))
 
-    def _keys(self, codec: Codec, stream: str, step: int, micro_batch: int) -> Sequence[int] | None:
-        if codec.memory is None or stream in ADAPTERS:
+    def _codec(self, stream: str, name: str) -> AnyCodec:
+        return for_matrices(parse(name), self._terms.adapter) if stream in ADAPTERS else parse(name)
+
+    def _keys(self, stream: str, step: int, micro_batch: int) -> Sequence[int] | None:
+        if stream in ADAPTERS or parse(self.plan.codec_of(stream)).memory is None:
             return None
-        indices = batch_indices(self._samples, self._config.batch_size, step, self._config.seed)
-        return indices[micro_batch_slices(self._config.batch_size, self.plan.micro_batches)[micro_batch]]
+        config = self._terms.config
+        indices = batch_indices(self._terms.samples, config.batch_size, step, config.seed)
+        return indices[micro_batch_slices(config.batch_size, self.plan.micro_batches)[micro_batch]]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from protos.v1 import stage_pb2
+from split.adapters.lora import flatten
 from split.averaging import Averager
 from split.checkpoint import Checkpoint, CheckpointFolder
 from split.coding import Plan
@@ -54,7 +55,8 @@ class Outcome:
 
 
 class StageHost:
-    """initial_adapter: what every device's adapter is at the start, flat, (values,).
+    """initial_adapter: what every device's adapter is at the start, by name.
+
     tell(kind, device, data) is called in the host's thread, with kind one of: joined, left, started, step,
     evaluation, checkpoint, log, finished, failed."""
 
@@ -64,7 +66,7 @@ class StageHost:
         config: TrainingConfig,
         devices: set[str],
         *,
-        initial_adapter: Tensor,
+        initial_adapter: Mapping[str, Tensor],
         stage_digest: str = "",
         checkpoints: CheckpointFolder | None = None,
         resume: Checkpoint | None = None,
@@ -74,7 +76,8 @@ class StageHost:
         self.trainer, self.config, self.tell = trainer, config, tell
         self._devices = frozenset(devices)  # that may take part
         self._awaited = set(devices)  # that the first step waits for
-        self._initial_adapter, self._adapter_values = initial_adapter, initial_adapter.numel()
+        self._initial_adapter = flatten(initial_adapter)
+        self._adapter_values = self._initial_adapter.numel()
         self._stage_digest = stage_digest
         self._checkpoints, self._patience = checkpoints, patience
         self._members: dict[str, Member] = {}

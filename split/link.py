@@ -19,8 +19,7 @@ from torch import Tensor
 
 from protos.v1 import stage_pb2, stage_pb2_grpc
 from split.codecs.packing import pack_bits
-from split.coding import Coder, Plan
-from split.config import TrainingConfig
+from split.coding import Coder, Plan, Terms
 from split.errors import BadFrame, IsthmusError, LinkLost
 from split.ledger import Ledger
 from split.plan.choose import check_agreed
@@ -84,8 +83,7 @@ class LocalLink:
         self,
         host: StageHost,
         device: str,
-        config: TrainingConfig,
-        samples: int,
+        terms: Terms,
         ledger: Ledger,
         *,
         profile: LinkProfile = LinkProfile(),
@@ -93,8 +91,8 @@ class LocalLink:
     ) -> None:
         """profile: what `measure` says: of the network that this link stands for."""
         self._profile = profile
-        self.coder, self._far = Coder(config, samples, ledger), Coder(config, samples, Ledger())
-        self._host, self._device, self._labels, self._ledger = host, device, config.labels, ledger
+        self.coder, self._far = Coder(terms, ledger), Coder(terms, Ledger())
+        self._host, self._device, self._labels, self._ledger = host, device, terms.config.labels, ledger
         self._timeout = timeout
         self._inbox: queue.SimpleQueue[Frame | IsthmusError] = queue.SimpleQueue()
         self._deliver = self._inbox.put  # one object: it names this link to the host
@@ -161,16 +159,15 @@ class GrpcLink:
         channel: grpc.Channel,
         job: str,
         session: str,
-        config: TrainingConfig,
-        samples: int,
+        terms: Terms,
         ledger: Ledger,
         *,
         port: int = 0,
     ) -> None:
         """port: of the stage, for the kernel's count of bytes; 0: they are not counted."""
-        self.coder = Coder(config, samples, ledger)
-        self._job, self._session, self._labels, self._ledger = job, session, config.labels, ledger
-        self._config = config
+        self.coder = Coder(terms, ledger)
+        self._job, self._session, self._labels, self._ledger = job, session, terms.config.labels, ledger
+        self._config = terms.config
         self._wire = Watch(ledger.traffic.connections, port=port)
         self._over = threading.Event()  # nothing is sent any more: closed here, or ended by the other side
         self._questions = Questions()

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from split.adapters.lora import add_lora, flatten, initial_adapter, lora_config, unflatten
+from split.adapters.lora import add_lora, initial_adapter, lora_config, unflatten
 from split.checkpoint import CheckpointFolder, OptimizerRecord
 from split.config import TrainingConfig
 from split.data import Sequences
@@ -86,14 +86,14 @@ def train_split_locally(
         ServerTrainer(stage, config, Ledger(), dtype=dtype),
         config,
         set(devices),
-        initial_adapter=flatten(initial_adapter(parts.adapter, config.seed)),
+        initial_adapter=initial_adapter(parts.adapter, config.seed),
         checkpoints=kept,
         resume=kept.last() if kept and resume else None,
         tell=told,
     )
 
     def work(name: str, trainer: DeviceTrainer) -> None:
-        link = LocalLink(host, name, config, len(trainer.train), trainer.ledger, profile=profile)
+        link = LocalLink(host, name, trainer.terms, trainer.ledger, profile=profile)
         try:
             trainer.run(link, cancelled=threading.Event())
         except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread

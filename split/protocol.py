@@ -9,7 +9,7 @@ from torch import Tensor
 
 from protos.v1 import stage_pb2
 from split.codecs.packing import unpack_bits
-from split.coding import Coder, Plan
+from split.coding import Coder, Plan, Terms
 from split.config import TrainingConfig
 from split.errors import BadFrame, BadTensor
 from split.link import Frame, Phase
@@ -48,7 +48,11 @@ class Rules:
     config: TrainingConfig
     hidden_size: int
     vocabulary_size: int
-    adapter_values: int
+    adapter: tuple[tuple[int, ...], ...]  # shapes of the matrices of a device's adapter
+
+    def terms(self, samples: int = 1) -> Terms:
+        """With a device of so many training sequences."""
+        return Terms(self.config, samples, self.adapter)
 
     def decode(self, message: stage_pb2.Frame, session: str | None, coder: Coder) -> Frame:
         """The frame of a message in `session` (None: the first, which must be OPEN or PROBE). `coder`: of the session.
@@ -142,7 +146,8 @@ class Rules:
         if phase == Phase.EVALUATE:
             return coder.expected(stream, (None, length, hidden), self.config.batch_size * length * hidden)
         if phase == Phase.AGGREGATE:
-            return coder.expected(stream, (self.adapter_values,), self.adapter_values)
+            values = sum(math.prod(shape) for shape in self.adapter)
+            return coder.expected(stream, (values,), values)
         return None
 
     def _labels_of(self, message: stage_pb2.Frame) -> Expected:

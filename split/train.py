@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from protos.v1 import stage_pb2
-from split.adapters.lora import flatten, load_flat, lora_parameters
+from split.adapters.lora import flatten, load_flat, lora_parameters, shapes_of
 from split.checkpoint import OptimizerRecord
 from split.codecs import FAMILIES
+from split.coding import Terms
 from split.config import TrainingConfig
 from split.data import IGNORE, Sequences, batch_indices, micro_batch_slices
 from split.errors import BadFrame, BadTensor, WrongState
@@ -248,6 +249,11 @@ class DeviceTrainer:
         self._record = record
         self._stage_digest = stage_digest
 
+    @property
+    def terms(self) -> Terms:
+        """Of a link for this trainer."""
+        return Terms(self.config, len(self.train), shapes_of(self.parameters))
+
     def run(self, link: Link, *, cancelled: threading.Event, tell: Callable[[Progress], None] = lambda _: None) -> None:
         """Joins the job at the step that the stage names, to its end. After LinkLost it may be called again."""
         start = self._open(link)
@@ -272,7 +278,7 @@ class DeviceTrainer:
 
     def _open(self, link: Link) -> int | None:
         """The step to start at; None when the job was done before this device came back."""
-        adapter_values = sum(parameter.numel() for parameter in self.parameters.values())
+        adapter_values = self._initial.numel()
         last = self._record.last_step() if self._record else 0
         opened = stage_pb2.Open(
             codecs=sorted(FAMILIES),

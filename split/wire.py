@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from protos.v1 import stage_pb2
-from split.codecs import CodecState, parse
+from split.codecs import AnyCodec, CodecState, parse
 from split.errors import BadTensor
 
 DTYPES: dict[str, torch.dtype] = {
@@ -20,6 +20,7 @@ DTYPES: dict[str, torch.dtype] = {
     "int32": torch.int32,
     "int64": torch.int64,
 }
+AS_IT_IS = parse("none")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -30,7 +31,7 @@ class Expected:
     dtype: str
     shape: tuple[int | None, ...]
     at_most: int
-    codec: str = "none"  # canonical name
+    codec: AnyCodec = AS_IT_IS
 
 
 def encode_tensor(tensor: Tensor) -> stage_pb2.Tensor:
@@ -45,8 +46,8 @@ def encode_tensor(tensor: Tensor) -> stage_pb2.Tensor:
 
 def check_tensor(message: stage_pb2.Tensor, expected: Expected) -> None:
     """Raises BadTensor unless codec, dtype, shape and payload size are what was agreed. Allocates nothing."""
-    if message.codec != expected.codec:
-        raise BadTensor(f"codec {message.codec[:32]!r} was not agreed on; agreed: {expected.codec}")
+    if message.codec != expected.codec.name:
+        raise BadTensor(f"codec {message.codec[:32]!r} was not agreed on; agreed: {expected.codec.name}")
     if message.dtype != expected.dtype:
         raise BadTensor(f"dtype {message.dtype[:32]!r} was not agreed on; agreed: {expected.dtype}")
     if len(message.shape) != len(expected.shape):
@@ -60,7 +61,7 @@ def check_tensor(message: stage_pb2.Tensor, expected: Expected) -> None:
         raise BadTensor(f"{values} values are more than the {expected.at_most} agreed on")
     size = values * DTYPES[message.dtype].itemsize
     if message.codec != "none":
-        most = parse(message.codec).wire_bytes(shape)
+        most = expected.codec.wire_bytes(shape)
         if len(message.payload) > most:
             raise BadTensor(
                 f"{len(message.payload)} bytes of payload; {message.codec} takes at most {most} for shape {shape}"
@@ -80,8 +81,8 @@ def decode_tensor(
     state, keys: of a codec other than none (see split/codecs/base.py).
     """
     check_tensor(message, expected)
-    if expected.codec != "none":
-        return parse(expected.codec).decode(message.payload, tuple(message.shape), state or CodecState(0), keys)
+    if expected.codec.name != "none":
+        return expected.codec.decode(message.payload, tuple(message.shape), state or CodecState(0), keys)
     dtype, shape = DTYPES[message.dtype], tuple(message.shape)
     if not message.payload:
         return torch.empty(shape, dtype=dtype)

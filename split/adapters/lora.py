@@ -95,6 +95,11 @@ def lora_parameters(stages: Sequence[Stage]) -> dict[str, nn.Parameter]:
     return dict(sorted(found.items()))
 
 
+def shapes_of(parameters: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:
+    """In the mapping's order."""
+    return tuple(tuple(value.shape) for value in parameters.values())
+
+
 def flatten(parameters: Mapping[str, Tensor]) -> Tensor:
     """All values as one float32 vector on the CPU, in the mapping's order; (0,) for none."""
     if not parameters:

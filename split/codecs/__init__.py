@@ -2,5 +2,6 @@
 
 from split.codecs.base import Codec, CodecState
 from split.codecs.grammar import FAMILIES, Family, parse
+from split.codecs.matrices import AnyCodec, for_matrices
 
-__all__ = ["FAMILIES", "Codec", "CodecState", "Family", "parse"]
+__all__ = ["FAMILIES", "AnyCodec", "Codec", "CodecState", "Family", "for_matrices", "parse"]

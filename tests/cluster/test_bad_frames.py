@@ -18,7 +18,7 @@ from protos.v1 import stage_pb2
 from protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from protos.v1.stage_pb2_grpc import StageStub
 from split.codecs import FAMILIES, CodecState, parse
-from split.coding import Coder, Plan
+from split.coding import Coder, Plan, Terms
 from split.config import TrainingConfig
 from split.errors import BadTensor
 from split.ledger import Ledger
@@ -276,7 +276,7 @@ def test_what_a_codec_of_the_plan_cannot_have_made_is_refused(house: House, code
                         answer = stream.receive()
                         plan = Plan.from_proto(answer.plan, config.batch_size)
                         assert plan.codec_of(stream_name) == name
-                        coder, values = Coder(config, opened.samples, Ledger()), {"tokens": 4.0}
+                        coder, values = Coder(Terms(config, opened.samples), Ledger()), {"tokens": 4.0}
                         coder.use(plan)
                         step = answer.agreement.start_step
                         if phase == stage_pb2.BACKWARD:

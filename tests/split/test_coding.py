@@ -10,7 +10,7 @@ from torch import Tensor
 
 from protos.v1 import stage_pb2
 from split.codecs import FAMILIES, parse
-from split.coding import Coder, Plan, stream_seed
+from split.coding import Coder, Plan, Terms, stream_seed
 from split.config import TrainingConfig
 from split.data import batch_indices, micro_batch_slices
 from split.errors import BadFrame, BadRequest, BadTensor, CodecError
@@ -47,7 +47,7 @@ class Ends:
     """Two ends of one session, and what crosses from one to the other."""
 
     def __init__(self, plan: Plan) -> None:
-        self.near, self.far = Coder(CONFIG, SAMPLES, Ledger()), Coder(CONFIG, SAMPLES, Ledger())
+        self.near, self.far = Coder(Terms(CONFIG, SAMPLES), Ledger()), Coder(Terms(CONFIG, SAMPLES), Ledger())
         self.use(plan)
 
     def use(self, plan: Plan) -> None:
@@ -190,7 +190,7 @@ def test_a_diverged_tensor_is_an_error_of_who_sends_it(bad: float) -> None:
 
 
 def test_adapters_cross_as_differences_where_their_codec_loses_something() -> None:
-    coder = Coder(CONFIG, SAMPLES, Ledger())
+    coder = Coder(Terms(CONFIG, SAMPLES), Ledger())
     coder.use(Plan(codecs={"adapters_up": parse(ADAPTERS_CODEC).name, "adapters_down": parse("shuffle,zstd").name}))
     assert coder.adapters_differ("adapters_up")
     assert not coder.adapters_differ("adapters_down")

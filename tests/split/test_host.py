@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from protos.v1 import stage_pb2
-from split.adapters.lora import flatten
 from split.codecs import FAMILIES
+from split.coding import Terms
 from split.config import TrainingConfig
 from split.errors import BadRequest, IsthmusError, LinkLost, WrongState
 from split.host import StageHost
@@ -44,7 +44,7 @@ class CutLink(LocalLink):
     """A link that breaks after a number of frames sent."""
 
     def __init__(self, host: StageHost, device: str, config: TrainingConfig, frames: int) -> None:
-        super().__init__(host, device, config, 20, Ledger(), timeout=60)
+        super().__init__(host, device, Terms(config, 20), Ledger(), timeout=60)
         self._left = frames
 
     def send(self, frame: Frame) -> None:
@@ -72,7 +72,7 @@ class Job:
             server_trainer(folder, config),
             config,
             set(names),
-            initial_adapter=flatten(self.trainers[names[0]].parameters),
+            initial_adapter=dict(self.trainers[names[0]].parameters),
             tell=self._tell,
         )
         self.errors: dict[str, IsthmusError] = {}
@@ -88,7 +88,7 @@ class Job:
     def work(self, name: str, cut_after: int | None = None, *, rejoin: bool = False) -> None:
         """Trains one device; with `cut_after` its link breaks once, and with `rejoin` it then comes back."""
         trainer: DeviceTrainer = self.trainers[name]
-        link = LocalLink(self.host, name, self.config, 20, Ledger(), timeout=60)
+        link = LocalLink(self.host, name, Terms(self.config, 20), Ledger(), timeout=60)
         if cut_after is not None:
             try:
                 trainer.run(CutLink(self.host, name, self.config, cut_after), cancelled=threading.Event())
@@ -191,7 +191,7 @@ def test_what_a_replaced_stream_still_sends_does_not_touch_the_new_one(llama: Pa
 def _open(job: Job, name: str, **changes: Any) -> LocalLink:
     values = sum(p.numel() for p in job.trainers["a"].parameters.values())
     opened = {"codecs": sorted(FAMILIES), "samples": 5, "adapter_values": values} | changes
-    link = LocalLink(job.host, name, job.config, 5, Ledger(), timeout=10)
+    link = LocalLink(job.host, name, Terms(job.config, 5), Ledger(), timeout=10)
     link.send(Frame(Phase.OPEN, open=stage_pb2.Open(**opened)))
     return link
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from split.adapters.lora import add_lora, flatten, lora_config, lora_parameters
-from split.coding import Plan
+from split.adapters.lora import add_lora, lora_config, lora_parameters
+from split.coding import Plan, Terms
 from split.config import TrainingConfig
 from split.data import Sequences, batch_indices
 from split.evaluate import nll
@@ -162,7 +162,7 @@ class Recording(LocalLink):
     """Keeps what the device sends and gets: (what, phase, step, micro-batch)."""
 
     def __init__(self, host: StageHost, config: TrainingConfig) -> None:
-        super().__init__(host, "a", config, 20, Ledger(), timeout=60)
+        super().__init__(host, "a", Terms(config, 20), Ledger(), timeout=60)
         self.frames: list[tuple[str, str, int, int]] = []
 
     def send(self, frame: Frame) -> None:
@@ -178,7 +178,7 @@ class Recording(LocalLink):
 def recorded(folder: Path, config: TrainingConfig) -> list[tuple[str, str, int, int]]:
     """What one device sends and gets in a whole job."""
     trainer = device_trainer(folder, config, texts(1)[0])
-    host = StageHost(server_trainer(folder, config), config, {"a"}, initial_adapter=flatten(trainer.parameters))
+    host = StageHost(server_trainer(folder, config), config, {"a"}, initial_adapter=dict(trainer.parameters))
     link = Recording(host, config)
     trainer.run(link, cancelled=threading.Event())
     host.close()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from protos.v1 import stage_pb2
 from split.codecs import CodecState, parse
 from split.codecs.packing import pack_bits
-from split.coding import Coder, Plan
+from split.coding import Coder, Plan, Terms
 from split.config import TrainingConfig
 from split.data import micro_batch_slices
 from split.errors import BadFrame, BadTensor
@@ -28,9 +28,9 @@ from split.wire import DTYPES, Expected, check_tensor, decode_tensor, encode_ten
 
 HIDDEN, VOCABULARY, ADAPTER = 4, 50, 6
 CONFIG = TrainingConfig(steps=5, batch_size=2, sequence_length=3)
-AT_DEVICE = Rules("job", CONFIG, HIDDEN, VOCABULARY, ADAPTER)
+AT_DEVICE = Rules("job", CONFIG, HIDDEN, VOCABULARY, ((ADAPTER,),))
 AT_SERVER = Rules(
-    "job", TrainingConfig(steps=5, batch_size=2, sequence_length=3, labels="server"), HIDDEN, VOCABULARY, ADAPTER
+    "job", TrainingConfig(steps=5, batch_size=2, sequence_length=3, labels="server"), HIDDEN, VOCABULARY, ((ADAPTER,),)
 )
 
 CODECS = [
@@ -47,7 +47,7 @@ CODECS = [
 
 
 def coder(plan: Plan | None = None, config: TrainingConfig = CONFIG) -> Coder:
-    made = Coder(config, 20, Ledger())
+    made = Coder(Terms(config, 20), Ledger())
     if plan is not None:
         made.use(plan)
     return made
@@ -283,7 +283,7 @@ def test_evaluation_and_adapters_take_codecs_of_their_own() -> None:
 @pytest.mark.parametrize("micro_batches", [1, 2, 3, 5])
 def test_a_micro_batch_has_the_rows_that_both_sides_know_of(micro_batches: int) -> None:
     config = TrainingConfig(steps=5, batch_size=5, sequence_length=3)
-    rules = Rules("job", config, HIDDEN, VOCABULARY, ADAPTER)
+    rules = Rules("job", config, HIDDEN, VOCABULARY, ((ADAPTER,),))
     plan = plan_of("none", micro_batches)
     for number, part in enumerate(micro_batch_slices(5, micro_batches)):
         rows = part.stop - part.start

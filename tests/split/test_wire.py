@@ -82,7 +82,7 @@ def encoded(shape: tuple[int, ...] = (2, 3, 16)) -> stage_pb2.Tensor:
 
 def test_an_encoded_tensor_comes_back_as_its_codec_has_it() -> None:
     values = torch.randn((2, 3, 16), generator=torch.Generator().manual_seed(0))
-    back = decode_tensor(encoded(), Expected("float32", (2, 3, 16), 96, CODEC), CodecState(1))
+    back = decode_tensor(encoded(), Expected("float32", (2, 3, 16), 96, parse(CODEC)), CodecState(1))
     assert back.dtype == torch.float32
     assert (back - values).square().mean() < 0.02
 
@@ -106,7 +106,7 @@ def test_an_encoded_tensor_that_was_not_agreed_is_refused_before_it_is_decoded(c
         else:
             setattr(message, field, value)
     with pytest.raises(BadTensor, match=reason):
-        check_tensor(message, Expected("float32", (2, 3, 16), 96, CODEC))
+        check_tensor(message, Expected("float32", (2, 3, 16), 96, parse(CODEC)))
 
 
 @given(payload=st.binary(max_size=80))
@@ -114,7 +114,7 @@ def test_any_payload_of_a_codec_is_refused_or_gives_finite_values(payload: bytes
     message = encoded()
     message.payload = payload
     try:
-        back = decode_tensor(message, Expected("float32", (2, 3, 16), 96, CODEC), CodecState(1))
+        back = decode_tensor(message, Expected("float32", (2, 3, 16), 96, parse(CODEC)), CodecState(1))
     except BadTensor:
         return
     assert back.shape == (2, 3, 16)
