@@ -73,6 +73,7 @@ class Stage(nn.Module):
         super().__init__()
         self.spec = spec
         self.model = model
+        self.by_layer_type = architecture.layer_types  # whether the model takes a mask for each type of layer
         self._layers = architecture.layers
         self.eval()
 

@@ -1,0 +1,1 @@
+"""Generating text with a model whose blocks may lie in several places."""

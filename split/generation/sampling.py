@@ -1,0 +1,74 @@
+"""From logits to the next token."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+
+import torch
+from torch import Tensor
+
+from split.errors import BadRequest
+from split.generation.request import Logprob, Sampling
+
+
+def check_sampling(sampling: Sampling, vocabulary: int) -> None:
+    """Raises BadRequest for what cannot be sampled with."""
+    if not 0 <= sampling.temperature <= 100:
+        raise BadRequest(f"temperature {sampling.temperature}: choose 0 to 100")
+    if not 0 < sampling.top_p <= 1:
+        raise BadRequest(f"top_p {sampling.top_p}: choose more than 0, at most 1")
+    if not 0 <= sampling.top_k <= vocabulary:
+        raise BadRequest(f"top_k {sampling.top_k}: choose 0 (all) to {vocabulary}")
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """logits: (vocabulary,) -> probabilities (vocabulary,) float64 that the next token is drawn from; temperature > 0.
+
+    top_k keeps the k likeliest, top_p the fewest likeliest that have at least that share of what is left.
+    """
+    scaled = logits.double() / sampling.temperature
+    if sampling.top_k:
+        least = scaled.topk(min(sampling.top_k, len(scaled))).values[-1]
+        scaled = scaled.masked_fill(scaled < least, -torch.inf)
+    chances = scaled.softmax(0)
+    if sampling.top_p < 1:
+        ordered, order = chances.sort(descending=True, stable=True)
+        before = ordered.cumsum(0) - ordered
+        chances = chances.index_fill(0, order[before >= sampling.top_p], 0.0)
+        chances = chances / chances.sum()
+    return chances
+
+
+def draw(chances: Tensor, uniform: float) -> int:
+    """The token at which the sum of probabilities passes `uniform`, a number in [0, 1)."""
+    sums = chances.cumsum(0)
+    place = int(torch.searchsorted(sums, uniform * float(sums[-1]), right=True))
+    return min(place, int(chances.nonzero()[-1]))
+
+
+class Chooser:
+    """Chooses the tokens of one answer. A draw follows from seed and place alone, so it does not matter what else is
+    computed at the same time, nor whether a token is computed again."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+
+    def __call__(self, logits: Tensor, place: int) -> int:
+        """logits: (vocabulary,); place: how many tokens of the answer came before."""
+        if self._sampling.temperature == 0:
+            return int(logits.argmax())
+        return draw(probabilities(logits, self._sampling), self.uniform(place))
+
+    def uniform(self, place: int) -> float:
+        digest = hashlib.blake2b(f"{self._seed}/{place}".encode(), digest_size=8).digest()
+        return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+def logprob_of(logits: Tensor, token: int, alternatives: int) -> Logprob:
+    """logits: (vocabulary,). alternatives: how many of the likeliest to name."""
+    scores = logits.float().log_softmax(0)
+    top = scores.topk(min(alternatives, len(scores))) if alternatives else None
+    likeliest = () if top is None else tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return Logprob(float(scores[token]), likeliest)

@@ -1,0 +1,64 @@
+"""What the whole model answers, by plain transformers, and what the engine answers: for tests to compare."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from split.generation.engine import Answer, Engine
+from split.generation.request import Request, Token
+from tests.split.tiny_models import VOCABULARY
+
+T = TypeVar("T")
+
+
+def whole_model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
+    """What `transformers.generate` adds, EOS or not."""
+    ids = torch.tensor([list(prompt)])
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return list(map(int, output[0, len(prompt) :]))
+
+
+def prompts(lengths: Sequence[int], seed: int = 0) -> list[tuple[int, ...]]:
+    chance = random.Random(seed)
+    return [tuple(chance.randrange(VOCABULARY) for _ in range(length)) for length in lengths]
+
+
+async def tokens_of(answer: Answer) -> list[Token]:
+    return [token async for token in answer]
+
+
+async def ids_of(answer: Answer) -> list[int]:
+    return [token.id async for token in answer]
+
+
+async def answers(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
+    """All at the same time."""
+    return await asyncio.gather(*(ids_of(engine.submit(request)) for request in requests))
+
+
+def run(make: Callable[[], Awaitable[Engine]], work: Callable[[Engine], Awaitable[T]]) -> T:
+    """`work` with an engine that is started for it."""
+
+    async def inside() -> T:
+        async with asyncio.timeout(120), await make() as engine:
+            return await work(engine)
+
+    return asyncio.run(inside())
