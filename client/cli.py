@@ -52,10 +52,11 @@ def run(
     allow: Annotated[
         str,
         typer.Option(
-            help="What this device does, separated by commas. Without labels-leave, jobs of `--labels server` are "
+            help="What this device does, separated by commas: splitlora (training), serve (holding blocks of a model "
+            "that is served). Without labels-leave, jobs of `--labels server` are "
             "refused: in them the labels, which are the text, go to the coordinator."
         ),
-    ] = "splitlora,labels-leave",
+    ] = "splitlora,labels-leave,serve",
     device: Annotated[str, typer.Option(help="torch device: auto, cpu, cuda, cuda:1, ...")] = "auto",
     threads: Annotated[int, typer.Option(help="Processor threads for computing; 0: all cores.", min=0)] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Log as JSON lines.")] = False,
@@ -180,6 +181,7 @@ class _JsonLines(logging.Formatter):
 
 def main() -> None:
     """Runs the command; what a user can get wrong ends with one line and exit status 1."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a device that waits for the link leaves its cores to others
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own, for every file that it opens
     try:

@@ -1,4 +1,4 @@
-"""Runs one task on this device, in a thread of its own: weights, text, then training over the link."""
+"""Runs one task on this device, in a thread of its own: weights, then training over the link, or holding blocks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
 import torch
 
 from client.identity import Identity
@@ -21,12 +22,15 @@ from split.checkpoint import OptimizerRecord
 from split.config import TrainingConfig
 from split.data import Sequences, sequences_of_file
 from split.errors import IsthmusError, LinkLost, NotAllowed, NotFound
+from split.generation.holding import Holding
 from split.ledger import Ledger
 from split.link import GrpcLink
 from split.models.source import TensorSource
-from split.models.stage import build_stages
+from split.models.stage import StageSpec, build_stages
 from split.parts import parts_of
 from split.precision import pick_device, pick_precision
+from split.runtime.torch_runtime import TorchRuntime
+from split.serving import ServingConfig
 from split.tls import channel, join_address, split_address
 from split.train import Cancelled, DeviceTrainer, Progress
 
@@ -34,7 +38,8 @@ log = logging.getLogger(__name__)
 
 State = pb.TaskState
 LABELS_LEAVE = "labels-leave"  # a permission: jobs whose labels, which are the text, go to the coordinator
-TASK_KINDS = ("splitlora", LABELS_LEAVE)
+SERVE = "serve"
+TASK_KINDS = ("splitlora", LABELS_LEAVE, SERVE)
 _FIRST_RETRY, _LAST_RETRY = 0.5, 15.0  # seconds between attempts to reach the stage again
 
 
@@ -61,14 +66,14 @@ class Runner(threading.Thread):
         self.task = task
         self._identity, self._options, self._tell = identity, options, tell
         self._cancelled = threading.Event()
-        self._link: GrpcLink | None = None
+        self._stop: Callable[[], None] | None = None  # ends what is under way over the network
 
     def cancel(self) -> None:
         """Stops the task soon: at once when it waits for the link, after its present computation otherwise."""
         self._cancelled.set()
-        link = self._link
-        if link is not None:
-            link.close()
+        stop = self._stop
+        if stop is not None:
+            stop()
 
     def run(self) -> None:
         try:
@@ -87,39 +92,79 @@ class Runner(threading.Thread):
 
     def _run(self) -> None:
         spec = self.task.spec
-        data = self._allowed(spec)
-        config = TrainingConfig.from_json(spec.training)
+        if spec.method not in self._options.allow:
+            raise NotAllowed(f"the owner of this device does not allow {spec.method} tasks")
+        if self._options.threads:
+            torch.set_num_threads(self._options.threads)
+        if spec.method == SERVE:
+            self._hold(ServingConfig.from_json(spec.serving))
+        else:
+            self._take_part(spec, TrainingConfig.from_json(spec.training))
+
+    def _take_part(self, spec: pb.JobSpec, config: TrainingConfig) -> None:
+        """In a training job."""
+        if spec.dataset not in self._options.data:
+            raise NotFound(f"this device offers no dataset {spec.dataset!r}")
+        data = self._options.data[spec.dataset]
         if config.labels == "server":
             if LABELS_LEAVE not in self._options.allow:
                 raise NotAllowed(
                     "the owner of this device keeps its labels: only jobs with --labels device may run here"
                 )
             log.warning("job %s: labels go to the coordinator, which can read the text of %s", self.task.job, data.name)
-        if self._options.threads:
-            torch.set_num_threads(self._options.threads)
-        self._state(State.PREPARING, "weights")
-        with channel(self._identity.address, self._identity.credentials) as control:
-            source, digest = device_source(
-                CoordinatorStub(control),
-                self._identity.address,
-                self.task.job,
-                self._options.state,
-                self._options.models.get(spec.model) or self._options.models.get(Path(spec.model).name),
-                self._tell_download(),
-            )
+        source, digest = self._weights()
         self._state(State.PREPARING, "text")
         train, validation = sequences_of_file(data, config.data, source.tokenizer())
         trainer = self._trainer(source, digest, config, train, validation)
         self._state(State.RUNNING)
-        self._train(trainer, trainer.ledger)
+        traffic = trainer.ledger.traffic
 
-    def _allowed(self, spec: pb.JobSpec) -> Path:
-        """The file that the owner offers under this name: the owner's word counts, not the coordinator's."""
-        if spec.method not in self._options.allow:
-            raise NotAllowed(f"the owner of this device does not allow {spec.method} tasks")
-        if spec.dataset not in self._options.data:
-            raise NotFound(f"this device offers no dataset {spec.dataset!r}")
-        return self._options.data[spec.dataset]
+        def train_over(stage: grpc.Channel, port: int) -> None:
+            link = GrpcLink(stage, self.task.job, secrets.token_hex(8), trainer.terms, trainer.ledger, port=port)
+            try:
+                self._stoppable(link.close)
+                trainer.run(link, cancelled=self._cancelled, tell=self._log_progress)
+            finally:
+                link.close()
+
+        self._until_done(train_over, lambda: traffic.received("forward"))
+
+    def _hold(self, serving: ServingConfig) -> None:
+        """Holds blocks of a model that is served, until the job ends."""
+        source, digest = self._weights()
+        spec = StageSpec(self.task.first_block, self.task.last_block, embeds=False, head=False)
+        stage = build_stages(source, [spec], device=pick_device(self._options.device))[0]
+        runtime = TorchRuntime(stage, sequences=serving.sequences, tokens=serving.context)
+        self._state(State.RUNNING)
+        batches = 0
+
+        def hold_over(gateway: grpc.Channel, port: int) -> None:
+            nonlocal batches
+            hidden_size = source.config.hidden_size
+            log.info("job %s: blocks %d-%d, for the gateway at port %d", self.task.job, spec.first, spec.last, port)
+            holding = Holding(gateway, runtime, spec, job=self.task.job, digest=digest, hidden_size=hidden_size)
+            self._stoppable(holding.leave)
+            try:
+                holding.run()
+            finally:
+                batches += holding.batches
+            raise Cancelled("the task was cancelled")  # nothing else ends it well
+
+        self._until_done(hold_over, lambda: batches)
+
+    def _weights(self) -> tuple[TensorSource, str]:
+        """This device's part of the model, and the digest of its tensors."""
+        model = self.task.spec.model
+        self._state(State.PREPARING, "weights")
+        with channel(self._identity.address, self._identity.credentials) as control:
+            return device_source(
+                CoordinatorStub(control),
+                self._identity.address,
+                self.task.job,
+                self._options.state,
+                self._options.models.get(model) or self._options.models.get(Path(model).name),
+                self._tell_download(),
+            )
 
     def _trainer(
         self, source: TensorSource, digest: str, config: TrainingConfig, train: Sequences, validation: Sequences | None
@@ -138,25 +183,27 @@ class Runner(threading.Thread):
             stage_digest=digest,
         )
 
-    def _train(self, trainer: DeviceTrainer, ledger: Ledger) -> None:
-        """Takes part until the end; a broken link is dialled again, and the job joined anew."""
+    def _stoppable(self, stop: Callable[[], None]) -> None:
+        self._stop = stop
+        if self._cancelled.is_set():  # before there was anything to stop
+            stop()
+
+    def _until_done(self, once: Callable[[grpc.Channel, int], None], work_done: Callable[[], int]) -> None:
+        """Calls `once` with a channel to the job's actor, and its port; a broken link is dialled again.
+
+        work_done: a count that grows when a connection was of use.
+        """
         host, port = _stage_address(self.task.stage_address, self._identity.host)
         delay = _FIRST_RETRY
         while True:
-            before = ledger.traffic.received("forward")
-            with channel(join_address(host, port), self._identity.credentials) as stage:
-                session = secrets.token_hex(8)
-                self._link = GrpcLink(stage, self.task.job, session, trainer.terms, ledger, port=port)
-                if self._cancelled.is_set():  # before there was a link to close
-                    self._link.close()
+            before = work_done()
+            with channel(join_address(host, port), self._identity.credentials) as opened:
                 try:
-                    trainer.run(self._link, cancelled=self._cancelled, tell=self._log_progress)
+                    once(opened, port)
                     return
                 except LinkLost as error:
                     lost = error
-                finally:
-                    self._link.close()
-            if ledger.traffic.received("forward") > before:
+            if work_done() > before:
                 delay = _FIRST_RETRY
             if not self._cancelled.is_set():
                 log.warning("job %s: %s; trying again in about %.1f s", self.task.job, lost, delay)

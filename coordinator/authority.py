@@ -125,6 +125,12 @@ class Authority:
         certificate = self._sign(key.public_key(), check_name(name), "user", client=True)
         return Credentials(self.ca_pem, certificate.public_bytes(serialization.Encoding.PEM), _pem(key))
 
+    def issue_stage(self, job: str) -> tuple[bytes, bytes]:
+        """A client certificate and key (PEM) for the actors that hold blocks of a served model."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = self._sign(key.public_key(), check_name(job), "stage", client=True)
+        return certificate.public_bytes(serialization.Encoding.PEM), _pem(key)
+
     def write_admin(self, host: str, port: int) -> Path:
         """Make sure of <state>/admin (a certificate with a month left) and say in it where the coordinator is."""
         folder = self.state / "admin"

@@ -13,6 +13,7 @@ import ray
 
 from coordinator.authority import Authority
 from coordinator.enrolment import start_enrolment
+from coordinator.gateway.actor import GatewayActor, GatewayTask
 from coordinator.interceptors import ErrorInterceptor
 from coordinator.jobs import Jobs
 from coordinator.servicer import CoordinatorServicer
@@ -91,9 +92,10 @@ class ControlActor:
             await server.stop(grace=1)
         self._store.close()
 
-    async def _start_stage(self, task: StageTask) -> tuple[Any, str]:
-        """A stage actor, and where devices reach it. On this node the host is the one that they know already."""
+    async def _start_stage(self, task: StageTask | GatewayTask) -> tuple[Any, str]:
+        """A stage or gateway actor, and where devices reach it. On this node the host is the one that they know."""
         certificate, key = self._authority.issue_server()
+        stage_certificate, stage_key = self._authority.issue_stage(task.job)
         serving = ServingOptions(
             host=self._options.host,
             certificate=certificate,
@@ -102,9 +104,12 @@ class ControlActor:
             threads=self._options.threads,
             device=self._options.device,
             ports=self._options.stage_ports,
+            stage_certificate=stage_certificate,
+            stage_key=stage_key,
         )
         control = ray.get_runtime_context().current_actor
-        actor: Any = ray.remote(StageActor).options(num_cpus=1).remote(task, serving, control)
+        made = StageActor if isinstance(task, StageTask) else GatewayActor
+        actor: Any = ray.remote(made).options(num_cpus=1).remote(task, serving, control)
         try:
             port, node = await actor.start.remote()
         except BaseException:  # cancelled, too: a half-started stage must not stay

@@ -17,21 +17,21 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from coordinator.gateway.actor import GatewayTask
+from coordinator.methods import Method, method_of
 from coordinator.report import finite, job_report
 from coordinator.sessions import Session, Sessions
 from coordinator.stage_actor import StageTask
 from coordinator.store import Store
-from coordinator.weights import DeviceWeights, device_weights
+from coordinator.weights import DeviceWeights
 from protos.v1 import coordinator_pb2 as pb
-from split.config import TrainingConfig
 from split.errors import BadRequest, IsthmusError, NotAllowed, NotEnrolled, WrongState
 
 log = logging.getLogger(__name__)
 
 ALIVE = (pb.WAITING, pb.PREPARING, pb.RUNNING)
 _DEFAULT_WAIT = 300.0  # seconds for devices that are missing
-METHODS = ("splitlora",)
-StartStage = Callable[[StageTask], Awaitable[tuple[Any, str]]]
+StartStage = Callable[[StageTask | GatewayTask], Awaitable[tuple[Any, str]]]
 
 
 @dataclass
@@ -40,12 +40,11 @@ class Run:
 
     job: str
     spec: pb.JobSpec
-    training: TrainingConfig
+    method: Method
     task_id: str
     resume: bool
     devices: list[str] = field(default_factory=list)
-    weights: DeviceWeights | None = None
-    stage: Any = None  # handle of the Ray actor
+    stage: Any = None  # handle of the Ray actor: a stage, or a gateway
     stage_address: str = ""
     started: bool = False  # the stage waits no longer for devices to begin
     joined: set[str] = field(default_factory=set)  # at the stage now
@@ -68,20 +67,17 @@ class Jobs:
         if resume:
             self._check_resumable(resume)
             spec = self._store.job(resume).spec
-        training = TrainingConfig.from_json(spec.training)
-        if spec.method not in METHODS:
-            raise BadRequest(f"method {spec.method!r} is not one of {', '.join(METHODS)}")
-        self._check_devices(spec)
         if not 0 <= spec.wait_seconds < math.inf:
             raise BadRequest(f"a wait of {spec.wait_seconds} s for devices: choose one above 0")
-        weights = await asyncio.to_thread(device_weights, spec.model, training, self._state / "digests.json")
-        await asyncio.to_thread(weights.folder.tokenizer)
+        self._check_devices(spec)
+        method = await asyncio.to_thread(method_of, spec, self._state / "digests.json")
+        await asyncio.to_thread(method.folder.tokenizer)
         if resume:
             self._check_resumable(resume)  # again: somebody else may have resumed it meanwhile
         identifier = resume or self._store.create_job(spec)
-        run = Run(identifier, spec, training, f"{identifier}-{secrets.token_hex(4)}", bool(resume), weights=weights)
+        run = Run(identifier, spec, method, f"{identifier}-{secrets.token_hex(4)}", bool(resume))
         self._runs[identifier] = run
-        self._store.update_job(identifier, state=pb.WAITING, message="", steps=training.steps)
+        self._store.update_job(identifier, state=pb.WAITING, message="", steps=method.steps)
         await self._tell(run, "state", {"state": "waiting", "resumed": bool(resume)})
         run.worker = asyncio.create_task(self._work(run))
         return self._store.job(identifier)
@@ -114,9 +110,9 @@ class Jobs:
 
     def weights_for(self, identifier: str, device: str) -> DeviceWeights:
         run = self._runs.get(identifier)
-        if run is None or device not in run.devices or run.weights is None:
+        if run is None or device not in run.devices:
             raise NotAllowed(f"device {device} has no part in job {identifier}")
-        return run.weights
+        return run.method.weights(device)
 
     def adapter_folder(self, identifier: str) -> Path:
         """Of a job that is done. Raises WrongState for others."""
@@ -242,7 +238,7 @@ class Jobs:
             raise WrongState(f"job {identifier} is at work; `isthmus watch {identifier}` follows it")
 
     def _check_devices(self, spec: pb.JobSpec) -> None:
-        if not spec.devices and not spec.device_count:
+        if not spec.devices and not spec.device_count and not spec.serving:
             raise BadRequest("no devices: name them, or say how many")
         if len(set(spec.devices)) != len(spec.devices):
             raise BadRequest("a device is named twice")
@@ -252,17 +248,10 @@ class Jobs:
         self._sessions.available(spec, self.job_of)
 
     async def _start(self, run: Run) -> None:
-        assert run.weights is not None
-        task = StageTask(
-            job=run.job,
-            model=str(run.weights.folder.path),
-            base_model=run.spec.model,
-            training=run.spec.training,
-            devices={name: self._serial(name) for name in run.devices},
-            stage_digest=run.weights.digest,
-            folder=str(self._state / "jobs" / run.job),
-            resume=run.resume,
-        )
+        for name in run.devices:
+            run.method.check_device(name, self._session(name).profile)
+        serials = {name: self._session(name).serial for name in run.devices}
+        task = run.method.actor_task(run.job, serials, self._state / "jobs" / run.job, run.resume)
         run.stage, run.stage_address = await self._start_stage(task)
         for name in list(run.failed):  # revoked while the stage started
             await run.stage.revoke.remote(name)
@@ -284,8 +273,10 @@ class Jobs:
                 return result
             if run.failed and not run.started:
                 raise WrongState("; ".join(f"device {name}: {why}" for name, why in sorted(run.failed.items())))
-            if run.started and set(run.devices) <= run.failed.keys():
+            if run.devices and run.started and set(run.devices) <= run.failed.keys():
                 raise WrongState("every device has failed: " + "; ".join(sorted(run.failed.values())))
+            if not run.method.steps:
+                continue  # a chain waits for its holders itself
             if run.joined if run.started else run.joined >= set(run.devices):
                 complete_since = time.monotonic()
             if time.monotonic() - complete_since < wait:
@@ -332,13 +323,14 @@ class Jobs:
         with contextlib.suppress(RayActorError):  # the job's own waiting sees that its stage has died
             await run.stage.allow.remote(session.name, session.serial)
         task = pb.Task(id=run.task_id, job=run.job, spec=run.spec, stage_address=run.stage_address)
+        run.method.device_task(task, session.name)
         session.send(pb.CoordinatorMessage(task=task))
 
-    def _serial(self, device: str) -> str:
+    def _session(self, device: str) -> Session:
         session = self._sessions.get(device)
         if session is None:
             raise WrongState(f"device {device} has gone before the job began")
-        return session.serial
+        return session
 
     async def _state_is(self, run: Run, state: pb.JobState, message: str) -> None:
         self._store.update_job(run.job, state=state, message=message)

@@ -30,6 +30,7 @@ def ray_running(state: Path, address: str | None) -> Iterator[ModuleType]:
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 makes the stage wait for everything else here
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray hides the accelerator from a stage
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a stage that waits leaves the cores to one that computes
     try:
         import ray
     except ImportError:

@@ -54,14 +54,14 @@ class Sessions:
 
         job_of: the job that a device works on; empty for none. Raises BadRequest for a device that never could.
         """
-        if spec.devices:
+        if spec.devices or not spec.device_count:
             missing = []
             for name in spec.devices:
                 session = self.get(name)
                 if session is None:
                     missing.append(f"{name} (not connected)")
                     continue
-                if not session.offers(spec.dataset):
+                if spec.dataset and not session.offers(spec.dataset):
                     offered = ", ".join(offer.name for offer in session.profile.datasets) or "nothing"
                     raise BadRequest(
                         f"device {name} does not offer the dataset {spec.dataset!r} (it offers {offered}); "

@@ -60,6 +60,8 @@ class ServingOptions:
     device: str  # torch device: auto, cpu, cuda
     ports: tuple[int, int]  # first and last that a stage may listen on; (0, 0): any free one
     key: bytes = dataclasses.field(repr=False)
+    stage_certificate: bytes = b""  # with which a gateway's own holders come to it
+    stage_key: bytes = dataclasses.field(default=b"", repr=False)
 
 
 class StageActor:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from split.config import TrainingConfig
 from split.errors import NotAllowed
 from split.models.manifest import Manifest, build_manifest, holder_digest, read_blob
-from split.models.source import ModelFolder, open_model
-from split.parts import parts_of
+from split.models.source import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,8 @@ class DeviceWeights:
             yield block
 
 
-def device_weights(model: str, training: TrainingConfig, cache: Path) -> DeviceWeights:
-    """Reads and digests a device's part of the model (slow for large models; digests are cached in `cache`)."""
-    folder = open_model(model)
-    names = parts_of(folder.config, training).device_tensors(folder.config)
+def weights_of(folder: ModelFolder, names: Iterable[str], cache: Path) -> DeviceWeights:
+    """Reads and digests these tensors (slow for large models; digests are cached in `cache`)."""
+    names = tuple(names)
     manifest = build_manifest(folder, names, cache=cache)
     return DeviceWeights(folder, manifest, holder_digest(manifest, names))

@@ -77,6 +77,12 @@ def new_folder(path: Path) -> Path:
     return folder
 
 
+def model_name(model: str) -> str:
+    """A folder by its full path, since the coordinator may have been started elsewhere."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() and model != "default" else model
+
+
 def address_of(credentials: Path) -> str:
     """HOST:PORT that the coordinator wrote beside a user's credentials."""
     try:

@@ -16,6 +16,7 @@ from coordinator.cli.common import (
     Json,
     connected,
     console,
+    model_name,
     new_folder,
     print_json,
 )
@@ -213,7 +214,7 @@ def finetune(
         request.spec.CopyFrom(
             pb.JobSpec(
                 method=method,
-                model=_model(model),
+                model=model_name(model),
                 dataset=dataset,
                 devices=names,
                 device_count=count,
@@ -282,10 +283,3 @@ def _devices(text: str) -> tuple[list[str], int]:
             raise BadRequest("--devices 0: at least one device has to take part")
         return [], int(text)
     return [name.strip() for name in text.split(",") if name.strip()], 0
-
-
-def _model(model: str) -> str:
-    """A folder by its full path, since the coordinator may have been started elsewhere."""
-    return (
-        str(Path(model).expanduser().resolve()) if Path(model).expanduser().is_dir() and model != "default" else model
-    )

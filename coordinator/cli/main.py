@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from coordinator.cli import codecs, demo, devices, evaluate, finetune, jobs, link, up
+from coordinator.cli import codecs, demo, devices, evaluate, finetune, generate, jobs, link, serve, up
 from split.errors import IsthmusError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -27,6 +27,9 @@ app.command()(jobs.watch)
 app.command()(jobs.cancel)
 app.command()(jobs.export)
 app.command()(evaluate.evaluate)
+app.command()(serve.serve)
+app.command()(generate.generate)
+app.command()(generate.chat)
 app.command()(demo.demo)
 app.command()(link.link)
 app.command()(codecs.codecs)

@@ -109,16 +109,20 @@ class DeviceMessage(_message.Message):
     def __init__(self, profile: _Optional[_Union[Profile, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., task: _Optional[_Union[TaskState, _Mapping]] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("id", "job", "spec", "stage_address")
+    __slots__ = ("id", "job", "spec", "stage_address", "first_block", "last_block")
     ID_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     STAGE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    LAST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     id: str
     job: str
     spec: JobSpec
     stage_address: str
-    def __init__(self, id: _Optional[str] = ..., job: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., stage_address: _Optional[str] = ...) -> None: ...
+    first_block: int
+    last_block: int
+    def __init__(self, id: _Optional[str] = ..., job: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., stage_address: _Optional[str] = ..., first_block: _Optional[int] = ..., last_block: _Optional[int] = ...) -> None: ...
 
 class CancelTask(_message.Message):
     __slots__ = ("id", "reason")
@@ -205,7 +209,7 @@ class Chunk(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class JobSpec(_message.Message):
-    __slots__ = ("method", "model", "dataset", "devices", "device_count", "training", "wait_seconds")
+    __slots__ = ("method", "model", "dataset", "devices", "device_count", "training", "wait_seconds", "serving")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
@@ -213,6 +217,7 @@ class JobSpec(_message.Message):
     DEVICE_COUNT_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
     WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SERVING_FIELD_NUMBER: _ClassVar[int]
     method: str
     model: str
     dataset: str
@@ -220,7 +225,8 @@ class JobSpec(_message.Message):
     device_count: int
     training: str
     wait_seconds: float
-    def __init__(self, method: _Optional[str] = ..., model: _Optional[str] = ..., dataset: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ..., device_count: _Optional[int] = ..., training: _Optional[str] = ..., wait_seconds: _Optional[float] = ...) -> None: ...
+    serving: str
+    def __init__(self, method: _Optional[str] = ..., model: _Optional[str] = ..., dataset: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ..., device_count: _Optional[int] = ..., training: _Optional[str] = ..., wait_seconds: _Optional[float] = ..., serving: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("id", "spec", "state", "message", "created", "step", "steps", "checkpoint_step", "report", "devices")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from split.errors import LinkLost
 from split.runtime.base import BadPosition, Row, Runtime
 
 _PATIENCE = 60.0  # seconds that a span waits for a holder
+_REMEMBERED = 1000  # recoveries
 _AGAIN = 20  # times that one batch is tried: each needs a death
 
 
@@ -60,12 +62,14 @@ class LocalHolder:
         self.name, self.cost = name, Cost()
         self._runtime = runtime
         self._turn = asyncio.Lock()
+        self._forgotten: list[int] = []  # before the next batch, which is computed in another thread
 
     async def compute(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
         start = time.perf_counter()
         async with self._turn:
             began = time.perf_counter()
-            output = await asyncio.to_thread(self._runtime.compute, rows, hidden)
+            forgotten, self._forgotten = self._forgotten, []
+            output = await asyncio.to_thread(self._work, forgotten, rows, hidden)
             ended = time.perf_counter()
         self.cost.batches += 1
         self.cost.tokens += len(hidden)
@@ -74,7 +78,11 @@ class LocalHolder:
         return output
 
     def forget(self, sequences: Iterable[int]) -> None:
-        self._runtime.forget(sequences)
+        self._forgotten += sequences
+
+    def _work(self, forgotten: list[int], rows: Sequence[Row], hidden: Tensor) -> Tensor:
+        self._runtime.forget(forgotten)
+        return self._runtime.compute(rows, hidden)
 
 
 @dataclass(frozen=True)
@@ -93,13 +101,26 @@ class Span:
     """Blocks first to last-1, and whoever holds them. All calls are made in one event loop."""
 
     def __init__(
-        self, first: int, last: int, hidden_size: int, *, chunk: int = 512, patience: float = _PATIENCE
+        self,
+        first: int,
+        last: int,
+        hidden_size: int,
+        *,
+        chunk: int = 512,
+        patience: float = _PATIENCE,
+        tell: Callable[[Recovery], None] = lambda _: None,
     ) -> None:
-        """chunk: most tokens that are sent again in one batch. patience: seconds that a batch waits for a holder."""
+        """chunk: most tokens that are sent again in one batch. patience: seconds that a batch waits for a holder.
+
+        tell: hears of every recovery; the last ones are in `recoveries`.
+        """
         self.first, self.last = first, last
-        self.recoveries: list[Recovery] = []
+        self.recoveries: deque[Recovery] = deque(maxlen=_REMEMBERED)
+        self._tell = tell
         self._hidden_size, self._chunk, self._patience = hidden_size, chunk, patience
         self._holders: list[Holder] = []
+        self._ranks: dict[Holder, int] = {}
+        self._at_work: Holder | None = None
         self._news = asyncio.Condition()
         self._journal: dict[int, _Journal] = {}
         self._built: dict[int, Holder] = {}  # by sequence: who has its keys and values
@@ -109,13 +130,21 @@ class Span:
 
     @property
     def holders(self) -> list[Holder]:
-        """The first of them computes, the others stand by."""
+        """The first of them is the next to compute, or does so already; the others stand by."""
         return list(self._holders)
 
-    async def add(self, holder: Holder) -> None:
+    async def add(self, holder: Holder, rank: int = 0) -> None:
+        """rank: among those that stand by, the lowest takes over first. Who computes goes on computing."""
         async with self._news:
-            self._holders.append(holder)
+            self._ranks[holder] = rank
+            standby = sorted([*self._holders, holder], key=lambda one: (one is not self._at_work, self._ranks[one]))
+            self._holders = standby
             self._news.notify_all()
+
+    async def complete(self) -> None:
+        """Returns when there is a holder."""
+        async with self._news:
+            await self._news.wait_for(lambda: self._holders)
 
     async def compute(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
         """As `Runtime.compute`, whatever dies meanwhile. Raises LinkLost if no holder comes in time."""
@@ -144,7 +173,9 @@ class Span:
                 before = self._built.get(row.sequence)
                 name = lost or ("" if before is None else before.name)
                 seconds = time.perf_counter() - started
-                self.recoveries.append(Recovery(str(self), name, holder.name, row.sequence, row.position, seconds))
+                recovery = Recovery(str(self), name, holder.name, row.sequence, row.position, seconds)
+                self.recoveries.append(recovery)
+                self._tell(recovery)
             for row in rows:
                 self._built[row.sequence] = holder
             return output
@@ -168,11 +199,13 @@ class Span:
                     await self._news.wait_for(lambda: self._holders)
             except TimeoutError:
                 raise LinkLost(f"nobody holds blocks {self}, and nobody came for {self._patience:.0f} s") from None
-        return self._holders[0]
+        self._at_work = self._holders[0]
+        return self._at_work
 
     def _drop(self, holder: Holder) -> None:
         if holder in self._holders:
             self._holders.remove(holder)
+            del self._ranks[holder]
 
     async def _rebuild(self, holder: Holder, row: Row) -> None:
         """Sends what came before a row's position, in as few batches as may be."""

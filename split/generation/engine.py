@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -166,6 +167,18 @@ class Engine:
     @property
     def load(self) -> dict[str, int]:
         return {"waiting": len(self._waiting), "running": len(self._at_work), "kept": len(self._kept)}
+
+    def stats(self) -> dict[str, Any]:
+        """load; hops: for each holder of each span what it has cost so far (`Cost`); the last recoveries."""
+        return {
+            "load": self.load,
+            "hops": [
+                {"span": str(span), "holder": holder.name, **dataclasses.asdict(holder.cost)}
+                for span in self.spans
+                for holder in span.holders
+            ],
+            "recoveries": [dataclasses.asdict(one) for span in self.spans for one in span.recoveries],
+        }
 
     def submit(self, request: Request) -> Answer:
         check_sampling(request.sampling, self._ends.vocabulary)

@@ -182,6 +182,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
+def end_tokens(folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's, and those that config.json and generation_config.json name."""
+    named: list[object] = [tokenizer.eos_token_id, getattr(folder.config, "eos_token_id", None)]
+    path = folder.path / "generation_config.json"
+    if path.is_file():
+        try:
+            named.append(json.loads(read_text(path)).get("eos_token_id"))
+        except (ValueError, AttributeError):
+            raise BadModelFolder(f"{path} is not a JSON object; copy or download it again") from None
+    ids = [one for value in named for one in (value if isinstance(value, list) else [value])]
+    return frozenset(one for one in ids if isinstance(one, int))
+
+
 def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

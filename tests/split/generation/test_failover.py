@@ -113,15 +113,15 @@ def test_a_holder_that_forgot_everything_is_sent_it_again(llama: Path) -> None:
     (prompt,) = prompts([10])
 
     async def work() -> None:
-        span, mine = Span(0, 6, 32), runtime(llama, 0, 6)
-        await span.add(LocalHolder("here", mine))
+        span, mine = Span(0, 6, 32), LocalHolder("here", runtime(llama, 0, 6))
+        await span.add(mine)
         async with asyncio.timeout(60), engine(llama, [span]) as running:
             answer = running.submit(Request(prompt, 12, GREEDY))
             got = []
             async for token in answer:
                 got.append(token.id)
                 if len(got) == 5:
-                    mine.forget(list(mine.lengths()))  # as if it had been started again
+                    mine.forget(range(SEQUENCES))  # as if it had been started again
         assert got == greedy(whole_model(llama), prompt, 12)
         assert [one.holder for one in span.recoveries] == ["here"]
 

@@ -1,0 +1,114 @@
+"""`isthmus serve`: a model over the coordinator and devices, behind an OpenAI-compatible HTTP API."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coordinator.cli.common import (
+    DEFAULT_CREDENTIALS,
+    Address,
+    CredentialsFolder,
+    Json,
+    as_dict,
+    connected,
+    console,
+    model_name,
+    print_json,
+)
+from coordinator.cli.watch import check_ended_well
+from protos.v1 import coordinator_pb2 as pb
+from split.errors import BadRequest
+
+
+def serve(
+    model: Annotated[str, typer.Option(help="A folder in hub format at the coordinator, a hub id, or default.")] = (
+        "default"
+    ),
+    stages: Annotated[
+        str,
+        typer.Option(
+            help="Who holds which blocks: HOLDER:FIRST-LAST,... where a holder is a device or `cloud`, the "
+            "coordinator. `laptop+desktop:0-8`: desktop stands by for laptop. auto: all at the coordinator."
+        ),
+    ] = "auto",
+    name: Annotated[str, typer.Option(help="What clients call the model; by default as --model.")] = "",
+    context: Annotated[int, typer.Option(help="Tokens of prompt and answer; 0: what the model takes, up to 4096.")] = 0,
+    sequences: Annotated[int, typer.Option(help="Answers at the same time; keys and values are kept for each.")] = 8,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; beyond it: 429, try again later.")] = 64,
+    codec: Annotated[str, typer.Option(help="Of hidden states on the way; none is exact (`isthmus codecs`).")] = "none",
+    host: Annotated[str, typer.Option(help="Where HTTP listens, at the coordinator.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 0,
+    api_key: Annotated[
+        str, typer.Option(help="That clients have to send; by default one is made.", envvar="ISTHMUS_API_KEY")
+    ] = "",
+    no_api_key: Annotated[bool, typer.Option("--no-api-key", help="Let everybody in.")] = False,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for devices that are missing.")] = 60.0,
+    json_output: Json = False,
+    credentials: CredentialsFolder = DEFAULT_CREDENTIALS,
+    coordinator: Address = "",
+) -> None:
+    """Serve a model until Ctrl-C. Its blocks may lie on devices; when one dies, a standby or the same one goes on.
+
+    Example: isthmus serve --model default --stages laptop:0-2,cloud:2-6 --port 8000
+    """
+    from split.serving import ServingConfig, parse_stages
+
+    if no_api_key and api_key:
+        raise BadRequest("--api-key and --no-api-key exclude each other")
+    key = "" if no_api_key else api_key or f"ist-{secrets.token_urlsafe(24)}"
+    config = ServingConfig(
+        spans=parse_stages(stages),
+        name=name or Path(model).name,
+        context=context,
+        sequences=sequences,
+        queue=queue,
+        codec=codec,
+        http_host=host,
+        http_port=port,
+        key_sha256=hashlib.sha256(key.encode()).hexdigest() if key else "",
+    )
+    spec = pb.JobSpec(
+        method="serve",
+        model=model_name(model),
+        devices=config.devices,
+        serving=config.to_json(),
+        wait_seconds=wait,
+    )
+    with connected(credentials, coordinator) as connection:
+        job = connection.stub.SubmitJob(pb.SubmitJobRequest(spec=spec))
+        try:
+            for event in connection.stub.WatchJob(pb.WatchJobRequest(id=job.id)):
+                _show(event, "" if api_key else key, as_json=json_output)
+        except KeyboardInterrupt:
+            connection.stub.CancelJob(pb.JobRequest(id=job.id))
+            if not json_output:
+                console.print("the model is not served any more")
+            raise typer.Exit(130) from None
+        ended = connection.stub.GetJob(pb.JobRequest(id=job.id))
+    check_ended_well(ended)
+
+
+def _show(event: pb.JobEvent, key: str, *, as_json: bool) -> None:
+    """key: to tell once, when there is something to use it for; empty: the user knows it."""
+    data: dict[str, Any] = json.loads(event.data or "{}")
+    if as_json:
+        if event.kind == "started" and key:
+            data["api_key"] = key
+        print_json({**as_dict(event), "data": data})
+        return
+    line = {
+        "state": lambda: f"{data['state']} {data.get('message', '')}".strip(),
+        "device": lambda: f"{event.device}: {data['state']} {data['message']}".strip(),
+        "joined": lambda: f"blocks {data['span']}: {event.device or 'the coordinator'} holds them ({data['runtime']})",
+        "left": lambda: f"blocks {data['span']}: {event.device or 'the coordinator'} has gone",
+        "started": lambda: f"{data['model']} is served at {data['url']}" + (f"\nAPI key: {key}" if key else ""),
+        "log": lambda: str(data["message"]),
+    }.get(event.kind)
+    if line is not None:
+        console.print(line(), soft_wrap=True)

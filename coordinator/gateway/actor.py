@@ -1,0 +1,212 @@
+"""The Ray actor that serves one model: the engine with both ends of the model, the chain's holders, and HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+import ray
+import torch
+from ray.exceptions import RayActorError, RayTaskError
+
+from coordinator.gateway import make_app, serve
+from coordinator.gateway.chain import ChainServicer
+from coordinator.gateway.holder_actor import HolderActor, HolderTask
+from coordinator.gateway.models import ServedModel
+from coordinator.interceptors import ErrorInterceptor
+from coordinator.stage_actor import ServingOptions
+from protos.v1 import chain_pb2_grpc
+from split.errors import IsthmusError
+from split.generation.chain import Recovery, Span
+from split.generation.ends import Ends
+from split.generation.engine import Engine
+from split.models.source import ModelFolder, end_tokens, open_model
+from split.precision import pick_device
+from split.serving import CLOUD, ServingConfig, SpanConfig
+from split.tls import SERVER_OPTIONS, Peer, bind_one_of, join_address, server_credentials
+
+log = logging.getLogger(__name__)
+
+_AGAIN = 1.0  # seconds before a holder actor that has died is made again, doubled up to _AT_MOST
+_AT_MOST = 30.0
+
+
+@dataclass(frozen=True)
+class GatewayTask:
+    """What a gateway is told: plain values, for they travel through Ray."""
+
+    job: str
+    model: str  # folder on this machine
+    serving: str  # JSON of ServingConfig
+    devices: dict[str, str]  # name -> serial of its certificate
+    digests: dict[str, str]  # by span: of its tensors
+
+
+class GatewayActor:
+    """Made a Ray actor by the coordinator. `control` is told of every event."""
+
+    def __init__(self, task: GatewayTask, options: ServingOptions, control: Any) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        self._task, self._options, self._control = task, options, control
+        self._serving = ServingConfig.from_json(task.serving)
+        self._devices = dict(task.devices)
+        self._closing = contextlib.AsyncExitStack()
+        self._events: asyncio.Queue[tuple[str, str, dict[str, Any]]] = asyncio.Queue()
+        self._failed: asyncio.Future[dict[str, Any]] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._url = ""
+
+    async def start(self) -> tuple[int, dict[str, str]]:
+        """Serves the chain and HTTP at free ports; returns the chain's, and this node's id and address."""
+        torch.set_num_threads(self._options.threads or os.cpu_count() or 1)
+        self._failed = asyncio.get_running_loop().create_future()
+        serving = self._serving
+        folder, ends = await asyncio.to_thread(self._load)
+        hidden_size = folder.config.hidden_size
+        self._spans = [
+            Span(
+                one.first,
+                one.last,
+                hidden_size,
+                chunk=serving.chunk,
+                patience=serving.patience,
+                tell=self._tell_recovery,
+            )
+            for one in serving.spans
+        ]
+        engine = Engine(
+            ends,
+            self._spans,
+            context=serving.context,
+            sequences=serving.sequences,
+            queue=serving.queue,
+            chunk=serving.chunk,
+        )
+        await self._closing.enter_async_context(engine)
+        self._servicer = ChainServicer(
+            self._task.job, serving, self._spans, hidden_size, self._task.digests, self._allowed, self._tell
+        )
+        server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        chain_pb2_grpc.add_ChainServicer_to_server(self._servicer, server)
+        credentials = server_credentials(self._options.certificate, self._options.key, self._options.ca)
+        port = bind_one_of(server, self._options.host, self._options.ports, credentials)
+        await server.start()
+        self._closing.push_async_callback(server.stop, 1)
+        tokenizer = await asyncio.to_thread(folder.tokenizer)
+        model = ServedModel(engine, tokenizer, stop_tokens=end_tokens(folder, tokenizer), vocabulary=ends.vocabulary)
+        app = make_app({serving.name: model}, key_sha256=serving.key_sha256 or None, stats=engine.stats)
+        http = await serve(app, serving.http_host, serving.http_port)
+        self._closing.push_async_callback(http.close)
+        self._url = f"http://{join_address(serving.http_host, http.port)}/v1"
+        self._tasks = [asyncio.create_task(self._tell_events()), asyncio.create_task(self._tell_when_complete())]
+        for span in serving.spans:
+            for number in range(span.holders.count(CLOUD)):
+                self._tasks.append(asyncio.create_task(self._hold(span, number, port)))
+        return port, {"id": ray.get_runtime_context().get_node_id(), "address": ray.util.get_node_ip_address()}
+
+    async def finished(self) -> dict[str, Any]:
+        """Never, unless it fails: a model is served until somebody cancels."""
+        assert self._failed is not None
+        return await self._failed
+
+    async def start_without(self, missing: list[str]) -> None:
+        """A chain waits for its holders whoever is missing."""
+
+    async def allow(self, device: str, serial: str) -> None:
+        """From now on a device of this job comes with this certificate, and with no other."""
+        if self._devices.get(device) != serial:
+            self._devices[device] = serial
+            self._servicer.drop(device)
+
+    async def revoke(self, device: str) -> None:
+        self._devices.pop(device, None)
+        self._servicer.drop(device)
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._closing.aclose()
+
+    def _load(self) -> tuple[ModelFolder, Ends]:
+        folder = open_model(self._task.model)
+        return folder, Ends(folder, device=pick_device(self._options.device))
+
+    def _here(self) -> str:
+        """The host under which the gateway's own holders reach it, on this node or on another."""
+        everywhere = self._options.host in ("", "0.0.0.0", "::")
+        return ray.util.get_node_ip_address() if everywhere else self._options.host
+
+    def _allowed(self, peer: Peer) -> bool:
+        if peer.role == "stage":
+            return peer.name == self._task.job
+        return peer.role == "device" and self._devices.get(peer.name) == peer.serial
+
+    async def _hold(self, span: SpanConfig, number: int, port: int) -> None:
+        """Keeps one holder actor alive."""
+        task = HolderTask(
+            job=self._task.job,
+            model=self._task.model,
+            first=span.first,
+            last=span.last,
+            digest=self._task.digests[f"{span.first}-{span.last}"],
+            sequences=self._serving.sequences,
+            tokens=self._serving.context,
+            gateway=join_address(self._here(), port),
+            threads=self._options.threads,
+            device=self._options.device,
+            ca=self._options.ca,
+            certificate=self._options.stage_certificate,
+            key=self._options.stage_key,
+        )
+        delay = _AGAIN
+        while True:
+            actor: Any = ray.remote(HolderActor).options(num_cpus=0, scheduling_strategy="SPREAD").remote(task)
+            began = time.monotonic()
+            try:
+                pid = await actor.pid.remote()
+                self._tell("log", "", {"message": f"blocks {task.first}-{task.last}: actor {number}, process {pid}"})
+                await actor.run.remote()
+                why = "the stream ended"
+            except (RayActorError, RayTaskError, IsthmusError) as error:
+                why = " ".join(str(error.cause if isinstance(error, RayTaskError) else error).split())[:300]
+            finally:
+                ray.kill(actor)
+            delay = _AGAIN if time.monotonic() - began > _AT_MOST else min(2 * delay, _AT_MOST)
+            self._tell("log", "", {"message": f"blocks {task.first}-{task.last}: actor {number} died ({why}); again"})
+            await asyncio.sleep(delay)
+
+    async def _tell_when_complete(self) -> None:
+        """Once every span has a holder."""
+        for span in self._spans:
+            await span.complete()
+        self._tell("started", "", {"url": self._url, "model": self._serving.name})
+
+    def _tell_recovery(self, one: Recovery) -> None:
+        message = (
+            f"blocks {one.span}: {one.holder} took over from {one.lost or 'nobody'}: {one.tokens} tokens of a sequence "
+            f"sent again, {one.seconds:.2f} s"
+        )
+        self._tell("log", "", {"message": message, **dataclasses.asdict(one)})
+
+    def _tell(self, kind: str, device: str, data: dict[str, Any]) -> None:
+        self._events.put_nowait((kind, device, data))
+
+    async def _tell_events(self) -> None:
+        while True:
+            kind, device, data = await self._events.get()
+            try:
+                await self._control.stage_event.remote(self._task.job, kind, device, json.dumps(data))
+            except Exception as error:  # a full disk, say: what cannot be recorded must not go on unseen
+                log.exception("job %s: the coordinator did not take an event", self._task.job)
+                assert self._failed is not None
+                if not self._failed.done():
+                    self._failed.set_exception(IsthmusError(f"the coordinator could not record an event: {error}"))

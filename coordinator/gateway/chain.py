@@ -1,0 +1,129 @@
+"""Serves Chain.Hold: lets in who may hold blocks, and hands what they send to the spans."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+import grpc.aio
+
+from protos.v1 import chain_pb2 as pb
+from protos.v1 import chain_pb2_grpc
+from split.codecs import parse
+from split.errors import BadFrame, IsthmusError, LinkLost, NotAllowed
+from split.generation.chain import Span
+from split.generation.remote import RemoteHolder
+from split.serving import CLOUD, ServingConfig
+from split.tls import Peer, peer_of
+
+_HELLO = 30.0  # seconds in which a holder has to say what it has
+Tell = Callable[[str, str, dict[str, Any]], None]
+
+
+class ChainServicer(chain_pb2_grpc.ChainServicer):
+    """allowed: whether this certificate counts. digests: by span, of its tensors. tell(kind, device, data)."""
+
+    def __init__(
+        self,
+        job: str,
+        serving: ServingConfig,
+        spans: Sequence[Span],
+        hidden_size: int,
+        digests: Mapping[str, str],
+        allowed: Callable[[Peer], bool],
+        tell: Tell,
+    ) -> None:
+        self._job, self._serving, self._hidden_size = job, serving, hidden_size
+        self._spans = {str(span): span for span in spans}
+        self._digests, self._allowed, self._tell = digests, allowed, tell
+        self._open: dict[str, set[RemoteHolder]] = {}
+
+    async def Hold(
+        self, requests: AsyncIterator[pb.FromHolder], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.ToHolder]:
+        peer = peer_of(context.auth_context())
+        self._check(peer)
+        try:
+            async with asyncio.timeout(_HELLO):
+                first = await anext(requests, None)
+        except TimeoutError:
+            raise BadFrame(f"no hello in {_HELLO:.0f} s") from None
+        if first is None:
+            return
+        span = self._span_of(peer, first)
+        name = f"{CLOUD}-{first.hello.process}" if peer.role == "stage" else peer.name
+        holder = RemoteHolder(name, self._serving.codec, secrets.randbits(48), self._hidden_size)
+        self._open.setdefault(peer.name, set()).add(holder)
+        reading = asyncio.create_task(_read(holder, requests))
+        await span.add(holder, self._rank(peer, span))
+        self._tell("joined", _device(peer), {"span": str(span), "holder": name, "runtime": first.hello.runtime[:32]})
+        try:
+            async for message in holder.messages():
+                yield message
+            if reading.done():
+                reading.result()  # raises what ended it
+        finally:
+            holder.end(LinkLost("the stream has ended"))
+            reading.cancel()
+            with contextlib.suppress(asyncio.CancelledError, IsthmusError):
+                await reading
+            self._open[peer.name].discard(holder)
+            self._tell("left", _device(peer), {"span": str(span), "holder": name, "done": False, "step": 0})
+
+    def drop(self, device: str) -> None:
+        """Ends a device's streams: its certificate does not count any more."""
+        for holder in list(self._open.get(device, ())):
+            holder.end(NotAllowed(f"device {device} was revoked, or enrolled anew"))
+
+    def _span_of(self, peer: Peer, first: pb.FromHolder) -> Span:
+        """Raises BadFrame or NotAllowed for a holder that has not what was asked for."""
+        if first.WhichOneof("kind") != "hello":
+            raise BadFrame("the first message of a holder has to be its hello")
+        hello = first.hello
+        name = f"{hello.first}-{hello.last}"
+        config = next((one for one in self._serving.spans if f"{one.first}-{one.last}" == name), None)
+        who = CLOUD if peer.role == "stage" else peer.name
+        if hello.job != self._job or config is None or who not in config.holders:
+            raise NotAllowed(f"{peer.name} holds no blocks {name} in job {self._job}")
+        if hello.digest != self._digests[name]:
+            raise BadFrame(f"the tensors of blocks {name} at {peer.name} are not the coordinator's")
+        if hello.sequences < self._serving.sequences or hello.tokens < self._serving.context:
+            raise BadFrame(
+                f"{peer.name} has room for {hello.sequences} sequences of {hello.tokens} tokens; "
+                f"{self._serving.sequences} of {self._serving.context} are needed"
+            )
+        missing = parse(self._serving.codec).families - set(hello.codecs)
+        if missing:
+            raise BadFrame(f"{peer.name} has no codec {sorted(missing)[0]}: bring its isthmus up to date")
+        return self._spans[name]
+
+    def _rank(self, peer: Peer, span: Span) -> int:
+        """Holders take over in the order in which they were named."""
+        config = next(one for one in self._serving.spans if str(one) == str(span))
+        return config.holders.index(CLOUD if peer.role == "stage" else peer.name)
+
+    def _check(self, peer: Peer) -> None:
+        if not self._allowed(peer):
+            raise NotAllowed(f"{peer.role} {peer.name} has no part in job {self._job}, or is revoked")
+
+
+async def _read(holder: RemoteHolder, requests: AsyncIterator[pb.FromHolder]) -> None:
+    try:
+        async for message in requests:
+            holder.heard(message)
+    except asyncio.CancelledError:
+        raise
+    except IsthmusError as error:
+        holder.end(error)
+        raise
+    except Exception as error:  # noqa: BLE001  # a broken stream, a bug: this holder's alone
+        holder.end(LinkLost(f"{type(error).__name__}: {error}"))
+        return
+    holder.end(LinkLost("it closed its side"))
+
+
+def _device(peer: Peer) -> str:
+    return peer.name if peer.role == "device" else ""

@@ -1,0 +1,69 @@
+"""The Ray actor that holds a span's blocks at the coordinator. Like a device it dials the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import dataclass, field
+
+import torch
+
+from split.generation.holding import Holding
+from split.models.source import open_model
+from split.models.stage import StageSpec, build_stages
+from split.precision import pick_device
+from split.runtime.torch_runtime import TorchRuntime
+from split.tls import Credentials, channel
+
+
+@dataclass(frozen=True)
+class HolderTask:
+    """What a holder actor is told: plain values, for they travel through Ray."""
+
+    job: str
+    model: str  # folder
+    first: int
+    last: int
+    digest: str
+    sequences: int
+    tokens: int
+    gateway: str  # HOST:PORT
+    threads: int  # 0: all cores
+    device: str
+    ca: bytes
+    certificate: bytes
+    key: bytes = field(repr=False)
+
+
+class HolderActor:
+    """Made a Ray actor by the gateway, which makes another when this one dies."""
+
+    def __init__(self, task: HolderTask) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        self._task = task
+        self._holding: Holding | None = None
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def run(self) -> None:
+        """Until the gateway closes the stream. Raises LinkLost when the stream breaks."""
+        await asyncio.to_thread(self._run)
+
+    async def leave(self) -> None:
+        if self._holding is not None:
+            self._holding.leave()
+
+    def _run(self) -> None:
+        task = self._task
+        torch.set_num_threads(task.threads or os.cpu_count() or 1)
+        source = open_model(task.model)
+        spec = StageSpec(task.first, task.last, embeds=False, head=False)
+        stage = build_stages(source, [spec], device=pick_device(task.device))[0]
+        runtime = TorchRuntime(stage, sequences=task.sequences, tokens=task.tokens)
+        with channel(task.gateway, Credentials(task.ca, task.certificate, task.key)) as gateway:
+            self._holding = Holding(
+                gateway, runtime, spec, job=task.job, digest=task.digest, hidden_size=source.config.hidden_size
+            )
+            self._holding.run()

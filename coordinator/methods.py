@@ -1,0 +1,131 @@
+"""What a job does, by its method: what each device gets of the model, and what the actor at the coordinator is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from coordinator.gateway.actor import GatewayTask
+from coordinator.stage_actor import StageTask
+from coordinator.weights import DeviceWeights, weights_of
+from protos.v1 import coordinator_pb2 as pb
+from split.config import TrainingConfig
+from split.errors import BadRequest
+from split.generation.local import context_of
+from split.models.source import ModelFolder, open_model
+from split.models.stage import StageSpec
+from split.parts import parts_of
+from split.serving import CLOUD, ServingConfig, SpanConfig, check_spans, memory_of
+
+
+class Method(Protocol):
+    """Made by `method_of`. folder: the whole model. steps: of the job; 0: it goes on until it is cancelled."""
+
+    folder: ModelFolder
+    steps: int
+
+    def weights(self, device: str) -> DeviceWeights:
+        """The device's part of the model."""
+
+    def check_device(self, name: str, profile: pb.Profile) -> None:
+        """Raises BadRequest for a device that cannot do it."""
+
+    def actor_task(self, job: str, devices: Mapping[str, str], folder: Path, resume: bool) -> StageTask | GatewayTask:
+        """devices: name -> serial of its certificate. folder: of the job."""
+
+    def device_task(self, task: pb.Task, device: str) -> None:
+        """Adds what a device has to know beside the job's spec."""
+
+
+class Training:
+    """splitlora: every device holds the same part."""
+
+    def __init__(self, spec: pb.JobSpec, cache: Path) -> None:
+        self.config = TrainingConfig.from_json(spec.training)
+        self.steps = self.config.steps
+        self.folder = open_model(spec.model)
+        self._spec = spec
+        names = parts_of(self.folder.config, self.config).device_tensors(self.folder.config)
+        self._weights = weights_of(self.folder, names, cache)
+
+    def weights(self, device: str) -> DeviceWeights:
+        return self._weights
+
+    def check_device(self, name: str, profile: pb.Profile) -> None:
+        pass  # what does not fit fails at the device, whose owner's text decides
+
+    def actor_task(self, job: str, devices: Mapping[str, str], folder: Path, resume: bool) -> StageTask:
+        return StageTask(
+            job=job,
+            model=str(self.folder.path),
+            base_model=self._spec.model,
+            training=self._spec.training,
+            devices=dict(devices),
+            stage_digest=self._weights.digest,
+            folder=str(folder),
+            resume=resume,
+        )
+
+    def device_task(self, task: pb.Task, device: str) -> None:
+        pass
+
+
+class Serving:
+    """serve: a device holds the blocks of its span."""
+
+    steps = 0
+
+    def __init__(self, spec: pb.JobSpec, cache: Path) -> None:
+        self.folder = open_model(spec.model)
+        asked, layers = ServingConfig.from_json(spec.serving), self.folder.config.num_hidden_layers
+        spans = asked.spans or (SpanConfig(0, layers, (CLOUD,)),)
+        check_spans(spans, layers)
+        self.config = replace(asked, spans=spans, context=context_of(self.folder, asked.context or None))
+        if sorted(self.config.devices) != sorted(spec.devices):
+            raise BadRequest("the devices of a served model are those of its stages")
+        self._weights: dict[str, DeviceWeights] = {}
+        for span in self.config.spans:
+            names = StageSpec(span.first, span.last, embeds=False, head=False).tensor_names(self.folder.config)
+            self._weights[str(span)] = weights_of(self.folder, names, cache)
+
+    def weights(self, device: str) -> DeviceWeights:
+        return self._weights[str(self.config.span_of(device))]
+
+    def check_device(self, name: str, profile: pb.Profile) -> None:
+        span = self.config.span_of(name)
+        needed = memory_of(self.folder, span, self.config.sequences, self.config.context)
+        if profile.memory_bytes and needed > profile.memory_bytes:
+            raise BadRequest(
+                f"device {name} has {profile.memory_bytes / 2**30:.1f} GiB of memory; blocks {span} take "
+                f"{needed / 2**30:.1f} GiB with room for {self.config.sequences} sequences of {self.config.context} "
+                "tokens: give it fewer blocks, or serve fewer sequences or a shorter context"
+            )
+
+    def actor_task(self, job: str, devices: Mapping[str, str], folder: Path, resume: bool) -> GatewayTask:
+        return GatewayTask(
+            job=job,
+            model=str(self.folder.path),
+            serving=self.config.to_json(),
+            devices=dict(devices),
+            digests={span: weights.digest for span, weights in self._weights.items()},
+        )
+
+    def device_task(self, task: pb.Task, device: str) -> None:
+        task.spec.serving = self.config.to_json()
+        span = self.config.span_of(device)
+        task.first_block, task.last_block = span.first, span.last
+
+
+METHODS: Mapping[str, type[Training] | type[Serving]] = {"splitlora": Training, "serve": Serving}
+
+
+def method_of(spec: pb.JobSpec, cache: Path) -> Method:
+    """Reads and digests what devices need of the model (slow for large ones; `cache` keeps the digests).
+
+    Raises BadRequest for a method that there is not, and for what is wrong with a spec.
+    """
+    if spec.method not in METHODS:
+        raise BadRequest(f"method {spec.method!r} is not one of {', '.join(METHODS)}")
+    return METHODS[spec.method](spec, cache)

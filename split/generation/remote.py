@@ -1,0 +1,103 @@
+"""The gateway's side of a holder: batches go out on its stream, results come in."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Sequence
+
+from torch import Tensor
+
+from protos.v1 import chain_pb2 as pb
+from split.errors import BadFrame, IsthmusError, LinkLost
+from split.generation.chain import Cost
+from split.generation.wire import HiddenCoder, rows_to_proto
+from split.runtime.base import BadPosition, Row
+
+
+class RemoteHolder:
+    """A Holder across the network. Whoever serves its stream sends what `messages` gives and calls `heard`.
+
+    timeout: seconds for one batch, after which the holder counts as gone.
+    """
+
+    def __init__(self, name: str, codec: str, seed: int, hidden_size: int, *, timeout: float = 60.0) -> None:
+        self.name, self.cost = name, Cost()
+        self.gone = False
+        self._coder = HiddenCoder(codec, seed, hidden_size)
+        self._timeout = timeout
+        self._outbox: asyncio.Queue[pb.ToHolder | None] = asyncio.Queue()
+        self._outbox.put_nowait(pb.ToHolder(agreed=pb.Agreed(codec=codec, seed=seed)))
+        self._due: deque[tuple[int, int, asyncio.Future[Tensor]]] = deque()  # batch, its tokens, who waits
+        self._last = 0
+        self._ended: IsthmusError | None = None
+
+    async def compute(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
+        if self.gone or self._ended is not None:
+            raise LinkLost(f"{self.name} has gone")
+        started = time.perf_counter()
+        coding = self._coder.seconds
+        self._last += 1
+        batch = pb.Batch(id=self._last, rows=rows_to_proto(rows), hidden=self._coder.encode(hidden))
+        self.cost.coding += self._coder.seconds - coding
+        self.cost.sent += batch.ByteSize()
+        result: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
+        self._due.append((batch.id, len(hidden), result))
+        self._outbox.put_nowait(pb.ToHolder(batch=batch))
+        try:
+            async with asyncio.timeout(self._timeout):
+                output = await result
+        except TimeoutError:
+            self.end(LinkLost(f"{self.name} did not answer for {self._timeout:.0f} s"))
+            raise LinkLost(f"{self.name} did not answer for {self._timeout:.0f} s") from None
+        self.cost.batches += 1
+        self.cost.tokens += len(hidden)
+        self.cost.seconds += time.perf_counter() - started
+        return output
+
+    def forget(self, sequences: Iterable[int]) -> None:
+        if not self.gone:
+            self._outbox.put_nowait(pb.ToHolder(forget=pb.Forget(sequences=sequences)))
+
+    async def messages(self) -> AsyncIterator[pb.ToHolder]:
+        """Until the end."""
+        while (message := await self._outbox.get()) is not None:
+            yield message
+
+    def heard(self, message: pb.FromHolder) -> None:
+        """Raises BadFrame or BadTensor for what was not agreed: the stream has to end with it."""
+        kind = message.WhichOneof("kind")
+        if kind == "leaving":
+            self.gone = True
+            self._close_if_done()
+            return
+        result = message.result
+        if kind != "result" or not self._due or self._due[0][0] != result.id:
+            raise BadFrame(f"{self.name} sent {kind} out of turn")
+        _, tokens, waiting = self._due.popleft()
+        self.cost.received += message.ByteSize()
+        self.cost.computing += result.computing_seconds
+        if result.HasField("hidden"):
+            coding = self._coder.seconds
+            output = self._coder.decode(result.hidden, tokens)
+            self.cost.coding += self._coder.seconds - coding + result.coding_seconds
+            if not waiting.done():
+                waiting.set_result(output)
+        elif not waiting.done():
+            line = f"{self.name}: {result.error[:500]}"
+            waiting.set_exception(BadPosition(line) if result.bad_position else IsthmusError(line))
+        self._close_if_done()
+
+    def end(self, error: IsthmusError) -> None:
+        """The stream has ended: what is under way is lost."""
+        self.gone, self._ended = True, error
+        while self._due:
+            waiting = self._due.popleft()[2]
+            if not waiting.done():
+                waiting.set_exception(LinkLost(f"{self.name}: {error}"))
+        self._outbox.put_nowait(None)
+
+    def _close_if_done(self) -> None:
+        if self.gone and not self._due:
+            self._outbox.put_nowait(None)

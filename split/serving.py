@@ -1,0 +1,130 @@
+"""What is served and by whom: spans of blocks, each with its holders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from split.errors import BadRequest
+from split.generation.wire import codec_for_hidden_states
+from split.models.source import TensorSource
+from split.models.stage import StageSpec, skeleton
+
+CLOUD = "cloud"  # as a holder: an actor at the coordinator
+_SPAN = re.compile(r"\s*([a-z0-9+-]+)\s*:\s*(\d+)\s*-\s*(\d+)\s*")
+
+
+@dataclass(frozen=True)
+class SpanConfig:
+    """Blocks first to last-1. holders: the first computes, the others stand by; CLOUD or devices' names."""
+
+    first: int
+    last: int
+    holders: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.first}-{self.last}"
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """One served model. spans: none: all at the coordinator. context: tokens of a sequence, 0: as many as the model
+    takes, up to 4096; sequences: at the same time; queue: requests that may wait.
+
+    key_sha256: of the API key, hexadecimal; empty: none is needed. patience: seconds that an answer waits for a holder.
+    """
+
+    spans: tuple[SpanConfig, ...]
+    name: str
+    context: int = 0
+    sequences: int = 8
+    queue: int = 64
+    chunk: int = 256
+    codec: str = "none"
+    http_host: str = "127.0.0.1"
+    http_port: int = 0
+    key_sha256: str = ""
+    patience: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("sequences", 1, 1024), ("queue", 0, 100_000), ("chunk", 1, 4096)):
+            if not least <= getattr(self, name) <= most:
+                raise BadRequest(f"{name} {getattr(self, name)}: choose {least} to {most}")
+        if not 0 < self.patience < 86400:
+            raise BadRequest(f"patience {self.patience}: choose seconds, more than 0")
+        codec_for_hidden_states(self.codec)
+
+    @property
+    def devices(self) -> list[str]:
+        return [holder for span in self.spans for holder in span.holders if holder != CLOUD]
+
+    def span_of(self, device: str) -> SpanConfig:
+        return next(span for span in self.spans if device in span.holders)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ServingConfig:
+        """Raises BadRequest for what is not one."""
+        try:
+            raw = json.loads(text)
+            spans = tuple(
+                SpanConfig(int(s["first"]), int(s["last"]), tuple(map(str, s["holders"]))) for s in raw["spans"]
+            )
+            return cls(**{**raw, "spans": spans})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BadRequest(f"not a serving configuration: {error}") from None
+
+
+def parse_stages(text: str) -> tuple[SpanConfig, ...]:
+    """`laptop:0-8,cloud:8-24` -> spans. `auto` -> none. Several holders of one span: `laptop+desktop:0-8`.
+
+    Raises BadRequest for what cannot be read; `check_spans` says whether a model can be served so.
+    """
+    if text.strip() == "auto":
+        return ()
+    spans: list[SpanConfig] = []
+    for part in text.split(","):
+        match = _SPAN.fullmatch(part)
+        if match is None:
+            raise BadRequest(f"--stages {part.strip()!r}: write HOLDER:FIRST-LAST, as in laptop:0-8,cloud:8-24")
+        holders = tuple(match[1].split("+"))
+        if not all(holders):
+            raise BadRequest(f"--stages {part.strip()!r}: a holder without a name")
+        spans.append(SpanConfig(int(match[2]), int(match[3]), holders))
+    return tuple(spans)
+
+
+def check_spans(spans: Sequence[SpanConfig], layers: int) -> None:
+    """Raises BadRequest for blocks that are missing, held twice or not in a model of so many layers, and for a device
+    that is named twice."""
+    at = 0
+    for span in spans:
+        where = f"{'+'.join(span.holders)}:{span}"
+        if span.first >= span.last or span.last > layers:
+            raise BadRequest(f"stages: there are no blocks {where} in this model, which has 0-{layers}")
+        if span.first > at:
+            raise BadRequest(f"stages: nobody holds blocks {at}-{span.first}; name them in rising order")
+        if span.first < at:
+            raise BadRequest(f"stages: blocks {span.first}-{min(at, span.last)} of {where} are held already")
+        at = span.last
+    if at < layers:
+        raise BadRequest(f"stages: nobody holds blocks {at}-{layers} of this model")
+    devices = [holder for span in spans for holder in span.holders if holder != CLOUD]
+    twice = next((name for name in devices if devices.count(name) > 1), None)
+    if twice is not None:
+        raise BadRequest(f"stages: device {twice} is named twice; it can hold one range of blocks")
+
+
+def memory_of(source: TensorSource, span: SpanConfig, sequences: int, tokens: int) -> int:
+    """Bytes of a span's weights in float32, with keys and values of so many sequences of so many tokens."""
+    config = source.config
+    weights = skeleton(config, StageSpec(span.first, span.last, embeds=False, head=False)).parameters()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * (span.last - span.first) * sequences * tokens * heads * head_size
+    return 4 * (sum(value.numel() for value in weights) + int(cache))

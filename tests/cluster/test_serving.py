@@ -1,0 +1,225 @@
+"""A model that is served over devices and actors: the whole model's answers, whoever dies meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx2
+import pytest
+from transformers import AutoTokenizer
+
+from coordinator.cli.common import Connection
+from coordinator.local_cluster import submit
+from protos.v1 import chain_pb2, chain_pb2_grpc
+from protos.v1 import coordinator_pb2 as pb
+from split.codecs import FAMILIES
+from split.serving import ServingConfig, parse_stages
+from split.tls import channel
+from tests.cluster.house import LIMIT, House, ended, events_until, refusal, wait_for
+from tests.split.generation.whole import greedy, whole_model
+
+pytestmark = pytest.mark.cluster
+
+_TEXT = "The two sides of a narrow land bridge trade through it, and what crosses it is counted."
+STREAMS = [_TEXT[start : start + length] for start, length in enumerate((2, 20, 5, 11, 1, 7, 16, 9))]
+COUNT = 90
+
+
+@dataclass
+class Served:
+    """A model at work."""
+
+    house: House
+    connection: Connection
+    job: str
+    url: str
+
+    def complete(self, prompt: str, count: int = COUNT) -> str:
+        body = {"model": "model", "prompt": prompt, "max_tokens": count, "temperature": 0}
+        response = httpx2.post(f"{self.url}/completions", json=body, timeout=LIMIT)
+        assert response.status_code == 200, response.text
+        return str(response.json()["choices"][0]["text"])
+
+    def answers(self, texts: Sequence[str]) -> list[str]:
+        with ThreadPoolExecutor(len(texts)) as pool:
+            return list(pool.map(self.complete, texts))
+
+    def stats(self) -> dict[str, Any]:
+        result: dict[str, Any] = httpx2.get(f"{self.url}/stats", timeout=LIMIT).json()
+        return result
+
+    def while_answering(self, act: Callable[[], None]) -> list[str]:
+        """The answers to all STREAMS; `act` is called when some of their tokens have been computed."""
+        before = self.stats()["hops"][0]["tokens"] + 30
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(self.answers, STREAMS)
+            wait_for(lambda: self.stats()["hops"][0]["tokens"] > before or running.done(), "tokens")
+            assert not running.done()
+            act()
+            return running.result()
+
+    def logged(self, pattern: str, after: int = 0) -> Any:
+        event = events_until(
+            self.connection,
+            self.job,
+            lambda event, data: event.kind == "log" and re.search(pattern, data["message"]) is not None,
+            after,
+        )
+        return re.search(pattern, json.loads(event.data)["message"])
+
+
+@contextlib.contextmanager
+def served(house: House, stages: str, **settings: Any) -> Iterator[Served]:
+    config = ServingConfig(parse_stages(stages), "model", **settings)
+    spec = pb.JobSpec(
+        method="serve",
+        model=str(house.model),
+        devices=config.devices,
+        serving=config.to_json(),
+        wait_seconds=LIMIT,
+    )
+    with house.connect() as connection:
+        job = submit(connection, spec).id
+        started = events_until(connection, job, lambda event, data: event.kind == "started")
+        yield Served(house, connection, job, json.loads(started.data)["url"])
+        connection.stub.CancelJob(pb.JobRequest(id=job))
+        assert ended(connection, job).state == pb.CANCELLED
+
+
+@pytest.fixture(scope="module")
+def wanted(shared_house: House) -> list[str]:
+    return texts_of(shared_house.model, STREAMS, COUNT)
+
+
+def texts_of(model: Path, asked: Sequence[str], count: int) -> list[str]:
+    whole, tokenizer = whole_model(model), AutoTokenizer.from_pretrained(model)
+    texts = []
+    for prompt in asked:
+        ids = greedy(whole, tokenizer.encode(prompt), count)
+        ids = ids[: ids.index(0)] if 0 in ids else ids  # 0 ends an answer
+        texts.append(tokenizer.decode(ids, skip_special_tokens=True))
+    return texts
+
+
+def test_devices_and_actors_together_answer_like_the_whole_model(house: House, wanted: list[str]) -> None:
+    with served(house, "d0:0-1,cloud:1-3,d1:3-4") as model:
+        assert model.answers(STREAMS) == wanted
+        stats = model.stats()
+        assert [hop["span"] for hop in stats["hops"]] == ["0-1", "1-3", "3-4"]
+        assert stats["recoveries"] == []
+        assert all(hop["sent"] > 0 and hop["received"] > 0 and hop["computing"] > 0 for hop in stats["hops"])
+
+
+def test_a_lossy_codec_makes_fewer_bytes(house: House) -> None:
+    sizes = {}
+    for codec in ("none", "float16"):
+        with served(house, "d0:0-2,cloud:2-4", codec=codec) as model:
+            model.complete(STREAMS[1], 20)
+            sizes[codec] = model.stats()["hops"][0]["sent"]
+    assert sizes["float16"] < 0.7 * sizes["none"]
+
+
+def test_killed_devices_and_actors_change_no_answer(house: House, wanted: list[str]) -> None:
+    chance = random.Random(7)
+    with served(house, "d0+d1:0-2,cloud:2-4") as model:
+        assert model.while_answering(lambda: house.cluster.kill("d0")) == wanted
+        assert {one["holder"] for one in model.stats()["recoveries"]} == {"d1"}
+        pid = int(model.logged(r"blocks 2-4: actor 0, process (\d+)")[1])
+        assert model.while_answering(lambda: os.kill(pid, signal.SIGKILL)) == wanted
+        recoveries = model.stats()["recoveries"]
+        assert any(one["span"] == "2-4" and one["tokens"] > 0 for one in recoveries)
+        house.start("d0")  # comes back by itself, and stands by
+        wait_for(lambda: [hop["holder"] for hop in model.stats()["hops"]][:2] == ["d1", "d0"], "d0 stands by")
+        victim = chance.choice(["d1"])
+        assert model.while_answering(lambda: house.cluster.kill(victim)) == wanted
+    house.start("d1")
+
+
+def test_a_device_that_is_closed_hands_over(house: House, wanted: list[str]) -> None:
+    with served(house, "d0+d1:0-2,cloud:2-4") as model:
+        process = house.cluster.processes["d0"]
+        assert model.while_answering(lambda: process.send_signal(signal.SIGTERM)) == wanted
+        process.wait(LIMIT)
+        (lost,) = {one["lost"] for one in model.stats()["recoveries"]}
+        assert lost == "d0"
+
+
+def test_a_revoked_device_holds_nothing_any_more(house: House, wanted: list[str]) -> None:
+    with served(house, "d0+d1:0-2,cloud:2-4") as model:
+        assert model.while_answering(lambda: house.cli("revoke", "d0")[0]) == wanted
+        wait_for(lambda: [hop["holder"] for hop in model.stats()["hops"]][:1] == ["d1"], "d0 is gone")
+    house.cluster.processes["d0"].wait(LIMIT)
+    house.cluster.start_device("d0", {"notes": house.texts["d0"]}, arguments=["--threads", "1"])
+    house.cluster.wait_connected(["d0"])
+
+
+def test_strangers_and_wrong_holders_are_refused_and_nobody_else_notices(house: House, wanted: list[str]) -> None:
+    with served(house, "d0:0-2,cloud:2-4") as model:
+        address = _gateway_of(model)
+        good = chain_pb2.Hello(
+            job=model.job, first=0, last=2, digest="0" * 64, sequences=8, tokens=128, codecs=sorted(FAMILIES)
+        )
+
+        def hello(**changes: Any) -> chain_pb2.Hello:
+            changed = chain_pb2.Hello()
+            changed.CopyFrom(good)
+            for name, value in changes.items():
+                setattr(changed, name, value)
+            return changed
+
+        tries = [
+            ("d1", hello(), "d1 holds no blocks 0-2"),
+            ("d0", hello(), "are not the coordinator's"),
+            ("d0", hello(first=1), "d0 holds no blocks 1-2"),
+            ("d0", hello(job="other"), "d0 holds no blocks"),
+        ]
+
+        def act() -> None:
+            for device, message, line in tries:
+                with channel(address, house.identity(device).credentials) as opened:
+                    call = chain_pb2_grpc.ChainStub(opened).Hold(iter([chain_pb2.FromHolder(hello=message)]))
+                    error = refusal(lambda call=call: list(call))
+                    assert isinstance(error, grpc.Call)
+                    assert line in (error.details() or "") or "has no part" in (error.details() or "")
+            with channel(address, house.user) as opened:
+                call = chain_pb2_grpc.ChainStub(opened).Hold(iter([]))
+                assert "has no part in job" in str(refusal(lambda: list(call)))
+
+        assert model.while_answering(act) == wanted
+
+
+@pytest.mark.parametrize(
+    ("stages", "line"),
+    [
+        ("d0:0-2", "nobody holds blocks 2-4"),
+        ("d0:0-3,cloud:2-4", "blocks 2-3 of cloud:2-4 are held already"),
+        ("cloud:1-4", "nobody holds blocks 0-1"),
+        ("cloud:0-5", "there are no blocks cloud:0-5 in this model, which has 0-4"),
+        ("d0:0-2,d0:2-4", "a device is named twice"),
+        ("d0 0-4", "write HOLDER:FIRST-LAST"),
+        ("nobody:0-4", "nobody"),
+    ],
+)
+def test_stages_that_cannot_be_are_one_line(house: House, stages: str, line: str) -> None:
+    status, _, error = house.cli("serve", "--model", str(house.model), "--stages", stages)
+    assert status == 1
+    assert line in error
+    assert error.count("\n") == 1
+
+
+def _gateway_of(model: Served) -> str:
+    """Found as a device finds it: its address is in the task."""
+    log = model.house.cluster.log("d0").read_text()
+    port = re.findall(r"for the gateway at port (\d+)", log)[-1]
+    return f"127.0.0.1:{port}"
