@@ -1,0 +1,47 @@
+"""The final norm and the head as a graph in ONNX Runtime, for whoever has them on a processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from split.models.source import TensorSource
+from split.runtime.onnx_cache import cached_graph, default_cache
+from split.runtime.onnx_graph import head_tensors, write_head
+from split.runtime.onnx_session import bind_inputs, bind_outputs, open_session
+
+
+class OnnxHead:
+    """Called with the last block's hidden states (tokens, hidden) float32, returns logits (tokens, vocabulary)."""
+
+    def __init__(
+        self,
+        source: TensorSource,
+        *,
+        weights: str = "float32",
+        threads: int = 0,
+        spinning: bool = False,
+        cache: Path | None = None,
+    ) -> None:
+        """weights, threads, spinning, cache: as of OnnxRuntime. Raises UnsupportedModel, BadRequest, BadModelFolder."""
+        folder = cached_graph(
+            cache or default_cache(),
+            source,
+            head_tensors(source.config),
+            ["head", weights],
+            lambda folder: write_head(source, weights, folder),
+        )
+        self._session = open_session(folder, threads, spinning)
+        self._vocabulary: int = source.config.vocab_size
+
+    @torch.inference_mode()
+    def __call__(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.contiguous()
+        logits = torch.empty(len(hidden), self._vocabulary)
+        binding = self._session.io_binding()
+        bind_inputs(binding, hidden=hidden)
+        bind_outputs(binding, logits=logits)
+        self._session.run_with_iobinding(binding)
+        return logits
