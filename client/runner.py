@@ -29,7 +29,7 @@ from split.models.source import TensorSource
 from split.models.stage import StageSpec, build_stages
 from split.parts import parts_of
 from split.precision import pick_device, pick_precision
-from split.runtime.torch_runtime import TorchRuntime
+from split.runtime.choose import RuntimeChoice, make_runtime
 from split.serving import ServingConfig
 from split.tls import channel, join_address, split_address
 from split.train import Cancelled, DeviceTrainer, Progress
@@ -133,8 +133,10 @@ class Runner(threading.Thread):
         """Holds blocks of a model that is served, until the job ends."""
         source, digest = self._weights()
         spec = StageSpec(self.task.first_block, self.task.last_block, embeds=False, head=False)
-        stage = build_stages(source, [spec], device=pick_device(self._options.device))[0]
-        runtime = TorchRuntime(stage, sequences=serving.sequences, tokens=serving.context)
+        choice = RuntimeChoice(serving.runtime, serving.weights, self._options.device, self._options.state / "onnx")
+        runtime = make_runtime(
+            source, spec.first, spec.last, choice, sequences=serving.sequences, tokens=serving.context
+        )
         self._state(State.RUNNING)
         batches = 0
 

@@ -78,6 +78,7 @@ class Serving:
     steps = 0
 
     def __init__(self, spec: pb.JobSpec, cache: Path) -> None:
+        self._cache = cache.parent / "onnx"
         self.folder = open_model(spec.model)
         asked, layers = ServingConfig.from_json(spec.serving), self.folder.config.num_hidden_layers
         spans = asked.spans or (SpanConfig(0, layers, (CLOUD,)),)
@@ -110,6 +111,7 @@ class Serving:
             serving=self.config.to_json(),
             devices=dict(devices),
             digests={span: weights.digest for span, weights in self._weights.items()},
+            cache=str(self._cache),
         )
 
     def device_task(self, task: pb.Task, device: str) -> None:

@@ -12,6 +12,7 @@ from split.errors import BadRequest
 from split.generation.wire import codec_for_hidden_states
 from split.models.source import TensorSource
 from split.models.stage import StageSpec, skeleton
+from split.runtime.choose import AUTO, check_runtime
 
 CLOUD = "cloud"  # as a holder: an actor at the coordinator
 _SPAN = re.compile(r"\s*([a-z0-9+-]+)\s*:\s*(\d+)\s*-\s*(\d+)\s*")
@@ -44,6 +45,8 @@ class ServingConfig:
     queue: int = 64
     chunk: int = 256
     codec: str = "none"
+    runtime: str = AUTO
+    weights: str = "float32"
     http_host: str = "127.0.0.1"
     http_port: int = 0
     key_sha256: str = ""
@@ -56,6 +59,7 @@ class ServingConfig:
         if not 0 < self.patience < 86400:
             raise BadRequest(f"patience {self.patience}: choose seconds, more than 0")
         codec_for_hidden_states(self.codec)
+        check_runtime(self.runtime, self.weights)
 
     @property
     def devices(self) -> list[str]:

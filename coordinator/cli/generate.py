@@ -24,6 +24,8 @@ Temperature = Annotated[float, typer.Option(help="0: always the likeliest token.
 TopP = Annotated[float, typer.Option(help="Draw from the fewest likeliest tokens that have this share.")]
 TopK = Annotated[int, typer.Option(help="Draw from so many likeliest tokens; 0: all.")]
 Seed = Annotated[int | None, typer.Option(help="The same draws again.")]
+Runtime = Annotated[str, typer.Option(help="With --local: auto (the faster one here), torch, or onnxruntime.")]
+Weights = Annotated[str, typer.Option(help="With --local: float32, or in onnxruntime int8 or int4.")]
 Stats = Annotated[bool, typer.Option("--stats", help="Say afterwards what the answer took, by hop.")]
 _KEPT = 20  # turns of a conversation that are sent again at most
 
@@ -54,18 +56,20 @@ class Stat:
 class Here:
     """A model in this process."""
 
-    def __init__(self, model: str) -> None:
-        self._model = model
+    def __init__(self, model: str, runtime: str, weights: str) -> None:
+        self._model, self._runtime, self._weights = model, runtime, weights
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Here:
         from split.generation.local import local_engine
         from split.models.source import end_tokens, open_model
+        from split.runtime.choose import RuntimeChoice
 
         folder = open_model(self._model)
         self._tokenizer = folder.tokenizer()
         self._ends = end_tokens(folder, self._tokenizer)
-        self._engine = await self._stack.enter_async_context(await local_engine(folder, sequences=1))
+        choice = RuntimeChoice(self._runtime, self._weights)
+        self._engine = await self._stack.enter_async_context(await local_engine(folder, sequences=1, choice=choice))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -200,6 +204,8 @@ def generate(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
+    runtime: Runtime = "auto",
+    weights: Weights = "float32",
     stop: Annotated[list[str] | None, typer.Option(help="End before this text. Repeatable.")] = None,
     stats: Stats = False,
     json_output: Json = False,
@@ -212,7 +218,7 @@ def generate(
 
     async def work() -> None:
         stat, whole = Stat(), ""
-        async with _where(model, local, url, api_key) as where:
+        async with _where(model, local, url, api_key, runtime, weights) as where:
             async for text in where.complete(prompt, asking, stat):
                 whole += text
                 if not json_output:
@@ -238,6 +244,8 @@ def chat(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
+    runtime: Runtime = "auto",
+    weights: Weights = "float32",
     stats: Stats = False,
 ) -> None:
     """Talk with a model; an empty line or Ctrl-D ends it.
@@ -249,7 +257,7 @@ def chat(
     async def work() -> None:
         first = [{"role": "system", "content": system}] if system else []
         turns: list[dict[str, str]] = []
-        async with _where(model, local, url, api_key) as where:
+        async with _where(model, local, url, api_key, runtime, weights) as where:
             while line := await asyncio.to_thread(_ask):
                 turns.append({"role": "user", "content": line})
                 stat, whole = Stat(), ""
@@ -271,8 +279,8 @@ def _ask() -> str:
         return ""
 
 
-def _where(model: str, local: bool, url: str, key: str) -> Here | There:
-    return Here(model or "default") if local else There(url, key, model)
+def _where(model: str, local: bool, url: str, key: str, runtime: str, weights: str) -> Here | There:
+    return Here(model or "default", runtime, weights) if local else There(url, key, model)
 
 
 def _run(work: Any) -> None:
@@ -297,9 +305,8 @@ def _difference(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> li
     hops = []
     for hop in after:
         old = known.get((hop["span"], hop["holder"]), {})
-        hops.append(
-            {name: value - old.get(name, 0) if isinstance(value, int | float) else value for name, value in hop.items()}
-        )
+        sums = {name: value - old.get(name, 0) for name, value in hop.items() if isinstance(value, int | float)}
+        hops.append({**hop, **sums, "median_ms_beyond_computing": hop["median_ms_beyond_computing"]})
     return [hop for hop in hops if hop["batches"]]
 
 

@@ -42,6 +42,12 @@ def serve(
     sequences: Annotated[int, typer.Option(help="Answers at the same time; keys and values are kept for each.")] = 8,
     queue: Annotated[int, typer.Option(help="Requests that may wait; beyond it: 429, try again later.")] = 64,
     codec: Annotated[str, typer.Option(help="Of hidden states on the way; none is exact (`isthmus codecs`).")] = "none",
+    runtime: Annotated[
+        str, typer.Option(help="auto (the faster one, measured at each holder), torch, or onnxruntime.")
+    ] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="Of linear modules: float32, or in onnxruntime int8 or int4.")
+    ] = "float32",
     host: Annotated[str, typer.Option(help="Where HTTP listens, at the coordinator.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 0,
     api_key: Annotated[
@@ -69,6 +75,8 @@ def serve(
         sequences=sequences,
         queue=queue,
         codec=codec,
+        runtime=runtime,
+        weights=weights,
         http_host=host,
         http_port=port,
         key_sha256=hashlib.sha256(key.encode()).hexdigest() if key else "",

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -29,7 +30,7 @@ from split.generation.chain import Recovery, Span
 from split.generation.ends import Ends
 from split.generation.engine import Engine
 from split.models.source import ModelFolder, end_tokens, open_model
-from split.precision import pick_device
+from split.runtime.choose import RuntimeChoice
 from split.serving import CLOUD, ServingConfig, SpanConfig
 from split.tls import SERVER_OPTIONS, Peer, bind_one_of, join_address, server_credentials
 
@@ -48,6 +49,7 @@ class GatewayTask:
     serving: str  # JSON of ServingConfig
     devices: dict[str, str]  # name -> serial of its certificate
     digests: dict[str, str]  # by span: of its tensors
+    cache: str  # folder for graphs
 
 
 class GatewayActor:
@@ -138,7 +140,8 @@ class GatewayActor:
 
     def _load(self) -> tuple[ModelFolder, Ends]:
         folder = open_model(self._task.model)
-        return folder, Ends(folder, device=pick_device(self._options.device))
+        serving, cache = self._serving, Path(self._task.cache)
+        return folder, Ends(folder, RuntimeChoice(serving.runtime, serving.weights, self._options.device, cache))
 
     def _here(self) -> str:
         """The host under which the gateway's own holders reach it, on this node or on another."""
@@ -163,6 +166,9 @@ class GatewayActor:
             gateway=join_address(self._here(), port),
             threads=self._options.threads,
             device=self._options.device,
+            runtime=self._serving.runtime,
+            weights=self._serving.weights,
+            cache=self._task.cache,
             ca=self._options.ca,
             certificate=self._options.stage_certificate,
             key=self._options.stage_key,

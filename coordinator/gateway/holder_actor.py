@@ -6,14 +6,14 @@ import asyncio
 import logging
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from split.generation.holding import Holding
 from split.models.source import open_model
-from split.models.stage import StageSpec, build_stages
-from split.precision import pick_device
-from split.runtime.torch_runtime import TorchRuntime
+from split.models.stage import StageSpec
+from split.runtime.choose import RuntimeChoice, make_runtime
 from split.tls import Credentials, channel
 
 
@@ -31,6 +31,9 @@ class HolderTask:
     gateway: str  # HOST:PORT
     threads: int  # 0: all cores
     device: str
+    runtime: str
+    weights: str
+    cache: str  # folder for graphs
     ca: bytes
     certificate: bytes
     key: bytes = field(repr=False)
@@ -60,8 +63,8 @@ class HolderActor:
         torch.set_num_threads(task.threads or os.cpu_count() or 1)
         source = open_model(task.model)
         spec = StageSpec(task.first, task.last, embeds=False, head=False)
-        stage = build_stages(source, [spec], device=pick_device(task.device))[0]
-        runtime = TorchRuntime(stage, sequences=task.sequences, tokens=task.tokens)
+        choice = RuntimeChoice(task.runtime, task.weights, task.device, Path(task.cache))
+        runtime = make_runtime(source, task.first, task.last, choice, sequences=task.sequences, tokens=task.tokens)
         with channel(task.gateway, Credentials(task.ca, task.certificate, task.key)) as gateway:
             self._holding = Holding(
                 gateway, runtime, spec, job=task.job, digest=task.digest, hidden_size=source.config.hidden_size

@@ -10,7 +10,8 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Protocol
 
 import torch
@@ -20,7 +21,7 @@ from split.errors import LinkLost
 from split.runtime.base import BadPosition, Row, Runtime
 
 _PATIENCE = 60.0  # seconds that a span waits for a holder
-_REMEMBERED = 1000  # recoveries
+_REMEMBERED = 1000  # recoveries, and batches of a holder
 _AGAIN = 20  # times that one batch is tried: each needs a death
 
 
@@ -35,6 +36,20 @@ class Cost:
     coding: float = 0.0  # of these, encoding and decoding at this end
     sent: int = 0
     received: int = 0
+    beyond: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    """Of recent batches: seconds beyond the stage's own computing."""
+
+    def add(self, tokens: int, seconds: float, computing: float) -> None:
+        self.batches += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        self.computing += computing
+        self.beyond.append(seconds - computing)
+
+    def figures(self) -> dict[str, float]:
+        """All but `beyond`, of which the median in milliseconds."""
+        sums = {name: value for name, value in vars(self).items() if name != "beyond"}
+        return {**sums, "median_ms_beyond_computing": 1000 * median(self.beyond) if self.beyond else 0.0}
 
 
 class Holder(Protocol):
@@ -71,10 +86,7 @@ class LocalHolder:
             forgotten, self._forgotten = self._forgotten, []
             output = await asyncio.to_thread(self._work, forgotten, rows, hidden)
             ended = time.perf_counter()
-        self.cost.batches += 1
-        self.cost.tokens += len(hidden)
-        self.cost.seconds += ended - start
-        self.cost.computing += ended - began
+        self.cost.add(len(hidden), ended - start, ended - began)
         return output
 
     def forget(self, sequences: Iterable[int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from split.models.architectures import architecture_of
 from split.models.source import TensorSource
 from split.models.stage import StageSpec, build_stages
+from split.precision import pick_device
+from split.runtime.choose import RuntimeChoice, make_head
 
 _ROWS = 256  # of logits at a time: a vocabulary is long
 
@@ -17,16 +19,24 @@ _ROWS = 256  # of logits at a time: a vocabulary is long
 class Ends:
     """Token ids in, hidden states out; and hidden states in, logits out. Without any block."""
 
-    def __init__(self, source: TensorSource, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, source: TensorSource, choice: RuntimeChoice) -> None:
         config = source.config
         layers = config.num_hidden_layers
-        specs = (StageSpec(0, 0, embeds=True, head=False), StageSpec(layers, layers, embeds=False, head=True))
-        front, tail = (stage.model for stage in build_stages(source, specs, device=device))
         parts = architecture_of(config)
+        device = pick_device(choice.device)
+        specs = [StageSpec(0, 0, embeds=True, head=False)]
+        head = make_head(source, choice)
+        if head is None:
+            specs.append(StageSpec(layers, layers, embeds=False, head=True))
+        front, *rest = (stage.model for stage in build_stages(source, specs, device=device))
+        if head is None:
+            norm, linear = rest[0].get_submodule(parts.norm), rest[0].get_submodule(parts.head)
+            self._head: Callable[[Tensor], Tensor] = lambda hidden: linear(norm(hidden.to(device)))
+        else:
+            self._head = head
         self.vocabulary, self.hidden_size, self._device = config.vocab_size, config.hidden_size, device
         self._embedding = front.get_submodule(parts.embedding)
         self._positions = None if parts.positions is None else front.get_submodule(parts.positions)
-        self._norm, self._head = tail.get_submodule(parts.norm), tail.get_submodule(parts.head)
 
     @torch.inference_mode()
     def embed(self, ids: Sequence[int], positions: Sequence[int]) -> Tensor:
@@ -39,5 +49,5 @@ class Ends:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """(tokens, hidden) after the last block -> (tokens, vocabulary) float32 on the CPU."""
-        parts = [self._head(self._norm(part.to(self._device))) for part in hidden.split(_ROWS)]
+        parts = [self._head(part) for part in hidden.split(_ROWS)]
         return torch.cat(parts).to("cpu", torch.float32)

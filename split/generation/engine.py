@@ -173,7 +173,7 @@ class Engine:
         return {
             "load": self.load,
             "hops": [
-                {"span": str(span), "holder": holder.name, **dataclasses.asdict(holder.cost)}
+                {"span": str(span), "holder": holder.name, **holder.cost.figures()}
                 for span in self.spans
                 for holder in span.holders
             ],

@@ -40,7 +40,7 @@ class Holding:
             digest=digest,
             sequences=runtime.sequences,
             tokens=runtime.tokens,
-            runtime=type(runtime).__name__.lower().removesuffix("runtime"),
+            runtime=type(runtime).__name__.removesuffix("Runtime").lower(),
             codecs=sorted(FAMILIES),
             process=os.getpid(),
         )

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
-
 from split.errors import BadRequest
 from split.generation.chain import LocalHolder, Span
 from split.generation.ends import Ends
 from split.generation.engine import Engine
 from split.models.source import TensorSource
-from split.models.stage import StageSpec, build_stages
-from split.runtime.torch_runtime import TorchRuntime
+from split.runtime.choose import TORCH, RuntimeChoice, make_runtime
 
 
 async def local_engine(
@@ -23,8 +20,8 @@ async def local_engine(
     context: int | None = None,
     sequences: int = 8,
     queue: int = 64,
-    device: torch.device | str = "cpu",
     chunk: int = 256,
+    choice: RuntimeChoice = RuntimeChoice(TORCH),
 ) -> Engine:
     """Not yet started. cuts: rising numbers of blocks at which the model is cut into spans.
 
@@ -37,11 +34,11 @@ async def local_engine(
     tokens = context_of(source, context)
     spans = []
     for first, last in pairwise(bounds):
-        stage = build_stages(source, [StageSpec(first, last, embeds=False, head=False)], device=device)[0]
+        runtime = make_runtime(source, first, last, choice, sequences=sequences, tokens=tokens)
         span = Span(first, last, source.config.hidden_size, chunk=chunk)
-        await span.add(LocalHolder("here", TorchRuntime(stage, sequences=sequences, tokens=tokens)))
+        await span.add(LocalHolder("here", runtime))
         spans.append(span)
-    ends = Ends(source, device=device)
+    ends = Ends(source, choice)
     return Engine(ends, spans, context=tokens, sequences=sequences, queue=queue, chunk=chunk)
 
 

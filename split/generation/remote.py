@@ -29,7 +29,9 @@ class RemoteHolder:
         self._timeout = timeout
         self._outbox: asyncio.Queue[pb.ToHolder | None] = asyncio.Queue()
         self._outbox.put_nowait(pb.ToHolder(agreed=pb.Agreed(codec=codec, seed=seed)))
-        self._due: deque[tuple[int, int, asyncio.Future[Tensor]]] = deque()  # batch, its tokens, who waits
+        self._due: deque[tuple[int, int, asyncio.Future[tuple[Tensor, float]]]] = (
+            deque()
+        )  # batch, its tokens, who waits
         self._last = 0
         self._ended: IsthmusError | None = None
 
@@ -42,18 +44,16 @@ class RemoteHolder:
         batch = pb.Batch(id=self._last, rows=rows_to_proto(rows), hidden=self._coder.encode(hidden))
         self.cost.coding += self._coder.seconds - coding
         self.cost.sent += batch.ByteSize()
-        result: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
+        result: asyncio.Future[tuple[Tensor, float]] = asyncio.get_running_loop().create_future()
         self._due.append((batch.id, len(hidden), result))
         self._outbox.put_nowait(pb.ToHolder(batch=batch))
         try:
             async with asyncio.timeout(self._timeout):
-                output = await result
+                output, computing = await result
         except TimeoutError:
             self.end(LinkLost(f"{self.name} did not answer for {self._timeout:.0f} s"))
             raise LinkLost(f"{self.name} did not answer for {self._timeout:.0f} s") from None
-        self.cost.batches += 1
-        self.cost.tokens += len(hidden)
-        self.cost.seconds += time.perf_counter() - started
+        self.cost.add(len(hidden), time.perf_counter() - started, computing)
         return output
 
     def forget(self, sequences: Iterable[int]) -> None:
@@ -77,13 +77,12 @@ class RemoteHolder:
             raise BadFrame(f"{self.name} sent {kind} out of turn")
         _, tokens, waiting = self._due.popleft()
         self.cost.received += message.ByteSize()
-        self.cost.computing += result.computing_seconds
         if result.HasField("hidden"):
             coding = self._coder.seconds
             output = self._coder.decode(result.hidden, tokens)
             self.cost.coding += self._coder.seconds - coding + result.coding_seconds
             if not waiting.done():
-                waiting.set_result(output)
+                waiting.set_result((output, result.computing_seconds))
         elif not waiting.done():
             line = f"{self.name}: {result.error[:500]}"
             waiting.set_exception(BadPosition(line) if result.bad_position else IsthmusError(line))

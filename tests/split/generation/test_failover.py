@@ -18,6 +18,7 @@ from split.generation.request import Request, Sampling
 from split.models.source import open_model
 from split.models.stage import StageSpec, build_stages
 from split.runtime.base import Row
+from split.runtime.choose import TORCH, RuntimeChoice
 from split.runtime.torch_runtime import TorchRuntime
 from tests.split.generation.whole import answers, greedy, ids_of, prompts, whole_model
 from tests.split.tiny_models import make_model
@@ -61,7 +62,9 @@ def runtime(folder: Path, first: int, last: int) -> TorchRuntime:
 
 
 def engine(folder: Path, spans: Sequence[Span]) -> Engine:
-    return Engine(Ends(open_model(str(folder))), spans, context=CONTEXT, sequences=SEQUENCES, chunk=16)
+    return Engine(
+        Ends(open_model(str(folder)), RuntimeChoice(TORCH)), spans, context=CONTEXT, sequences=SEQUENCES, chunk=16
+    )
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -1,0 +1,125 @@
+"""Which runtime a stage gets: the one that was asked for, or the faster one here, by a measurement."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from split.errors import BadRequest, UnsupportedModel
+from split.models.source import TensorSource
+from split.models.stage import StageSpec, build_stages
+from split.precision import pick_device
+from split.runtime.base import Row, Runtime
+from split.runtime.torch_runtime import TorchRuntime
+
+AUTO, TORCH, ONNX = "auto", "torch", "onnxruntime"
+RUNTIMES = (AUTO, TORCH, ONNX)
+WEIGHTS = ("float32", "int8", "int4")
+_TOKENS = 12  # that are decoded to compare
+
+
+@dataclass(frozen=True)
+class RuntimeChoice:
+    """How stages are computed. weights: of linear modules; less than float32 only in onnxruntime. device: torch's name.
+
+    cache: where graphs are kept; None: in the user's cache folder. threads: 0: as many as torch has.
+    """
+
+    runtime: str = AUTO
+    weights: str = "float32"
+    device: str = "auto"
+    cache: Path | None = None
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        check_runtime(self.runtime, self.weights)
+
+
+def check_runtime(runtime: str, weights: str) -> None:
+    """Raises BadRequest for what there is not."""
+    if runtime not in RUNTIMES:
+        raise BadRequest(f"runtime {runtime!r} is not one of {', '.join(RUNTIMES)}")
+    if weights not in WEIGHTS:
+        raise BadRequest(f"weights {weights!r} are not one of {', '.join(WEIGHTS)}")
+    if runtime == TORCH and weights != "float32":
+        raise BadRequest(f"runtime torch has float32 weights; choose onnxruntime for {weights}")
+
+
+def make_runtime(
+    source: TensorSource, first: int, last: int, choice: RuntimeChoice, *, sequences: int, tokens: int
+) -> Runtime:
+    """For blocks first..last-1. Raises BadRequest, UnsupportedModel (onnxruntime was asked for), BadModelFolder."""
+    if pick_runtime(source, first, choice) == TORCH:
+        return _torch(source, first, last, choice, sequences, tokens)
+    return _onnx(source, first, last, choice, sequences, tokens)
+
+
+def make_head(source: TensorSource, choice: RuntimeChoice) -> Callable[[Tensor], Tensor] | None:
+    """The last norm and head in onnxruntime, (tokens, hidden) -> (tokens, vocabulary); None where torch computes them.
+
+    int4 of the head costs many tokens: it has int8 at least.
+    """
+    if pick_runtime(source, 0, choice) == TORCH:
+        return None
+    from split.runtime.onnx_head import OnnxHead
+
+    weights = "int8" if choice.weights == "int4" else choice.weights
+    return OnnxHead(source, weights=weights, threads=choice.threads, cache=choice.cache)
+
+
+def pick_runtime(source: TensorSource, block: int, choice: RuntimeChoice) -> str:
+    """torch or onnxruntime. `auto`: torch on accelerators and for what onnxruntime cannot; else the faster one with one
+    sequence in this block."""
+    if choice.runtime != AUTO:
+        return choice.runtime
+    if pick_device(choice.device).type != "cpu":
+        return TORCH
+    if choice.weights != "float32":
+        return ONNX
+    with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
+        trial = RuntimeChoice(device="cpu", cache=Path(folder), threads=choice.threads)
+        try:
+            onnx = _seconds(_onnx(source, block, block + 1, trial, 1, _TOKENS), source.config.hidden_size)
+        except UnsupportedModel:
+            return TORCH
+    in_torch = _seconds(_torch(source, block, block + 1, trial, 1, _TOKENS), source.config.hidden_size)
+    return TORCH if in_torch < onnx else ONNX
+
+
+def _seconds(runtime: Runtime, hidden_size: int) -> float:
+    """The best of some tokens."""
+    hidden, times = torch.zeros(1, hidden_size), []
+    for position in range(_TOKENS):
+        start = time.perf_counter()
+        runtime.compute([Row(0, position, 1)], hidden)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _torch(
+    source: TensorSource, first: int, last: int, choice: RuntimeChoice, sequences: int, tokens: int
+) -> TorchRuntime:
+    spec = StageSpec(first, last, embeds=False, head=False)
+    stage = build_stages(source, [spec], device=pick_device(choice.device))[0]
+    return TorchRuntime(stage, sequences=sequences, tokens=tokens)
+
+
+def _onnx(source: TensorSource, first: int, last: int, choice: RuntimeChoice, sequences: int, tokens: int) -> Runtime:
+    from split.runtime.onnx_runtime import OnnxRuntime
+
+    return OnnxRuntime(
+        source,
+        first,
+        last,
+        sequences=sequences,
+        tokens=tokens,
+        weights=choice.weights,
+        threads=choice.threads,
+        cache=choice.cache,
+    )
