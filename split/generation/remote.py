@@ -75,17 +75,20 @@ class RemoteHolder:
         result = message.result
         if kind != "result" or not self._due or self._due[0][0] != result.id:
             raise BadFrame(f"{self.name} sent {kind} out of turn")
-        _, tokens, waiting = self._due.popleft()
+        _, tokens, waiting = self._due[0]
         self.cost.received += message.ByteSize()
         if result.HasField("hidden"):
             coding = self._coder.seconds
             output = self._coder.decode(result.hidden, tokens)
             self.cost.coding += self._coder.seconds - coding + result.coding_seconds
+            self._due.popleft()  # not before: what cannot be decoded is lost with the stream
             if not waiting.done():
                 waiting.set_result((output, result.computing_seconds))
-        elif not waiting.done():
+        else:
+            self._due.popleft()
             line = f"{self.name}: {result.error[:500]}"
-            waiting.set_exception(BadPosition(line) if result.bad_position else IsthmusError(line))
+            if not waiting.done():
+                waiting.set_exception(BadPosition(line) if result.bad_position else IsthmusError(line))
         self._close_if_done()
 
     def end(self, error: IsthmusError) -> None:

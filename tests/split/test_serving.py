@@ -1,0 +1,99 @@
+"""What is served and by whom: stages as users write them, and the memory that a span takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from split.errors import BadRequest, IsthmusError
+from split.models.source import open_model
+from split.serving import ServingConfig, SpanConfig, check_spans, memory_of, parse_stages
+from tests.split.tiny_models import ARCHITECTURES, make_model
+
+
+def test_stages_name_holders_and_blocks() -> None:
+    assert parse_stages("laptop:0-8, cloud:8-24") == (SpanConfig(0, 8, ("laptop",)), SpanConfig(8, 24, ("cloud",)))
+    assert parse_stages("a-1+b+cloud:0-3") == (SpanConfig(0, 3, ("a-1", "b", "cloud")),)
+    assert parse_stages(" auto ") == ()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "a:1", "a:1-", "a:-1-2", ":0-2", "a:0-2,,b:2-4", "+:0-2", "a:0-2;b:2-4", "A:0-2"]
+)
+def test_what_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(BadRequest, match="--stages"):
+        parse_stages(text)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    try:
+        spans = parse_stages(text)
+    except BadRequest:
+        return
+    assert all(span.holders and span.first >= 0 for span in spans)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a:0-2,b:3-4", "nobody holds blocks 2-3"),
+        ("a:0-2,b:1-4", "blocks 1-2 of b:1-4 are held already"),
+        ("a:0-2", "nobody holds blocks 2-4"),
+        ("a:0-5", "no blocks a:0-5 in this model, which has 0-4"),
+        ("a:0-2,b:2-2,c:2-4", "no blocks b:2-2"),
+        ("a:0-2,b+a:2-4", "device a is named twice"),
+    ],
+)
+def test_blocks_that_are_missing_or_held_twice_are_refused(text: str, line: str) -> None:
+    with pytest.raises(BadRequest, match=line):
+        check_spans(parse_stages(text), 4)
+
+
+def test_actors_may_stand_by_for_each_other() -> None:
+    check_spans(parse_stages("cloud+cloud:0-2,cloud:2-4"), 4)
+
+
+def test_a_configuration_survives_its_json() -> None:
+    config = ServingConfig(parse_stages("a+b:0-2,cloud:2-4"), "m", context=100, codec="hadamard,int8", weights="int8")
+    assert ServingConfig.from_json(config.to_json()) == config
+    assert config.devices == ["a", "b"]
+    assert str(config.span_of("b")) == "0-2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"sequences": 0}, "sequences 0: choose 1 to 1024"),
+        ({"queue": -1}, "queue -1"),
+        ({"chunk": 0}, "chunk 0"),
+        ({"patience": float("nan")}, "patience nan"),
+        ({"codec": "zip"}, "zip"),
+        ({"codec": "delta,int8"}, "without ef and delta"),
+        ({"runtime": "jax"}, "runtime 'jax'"),
+        ({"nonsense": 1}, "not a serving configuration"),
+        ({"spans": [{}]}, "not a serving configuration"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(changes: dict[str, object], line: str) -> None:
+    raw = dataclasses.asdict(ServingConfig(parse_stages("cloud:0-4"), "m")) | changes
+    with pytest.raises(IsthmusError, match=line):
+        ServingConfig.from_json(json.dumps(raw))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_memory_is_weights_and_keys_and_values(architecture: str, tmp_path: Path) -> None:
+    source = open_model(str(make_model(tmp_path, architecture, layers=4)))
+    one = memory_of(source, SpanConfig(0, 1, ("a",)), 1, 64)
+    assert memory_of(source, SpanConfig(0, 4, ("a",)), 1, 64) == 4 * one
+    heads = 4 if architecture in ("gpt2", "gpt_neox") else 2
+    longer = memory_of(source, SpanConfig(0, 1, ("a",)), 1, 128)
+    assert longer - one == 2 * 4 * heads * 8 * 64
+    weights = one - 2 * 4 * heads * 8 * 64
+    names = [name for name in source.tensor_names() if f".{'h' if architecture == 'gpt2' else 'layers'}.0." in name]
+    assert weights == 4 * sum(source.read(name).numel() for name in names)
