@@ -77,7 +77,7 @@ def of_one_process(
                     pass
                 return answer.timing
 
-            await ask(PROMPT, 99, 4)
+            await ask(PROMPT, 99, ANSWER)  # everything has been touched once
             alone = await ask(PROMPT, 0, ANSWER)
             figures = {
                 "decode": (alone.tokens - 1) / (alone.total - alone.first_token),
@@ -98,12 +98,12 @@ def of_served(model: Served, vocabulary: int, number: int, requests: tuple[int, 
         return list(prompt_of(PROMPT, one, vocabulary))
 
     model.ask_all([prompt(number)], 4)
-    (alone,), _ = model.ask_all([prompt(number + 1)], ANSWER)
-    stats = model.stats()
-    beyond = [hop["median_ms_beyond_computing"] for hop in stats["hops"]]
+    _, first = model.ask_all([prompt(number + 1)], 1)
+    (alone,), whole = model.ask_all([prompt(number + 2)], ANSWER + 1)
+    beyond = [hop["median_ms_beyond_computing"] for hop in model.stats()["hops"]]
     figures = {
-        "decode": (alone.tokens - 1) / (alone.times[-1] - alone.times[0]),
-        "first_token_ms": 1000 * alone.times[0],
+        "decode": (alone.tokens - 1) / (whole - first),
+        "first_token_ms": 1000 * first,
         "hop_overhead_ms": max(beyond),
     }
     for count in requests:

@@ -189,7 +189,8 @@ class Jobs:
             await self._state_is(run, pb.SUCCEEDED, "")
         except asyncio.CancelledError as cancelled:
             if "stop" in cancelled.args:
-                await self._state_is(run, pb.INTERRUPTED, f"the coordinator stopped; --resume {run.job} goes on")
+                again = f"--resume {run.job} goes on" if run.method.steps else "serve the model again"
+                await self._state_is(run, pb.INTERRUPTED, f"the coordinator stopped; {again}")
             else:
                 await self._state_is(run, pb.CANCELLED, "cancelled by a user")
         except RayTaskError as error:  # before IsthmusError: Ray makes its errors instances of their causes, too

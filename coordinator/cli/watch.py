@@ -53,7 +53,7 @@ class _View:
         elif event.kind == "device" and line is not None:
             line.state = " ".join(filter(None, [data["state"], data["message"]]))
         elif event.kind == "joined" and line is not None:
-            line.state = "training"
+            line.state = f"holds blocks {data['span']}" if "span" in data else "training"
         elif event.kind == "left" and line is not None:
             line.state = "done" if data["done"] else f"left at step {data['step']}"
         elif event.kind == "step":
@@ -67,6 +67,8 @@ class _View:
             self.notes.append(f"held-out perplexity after step {data['step']}: {data['perplexity']:.3f}")
         elif event.kind == "checkpoint":
             self.notes.append(f"checkpoint at step {data['step']}")
+        elif event.kind == "started" and "url" in data:
+            self.notes.append(f"{data['model']} is served at {data['url']}")
         elif event.kind == "log":
             self.notes.append(data["message"])
 

@@ -45,7 +45,6 @@ class HolderActor:
     def __init__(self, task: HolderTask) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
         self._task = task
-        self._holding: Holding | None = None
 
     async def pid(self) -> int:
         return os.getpid()
@@ -53,10 +52,6 @@ class HolderActor:
     async def run(self) -> None:
         """Until the gateway closes the stream. Raises LinkLost when the stream breaks."""
         await asyncio.to_thread(self._run)
-
-    async def leave(self) -> None:
-        if self._holding is not None:
-            self._holding.leave()
 
     def _run(self) -> None:
         task = self._task
@@ -66,7 +61,5 @@ class HolderActor:
         choice = RuntimeChoice(task.runtime, task.weights, task.device, Path(task.cache))
         runtime = make_runtime(source, task.first, task.last, choice, sequences=task.sequences, tokens=task.tokens)
         with channel(task.gateway, Credentials(task.ca, task.certificate, task.key)) as gateway:
-            self._holding = Holding(
-                gateway, runtime, spec, job=task.job, digest=task.digest, hidden_size=source.config.hidden_size
-            )
-            self._holding.run()
+            hidden_size = source.config.hidden_size
+            Holding(gateway, runtime, spec, job=task.job, digest=task.digest, hidden_size=hidden_size).run()

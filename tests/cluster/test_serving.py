@@ -8,6 +8,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from protos.v1 import coordinator_pb2 as pb
 from split.codecs import FAMILIES
 from split.serving import ServingConfig, parse_stages
 from split.tls import channel
-from tests.cluster.house import LIMIT, House, ended, events_until, refusal, wait_for
+from tests.cluster.house import LIMIT, House, ended, events_until, refusal, run_cli, wait_for
 from tests.split.generation.whole import greedy, whole_model
 
 pytestmark = pytest.mark.cluster
@@ -197,6 +199,23 @@ def test_strangers_and_wrong_holders_are_refused_and_nobody_else_notices(house: 
                 assert "has no part in job" in str(refusal(lambda: list(call)))
 
         assert model.while_answering(act) == wanted
+
+
+def test_the_command_serves_until_it_is_interrupted(house: House, wanted: list[str]) -> None:
+    command = [sys.executable, "-m", "coordinator.cli.main", "serve", "--model", str(house.model), "--json"]
+    command += ["--stages", "d0:0-2,cloud:2-4", "--credentials", str(house.cluster.credentials)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        events = (json.loads(line) for line in process.stdout)
+        started = next(event["data"] for event in events if event["kind"] == "started")
+        url, key = started["url"], started["api_key"]
+        asked = ("generate", "--url", url, "--prompt", STREAMS[1], "--max-tokens", str(COUNT), "--temperature", "0")
+        assert run_cli(*asked, "--api-key", key)[1] == wanted[1] + "\n"
+        status, _, error = run_cli(*asked, "--api-key", "another")
+        assert (status, "API key is missing or wrong" in error) == (1, True)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(LIMIT) == 130
+    assert "cannot be reached" in run_cli(*asked, "--api-key", key)[2]
 
 
 @pytest.mark.parametrize(

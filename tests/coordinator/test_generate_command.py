@@ -1,0 +1,103 @@
+"""`isthmus generate` and `isthmus chat` in one process, and what they say when there is nothing to talk to."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.cluster.house import run_cli
+from tests.split.generation.whole import greedy, whole_model
+from tests.split.tiny_models import make_model
+
+PROMPT = "A device keeps its text"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def wanted(model: Path) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = greedy(whole_model(model), tokenizer.encode(PROMPT), 20)
+    ids = ids[: ids.index(0)] if 0 in ids else ids
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def local(model: Path, *arguments: str) -> tuple[int, str, str]:
+    common = ("--local", "--model", str(model), "--runtime", "torch", "--temperature", "0", "--max-tokens", "20")
+    return run_cli(arguments[0], *common, *arguments[1:])
+
+
+def test_the_answer_is_the_whole_models(model: Path, wanted: str) -> None:
+    status, out, _ = local(model, "generate", "--prompt", PROMPT)
+    assert (status, out) == (0, wanted + "\n")
+
+
+def test_json_has_text_and_figures(model: Path, wanted: str) -> None:
+    status, out, _ = local(model, "generate", "--prompt", PROMPT, "--json")
+    told = json.loads(out)
+    assert (status, told["text"]) == (0, wanted)
+    assert 0 < told["stats"]["first_token"] <= told["stats"]["total"]
+    (hop,) = told["stats"]["hops"]
+    assert hop["span"] == "0-6"
+    assert hop["batches"] == told["stats"]["tokens"]
+    assert hop["computing"] > 0
+
+
+def test_stats_are_a_table(model: Path) -> None:
+    status, out, _ = local(model, "generate", "--prompt", PROMPT, "--stats")
+    assert status == 0
+    assert "tokens a second" in " ".join(out.split())
+    assert "computing" in out
+
+
+def test_an_answer_ends_before_a_stop_text(model: Path, wanted: str) -> None:
+    stop = wanted[3:6]
+    assert local(model, "generate", "--prompt", PROMPT, "--stop", stop)[1] == wanted[: wanted.index(stop)] + "\n"
+
+
+def test_a_conversation_ends_with_an_empty_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\n"))
+    status, out, _ = run_cli("chat", "--local", "--runtime", "torch", "--max-tokens", "5", "--seed", "1")
+    assert status == 0
+    assert out.count("> ") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("generate", "--prompt", "x"), "--url is missing"),
+        (("chat",), "--url is missing"),
+        (("generate", "--prompt", "x", "--local", "--model", "/nowhere"), "no model folder at /nowhere"),
+        (("generate", "--prompt", "x", "--local", "--runtime", "jax"), "runtime 'jax' is not one of"),
+        (("generate", "--prompt", "x", "--local", "--temperature", "-1"), "temperature -1.0: choose 0 to 100"),
+    ],
+)
+def test_what_cannot_be_is_one_line(arguments: tuple[str, ...], line: str) -> None:
+    status, _, error = run_cli(*arguments)
+    assert status == 1
+    assert line in error
+    assert error.count("\n") == 1
+
+
+def test_a_model_without_a_template_cannot_chat(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    status, _, error = local(model, "chat")
+    assert status == 1
+    assert "no chat template; use `isthmus generate --prompt`" in error
+
+
+def test_nobody_at_the_url_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    status, _, error = run_cli("generate", "--prompt", "x", "--url", f"http://127.0.0.1:{port}/v1")
+    assert status == 1
+    assert f"http://127.0.0.1:{port}/v1 cannot be reached" in error
