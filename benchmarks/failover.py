@@ -7,8 +7,8 @@ whoever computes some of the blocks is killed with SIGKILL: a device, or an acto
     cold     nobody else has them: the device's daemon is started again (as systemd would), or the gateway makes
              another actor
 
-A pause is the longest gap between two pieces of any stream's text, in the answers with the death. `undisturbed` has the
-same of answers without one.
+A pause is the longest time without a new piece of any stream's text, from the question on, in answers with a death.
+`undisturbed` has the same of answers without one.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def of_served(model: Served, vocabulary: int, number: int, requests: tuple[int, 
     def prompt(one: int) -> list[int]:
         return list(prompt_of(PROMPT, one, vocabulary))
 
-    model.ask_all([prompt(number)], 4)
+    model.ask_all([prompt(number)], ANSWER)
     _, first = model.ask_all([prompt(number + 1)], 1)
     (alone,), whole = model.ask_all([prompt(number + 2)], ANSWER + 1)
     beyond = [hop["median_ms_beyond_computing"] for hop in model.stats()["hops"]]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ class Asked:
 
     @property
     def longest_gap(self) -> float:
-        """Between two pieces, seconds."""
-        return max((later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)), default=0.0)
+        """Seconds without a piece, from the question on."""
+        return max((later - earlier for earlier, later in pairwise([0.0, *self.times])), default=0.0)
 
 
 @dataclass

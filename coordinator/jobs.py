@@ -30,6 +30,7 @@ from split.errors import BadRequest, IsthmusError, NotAllowed, NotEnrolled, Wron
 log = logging.getLogger(__name__)
 
 ALIVE = (pb.WAITING, pb.PREPARING, pb.RUNNING)
+_STOP = 30.0  # seconds for a stage to end by itself
 _DEFAULT_WAIT = 300.0  # seconds for devices that are missing
 StartStage = Callable[[StageTask | GatewayTask], Awaitable[tuple[Any, str]]]
 
@@ -202,9 +203,8 @@ class Jobs:
         except IsthmusError as error:
             await self._state_is(run, pb.FAILED, str(error))
         except RayActorError:
-            await self._state_is(
-                run, pb.FAILED, f"the stage's process died; --resume {run.job} goes on from the last checkpoint"
-            )
+            again = f"--resume {run.job} goes on from the last checkpoint" if run.method.steps else "serve it again"
+            await self._state_is(run, pb.FAILED, f"the stage's process died; {again}")
         except Exception as error:  # a bug must not leave a job at work for ever
             log.exception("job %s failed", run.job)
             await self._state_is(run, pb.FAILED, f"a bug in the coordinator: {error!r}; its log has the details")
@@ -272,10 +272,9 @@ class Jobs:
             if done:
                 result: dict[str, Any] = finished.result()
                 return result
-            if run.failed and not run.started:
-                raise WrongState("; ".join(f"device {name}: {why}" for name, why in sorted(run.failed.items())))
-            if run.devices and run.started and set(run.devices) <= run.failed.keys():
-                raise WrongState("every device has failed: " + "; ".join(sorted(run.failed.values())))
+            if run.failed and run.method.is_lost(run.devices, run.failed.keys(), run.started):
+                reasons = "; ".join(f"device {name}: {why}" for name, why in sorted(run.failed.items()))
+                raise WrongState(f"every device has failed: {reasons}" if run.started else reasons)
             if not run.method.steps:
                 continue  # a chain waits for its holders itself
             if run.joined if run.started else run.joined >= set(run.devices):
@@ -302,8 +301,9 @@ class Jobs:
                 session.send(cancel)
         try:
             if run.stage is not None:
-                with contextlib.suppress(RayActorError, RayTaskError):
-                    await run.stage.stop.remote()
+                with contextlib.suppress(RayActorError, RayTaskError, TimeoutError):
+                    async with asyncio.timeout(_STOP):  # it is killed then
+                        await run.stage.stop.remote()
         finally:  # cancelled once more, too
             if run.stage is not None:
                 ray.kill(run.stage)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -38,6 +38,9 @@ class Method(Protocol):
     def device_task(self, task: pb.Task, device: str) -> None:
         """Adds what a device has to know beside the job's spec."""
 
+    def is_lost(self, devices: Collection[str], failed: Collection[str], started: bool) -> bool:
+        """Whether the job cannot go on without those of its devices that have failed."""
+
 
 class Training:
     """splitlora: every device holds the same part."""
@@ -71,6 +74,9 @@ class Training:
     def device_task(self, task: pb.Task, device: str) -> None:
         pass
 
+    def is_lost(self, devices: Collection[str], failed: Collection[str], started: bool) -> bool:
+        return set(devices) <= set(failed) if started else bool(failed)
+
 
 class Serving:
     """serve: a device holds the blocks of its span."""
@@ -96,7 +102,7 @@ class Serving:
 
     def check_device(self, name: str, profile: pb.Profile) -> None:
         span = self.config.span_of(name)
-        needed = memory_of(self.folder, span, self.config.sequences, self.config.context)
+        needed = memory_of(self.folder, span, self.config)
         if profile.memory_bytes and needed > profile.memory_bytes:
             raise BadRequest(
                 f"device {name} has {profile.memory_bytes / 2**30:.1f} GiB of memory; blocks {span} take "
@@ -115,9 +121,12 @@ class Serving:
         )
 
     def device_task(self, task: pb.Task, device: str) -> None:
-        task.spec.serving = self.config.to_json()
+        task.spec.serving = replace(self.config, key_sha256="").to_json()
         span = self.config.span_of(device)
         task.first_block, task.last_block = span.first, span.last
+
+    def is_lost(self, devices: Collection[str], failed: Collection[str], started: bool) -> bool:
+        return any(set(span.holders) <= set(failed) for span in self.config.spans)
 
 
 METHODS: Mapping[str, type[Training] | type[Serving]] = {"splitlora": Training, "serve": Serving}

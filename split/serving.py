@@ -15,6 +15,7 @@ from split.models.stage import StageSpec, skeleton
 from split.runtime.choose import AUTO, check_runtime
 
 CLOUD = "cloud"  # as a holder: an actor at the coordinator
+_BYTES = {"float32": 4, "int8": 1.125, "int4": 0.625}  # of a weight, with its share of a block's scale
 _SPAN = re.compile(r"\s*([a-z0-9+-]+)\s*:\s*(\d+)\s*-\s*(\d+)\s*")
 
 
@@ -124,11 +125,11 @@ def check_spans(spans: Sequence[SpanConfig], layers: int) -> None:
         raise BadRequest(f"stages: device {twice} is named twice; it can hold one range of blocks")
 
 
-def memory_of(source: TensorSource, span: SpanConfig, sequences: int, tokens: int) -> int:
-    """Bytes of a span's weights in float32, with keys and values of so many sequences of so many tokens."""
+def memory_of(source: TensorSource, span: SpanConfig, serving: ServingConfig) -> int:
+    """Bytes of a span's weights, with keys and values (float32) of as many sequences and tokens as are served."""
     config = source.config
     weights = skeleton(config, StageSpec(span.first, span.last, embeds=False, head=False)).parameters()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * (span.last - span.first) * sequences * tokens * heads * head_size
-    return 4 * (sum(value.numel() for value in weights) + int(cache))
+    cache = 8 * (span.last - span.first) * serving.sequences * serving.context * heads * head_size
+    return int(_BYTES[serving.weights] * sum(value.numel() for value in weights) + cache)

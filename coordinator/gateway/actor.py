@@ -16,7 +16,7 @@ from typing import Any
 import grpc.aio
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from coordinator.gateway import make_app, serve
 from coordinator.gateway.chain import ChainServicer
@@ -36,8 +36,9 @@ from split.tls import SERVER_OPTIONS, Peer, bind_one_of, join_address, server_cr
 
 log = logging.getLogger(__name__)
 
-_AGAIN = 1.0  # seconds before a holder actor that has died is made again, doubled up to _AT_MOST
+_AGAIN = 1.0  # seconds before a holder actor that died soon is made again, doubled up to _AT_MOST
 _AT_MOST = 30.0
+_SOON = 10.0  # seconds; one that lived for longer is made again at once
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class GatewayActor:
             certificate=self._options.stage_certificate,
             key=self._options.stage_key,
         )
-        delay = _AGAIN
+        delay = 0.0
         while True:
             actor: Any = ray.remote(HolderActor).options(num_cpus=0, scheduling_strategy="SPREAD").remote(task)
             began = time.monotonic()
@@ -182,11 +183,11 @@ class GatewayActor:
                 self._tell("log", "", {"message": f"blocks {task.first}-{task.last}: actor {number}, process {pid}"})
                 await actor.run.remote()
                 why = "the stream ended"
-            except (RayActorError, RayTaskError, IsthmusError) as error:
+            except (RayError, IsthmusError) as error:
                 why = " ".join(str(error.cause if isinstance(error, RayTaskError) else error).split())[:300]
             finally:
                 ray.kill(actor)
-            delay = _AGAIN if time.monotonic() - began > _AT_MOST else min(2 * delay, _AT_MOST)
+            delay = 0.0 if time.monotonic() - began > _SOON else min(max(_AGAIN, 2 * delay), _AT_MOST)
             self._tell("log", "", {"message": f"blocks {task.first}-{task.last}: actor {number} died ({why}); again"})
             await asyncio.sleep(delay)
 

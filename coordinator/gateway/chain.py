@@ -53,10 +53,15 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
             raise BadFrame(f"no hello in {_HELLO:.0f} s") from None
         if first is None:
             return
+        self._check(peer)  # again: it may have been revoked since
         span = self._span_of(peer, first)
         name = f"{CLOUD}-{first.hello.process}" if peer.role == "stage" else peer.name
         holder = RemoteHolder(name, self._serving.codec, secrets.randbits(48), self._hidden_size)
-        self._open.setdefault(peer.name, set()).add(holder)
+        mine = self._open.setdefault(peer.name, set())
+        if peer.role == "device":  # which has dialled again
+            for earlier in mine:
+                earlier.end(LinkLost("it has come by another stream"))
+        mine.add(holder)
         reading = asyncio.create_task(_read(holder, requests))
         await span.add(holder, self._rank(peer, span))
         self._tell("joined", _device(peer), {"span": str(span), "holder": name, "runtime": first.hello.runtime[:32]})
@@ -67,6 +72,7 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
                 reading.result()  # raises what ended it
         finally:
             holder.end(LinkLost("the stream has ended"))
+            span.remove(holder)
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError, IsthmusError):
                 await reading

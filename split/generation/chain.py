@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from split.errors import LinkLost
+from split.errors import IsthmusError, LinkLost
 from split.runtime.base import BadPosition, Row, Runtime
 
 _PATIENCE = 60.0  # seconds that a span waits for a holder
@@ -67,13 +67,15 @@ class Holder(Protocol):
 
     def forget(self, sequences: Iterable[int]) -> None: ...
 
+    def end(self, error: IsthmusError) -> None:
+        """It is not wanted any more."""
+
 
 class LocalHolder:
     """A runtime in this process. It computes in a thread, so that the event loop goes on."""
 
-    gone = False
-
     def __init__(self, name: str, runtime: Runtime) -> None:
+        self.gone = False
         self.name, self.cost = name, Cost()
         self._runtime = runtime
         self._turn = asyncio.Lock()
@@ -91,6 +93,9 @@ class LocalHolder:
 
     def forget(self, sequences: Iterable[int]) -> None:
         self._forgotten += sequences
+
+    def end(self, error: IsthmusError) -> None:
+        self.gone = True
 
     def _work(self, forgotten: list[int], rows: Sequence[Row], hidden: Tensor) -> Tensor:
         self._runtime.forget(forgotten)
@@ -133,6 +138,7 @@ class Span:
         self._holders: list[Holder] = []
         self._ranks: dict[Holder, int] = {}
         self._at_work: Holder | None = None
+        self._empty_since: float | None = None  # when a holder was first missed
         self._news = asyncio.Condition()
         self._journal: dict[int, _Journal] = {}
         self._built: dict[int, Holder] = {}  # by sequence: who has its keys and values
@@ -151,7 +157,14 @@ class Span:
             self._ranks[holder] = rank
             standby = sorted([*self._holders, holder], key=lambda one: (one is not self._at_work, self._ranks[one]))
             self._holders = standby
+            self._empty_since = None
             self._news.notify_all()
+
+    def remove(self, holder: Holder) -> None:
+        """It has left."""
+        if holder in self._holders:
+            self._holders.remove(holder)
+            del self._ranks[holder]
 
     async def complete(self) -> None:
         """Returns when there is a holder."""
@@ -164,6 +177,7 @@ class Span:
             self._journal.setdefault(row.sequence, _Journal(self._hidden_size)).put(row.position, part)
         failed: float | None = None
         lost = ""
+        doubtful: set[Holder] = set()
         for _ in range(_AGAIN):
             holder = await self._holder()
             behind = [row for row in rows if row.position and self._built.get(row.sequence) is not holder]
@@ -172,14 +186,18 @@ class Span:
                 for row in behind:
                     await self._rebuild(holder, row)
                 output = await holder.compute(rows, hidden)
-            except BadPosition:
-                for row in rows:
-                    self._built.pop(row.sequence, None)
+            except IsthmusError as error:
                 failed, lost = started, holder.name
-                continue
-            except LinkLost:
-                self._drop(holder)
-                failed, lost = started, holder.name
+                if isinstance(error, BadPosition) and holder not in doubtful:  # it may just have forgotten
+                    doubtful.add(holder)
+                    for row in rows:
+                        self._built.pop(row.sequence, None)
+                    continue
+                if not isinstance(error, LinkLost) and (doubtful - {holder} or len(self._holders) < 2):
+                    raise  # nobody could compute this
+                doubtful.add(holder)
+                self.remove(holder)
+                holder.end(error)
                 continue
             for row in behind:
                 before = self._built.get(row.sequence)
@@ -204,20 +222,17 @@ class Span:
 
     async def _holder(self) -> Holder:
         for holder in [one for one in self._holders if one.gone]:
-            self._drop(holder)
+            self.remove(holder)
         if not self._holders:
+            now = time.monotonic()
+            self._empty_since = now if self._empty_since is None else self._empty_since
             try:
-                async with asyncio.timeout(self._patience), self._news:
+                async with asyncio.timeout(self._empty_since + self._patience - now), self._news:
                     await self._news.wait_for(lambda: self._holders)
             except TimeoutError:
                 raise LinkLost(f"nobody holds blocks {self}, and nobody came for {self._patience:.0f} s") from None
         self._at_work = self._holders[0]
         return self._at_work
-
-    def _drop(self, holder: Holder) -> None:
-        if holder in self._holders:
-            self._holders.remove(holder)
-            del self._ranks[holder]
 
     async def _rebuild(self, holder: Holder, row: Row) -> None:
         """Sends what came before a row's position, in as few batches as may be."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -25,6 +26,8 @@ from split.generation.ends import Ends
 from split.generation.request import Busy, Logprob, Request, Timing, Token
 from split.generation.sampling import Chooser, check_sampling, logprob_of
 from split.runtime.base import Row
+
+log = logging.getLogger(__name__)
 
 _MAX_LOGPROBS = 20
 
@@ -195,10 +198,12 @@ class Engine:
                 f"context of {self.context}"
             )
         self._waiting = deque(stream for stream in self._waiting if not self._given_up(stream))
-        if len(self._waiting) >= self._queue:
-            raise Busy(f"{len(self._waiting)} requests are waiting already; try again later", self._retry_after())
         stream = _Stream(request)
         self._waiting.append(stream)
+        self._admit()
+        if len(self._waiting) > self._queue:  # it is the last of them
+            self._waiting.pop()
+            raise Busy(f"{len(self._waiting)} requests are waiting already; try again later", self._retry_after())
         self._news.set()
         return stream
 
@@ -214,21 +219,25 @@ class Engine:
 
     async def _lane(self) -> None:
         while True:
-            self._admit()
-            batch = self._take()
-            if not batch:
-                self._news.clear()
-                await self._news.wait()
-                continue
+            batch: list[_Stream] = []
             try:
-                await self._advance(batch)
+                self._admit()
+                batch = self._take()
+                if batch:
+                    await self._advance(batch)
             except asyncio.CancelledError:
                 raise
-            except Exception as error:  # noqa: BLE001  # a span that nobody holds, a bug: these answers end with it
+            except Exception as error:  # a span that nobody holds, a bug: these answers end with it
+                if not isinstance(error, IsthmusError):
+                    log.exception("a batch failed")
                 known = error if isinstance(error, IsthmusError) else IsthmusError(f"{type(error).__name__}: {error}")
                 for stream in batch:
                     self._leave(stream, known)
-            self._news.set()
+            if batch:
+                self._news.set()
+            else:
+                self._news.clear()
+                await self._news.wait()
 
     def _admit(self) -> None:
         while self._waiting and (self._free or self._kept):
@@ -244,22 +253,18 @@ class Engine:
         """A sequence, and how many of the prompt's tokens it has already."""
         known = {sequence: _in_common(tokens, stream.request.prompt) for sequence, tokens in self._kept.items()}
         best = max(known, key=lambda sequence: known[sequence], default=-1)
+        if best < 0 or 2 * known[best] < len(self._kept[best]):  # most of that one would be lost
+            if self._free:
+                return self._free.pop(), 0
+            best = next(iter(self._kept))  # the oldest
+        del self._kept[best]
         # The last token of a prompt is computed again: its logits are needed. So are those of all for its logprobs.
-        if best >= 0 and known[best] > 1 and not stream.wants_prompt:
-            del self._kept[best]
-            return best, min(known[best], len(stream.request.prompt) - 1)
-        if self._free:
-            return self._free.pop(), 0
-        oldest = next(iter(self._kept))
-        del self._kept[oldest]
-        self._forget(oldest)
-        return oldest, 0
+        return best, 0 if stream.wants_prompt else min(known[best], len(stream.request.prompt) - 1)
 
     def _take(self) -> list[_Stream]:
         """Of those that are ready: pieces of prompts and next tokens by turns, so that neither waits for long."""
         for ready in (self._prompts, self._answers):
             for stream in [one for one in ready if one.cancelled]:
-                ready.remove(stream)
                 self._leave(stream)
         turn, self._prompts_next = self._prompts_next, not self._prompts_next
         if self._prompts and (turn or not self._answers):
@@ -303,7 +308,12 @@ class Engine:
                 (self._prompts if stream.prefilling else self._answers).append(stream)
 
     def _leave(self, stream: _Stream, error: IsthmusError | None = None) -> None:
-        self._at_work.discard(stream)
+        if stream not in self._at_work:
+            return
+        self._at_work.remove(stream)
+        for ready in (self._prompts, self._answers):
+            if stream in ready:
+                ready.remove(stream)
         if error is None:
             self._kept[stream.sequence] = tuple(stream.tokens[: stream.fed])
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import threading
@@ -19,6 +20,8 @@ from split.generation.wire import HiddenCoder, rows_of
 from split.models.stage import StageSpec
 from split.runtime.base import BadPosition, Runtime
 from split.tls import error_of
+
+log = logging.getLogger(__name__)
 
 _LAST_ANSWER = 10.0  # seconds that a holder which leaves has for what is under way
 
@@ -95,6 +98,9 @@ class Holding:
             encoded = coder.encode(output)
         except IsthmusError as error:
             return pb.Result(id=batch.id, error=str(error), bad_position=isinstance(error, BadPosition))
+        except Exception as error:  # no memory, a bug: the gateway goes to another holder
+            log.exception("a batch could not be computed")
+            return pb.Result(id=batch.id, error=f"{type(error).__name__}: {error}")
         return pb.Result(id=batch.id, hidden=encoded, computing_seconds=seconds, coding_seconds=coder.seconds - coding)
 
     def _messages(self) -> Iterator[pb.FromHolder]:

@@ -32,7 +32,7 @@ class RemoteHolder:
         self._due: deque[tuple[int, int, asyncio.Future[tuple[Tensor, float]]]] = (
             deque()
         )  # batch, its tokens, who waits
-        self._last = 0
+        self._last = self._answered = 0  # batches
         self._ended: IsthmusError | None = None
 
     async def compute(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
@@ -47,12 +47,12 @@ class RemoteHolder:
         result: asyncio.Future[tuple[Tensor, float]] = asyncio.get_running_loop().create_future()
         self._due.append((batch.id, len(hidden), result))
         self._outbox.put_nowait(pb.ToHolder(batch=batch))
-        try:
-            async with asyncio.timeout(self._timeout):
-                output, computing = await result
-        except TimeoutError:
-            self.end(LinkLost(f"{self.name} did not answer for {self._timeout:.0f} s"))
-            raise LinkLost(f"{self.name} did not answer for {self._timeout:.0f} s") from None
+        while not result.done():
+            before = self._answered
+            await asyncio.wait({result}, timeout=self._timeout)
+            if not result.done() and self._answered == before:  # nor any batch before this one
+                self.end(LinkLost(f"it did not answer for {self._timeout:.0f} s"))
+        output, computing = result.result()
         self.cost.add(len(hidden), time.perf_counter() - started, computing)
         return output
 
@@ -76,14 +76,15 @@ class RemoteHolder:
         if kind != "result" or not self._due or self._due[0][0] != result.id:
             raise BadFrame(f"{self.name} sent {kind} out of turn")
         _, tokens, waiting = self._due[0]
+        self._answered += 1
         self.cost.received += message.ByteSize()
         if result.HasField("hidden"):
             coding = self._coder.seconds
             output = self._coder.decode(result.hidden, tokens)
-            self.cost.coding += self._coder.seconds - coding + result.coding_seconds
+            self.cost.coding += self._coder.seconds - coding + _seconds(result.coding_seconds)
             self._due.popleft()  # not before: what cannot be decoded is lost with the stream
             if not waiting.done():
-                waiting.set_result((output, result.computing_seconds))
+                waiting.set_result((output, _seconds(result.computing_seconds)))
         else:
             self._due.popleft()
             line = f"{self.name}: {result.error[:500]}"
@@ -103,3 +104,8 @@ class RemoteHolder:
     def _close_if_done(self) -> None:
         if self.gone and not self._due:
             self._outbox.put_nowait(None)
+
+
+def _seconds(told: float) -> float:
+    """What a holder says of itself; 0 for what cannot be."""
+    return told if 0 <= told < 1e6 else 0.0

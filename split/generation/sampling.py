@@ -27,7 +27,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
     top_k keeps the k likeliest, top_p the fewest likeliest that have at least that share of what is left.
     """
-    scaled = logits.double() / sampling.temperature
+    scaled = (logits.double() - logits.max()) / sampling.temperature  # the difference first: any temperature will do
     if sampling.top_k:
         least = scaled.topk(min(sampling.top_k, len(scaled))).values[-1]
         scaled = scaled.masked_fill(scaled < least, -torch.inf)

@@ -44,6 +44,8 @@ class TorchRuntime:
         for row in rows:
             if row.sequence not in self._slots:
                 self._slots[row.sequence] = self._free.pop()
+            self._reached[row.sequence] = max(row.position + row.count, self._reached.get(row.sequence, 0))
+            self._lengths[row.sequence] = row.position  # what follows counts once all of it is there
         parts = hidden.split([row.count for row in rows])
         computed: dict[int, Tensor] = {}
         order = sorted(range(len(rows)), key=lambda i: (rows[i].count, self._slots[rows[i].sequence]))
@@ -52,8 +54,7 @@ class TorchRuntime:
             x = torch.stack([parts[i] for i in members]).to(self._device, self._dtype)
             computed |= zip(members, self._forward([rows[i] for i in members], x), strict=True)
         for row in rows:
-            length = self._lengths[row.sequence] = row.position + row.count
-            self._reached[row.sequence] = max(length, self._reached.get(row.sequence, 0))
+            self._lengths[row.sequence] = row.position + row.count
         return torch.cat([computed[i] for i in range(len(rows))])
 
     @torch.inference_mode()

@@ -89,10 +89,12 @@ def test_a_configuration_that_cannot_be_is_refused(changes: dict[str, object], l
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_memory_is_weights_and_keys_and_values(architecture: str, tmp_path: Path) -> None:
     source = open_model(str(make_model(tmp_path, architecture, layers=4)))
-    one = memory_of(source, SpanConfig(0, 1, ("a",)), 1, 64)
-    assert memory_of(source, SpanConfig(0, 4, ("a",)), 1, 64) == 4 * one
+    serving = ServingConfig((), "m", context=64, sequences=1)
+    one = memory_of(source, SpanConfig(0, 1, ("a",)), serving)
+    assert memory_of(source, SpanConfig(0, 4, ("a",)), serving) == 4 * one
+    assert memory_of(source, SpanConfig(0, 1, ("a",)), dataclasses.replace(serving, weights="int8")) < one
     heads = 4 if architecture in ("gpt2", "gpt_neox") else 2
-    longer = memory_of(source, SpanConfig(0, 1, ("a",)), 1, 128)
+    longer = memory_of(source, SpanConfig(0, 1, ("a",)), dataclasses.replace(serving, context=128))
     assert longer - one == 2 * 4 * heads * 8 * 64
     weights = one - 2 * 4 * heads * 8 * 64
     names = [name for name in source.tensor_names() if f".{'h' if architecture == 'gpt2' else 'layers'}.0." in name]

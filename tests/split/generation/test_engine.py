@@ -119,9 +119,12 @@ def test_a_conversations_next_turn_goes_on_from_what_is_there(llama: Path) -> No
         answer = engine.submit(Request(longer, 10, GREEDY))
         assert await ids_of(answer) == greedy(model, longer, 10)
         assert answer.timing.cached_tokens == len(first) + len(said) - 1
-        shorter = engine.submit(Request(first[:9], 10, GREEDY))
+        shorter = engine.submit(Request(first[:9], 10, GREEDY))  # which does not cost the longer one its place
         assert await ids_of(shorter) == greedy(model, first[:9], 10)
-        assert shorter.timing.cached_tokens == 8
+        assert shorter.timing.cached_tokens == 0
+        again = engine.submit(Request(longer, 10, GREEDY))
+        assert await ids_of(again) == greedy(model, longer, 10)
+        assert again.timing.cached_tokens == len(longer) - 1
 
     run(engine_of(llama, cuts=(2,)), work)
 
@@ -131,16 +134,27 @@ def test_ten_times_the_load_is_refused_beyond_the_queue_and_all_others_are_answe
 
     async def work(engine: Engine) -> None:
         request = Request(prompts([4])[0], 10, GREEDY)
-        taken = [engine.submit(request) for _ in range(6)]
-        for _ in range(54):
+        taken = [engine.submit(request) for _ in range(10)]  # for four of which there is room at once
+        for _ in range(90):
             with pytest.raises(Busy, match="6 requests are waiting") as refused:
                 engine.submit(request)
             assert refused.value.retry_after >= 1
-        assert await asyncio.gather(*map(ids_of, taken)) == [wanted] * 6
+        assert await asyncio.gather(*map(ids_of, taken)) == [wanted] * 10
         assert engine.load["waiting"] == engine.load["running"] == 0
         assert engine.load["kept"] <= 4
 
     run(engine_of(llama, queue=6), work)
+
+
+def test_a_queue_of_none_takes_what_there_is_room_for(llama: Path) -> None:
+    async def work(engine: Engine) -> None:
+        request = Request(prompts([4])[0], 10, GREEDY)
+        taken = [engine.submit(request) for _ in range(4)]
+        with pytest.raises(Busy):
+            engine.submit(request)
+        assert len(set(map(tuple, await asyncio.gather(*map(ids_of, taken))))) == 1
+
+    run(engine_of(llama, queue=0), work)
 
 
 def test_a_cancelled_request_makes_room_and_changes_no_other(llama: Path) -> None:

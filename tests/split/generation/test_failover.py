@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from split.errors import LinkLost
+from split.errors import BadRequest, IsthmusError, LinkLost
 from split.generation.chain import LocalHolder, Span
 from split.generation.ends import Ends
 from split.generation.engine import Engine
 from split.generation.request import Request, Sampling
 from split.models.source import open_model
 from split.models.stage import StageSpec, build_stages
-from split.runtime.base import Row
+from split.runtime.base import BadPosition, Row
 from split.runtime.choose import TORCH, RuntimeChoice
 from split.runtime.torch_runtime import TorchRuntime
 from tests.split.generation.whole import answers, greedy, ids_of, prompts, whole_model
@@ -127,6 +127,50 @@ def test_a_holder_that_forgot_everything_is_sent_it_again(llama: Path) -> None:
                     mine.forget(range(SEQUENCES))  # as if it had been started again
         assert got == greedy(whole_model(llama), prompt, 12)
         assert [one.holder for one in span.recoveries] == ["here"]
+
+    asyncio.run(work())
+
+
+class Faulty(LocalHolder):
+    """Never computes anything."""
+
+    def __init__(self, runtime: TorchRuntime, error: IsthmusError) -> None:
+        super().__init__("faulty", runtime)
+        self._error = error
+        self.asked = 0
+
+    async def compute(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
+        self.asked += 1
+        raise self._error
+
+
+@pytest.mark.parametrize("error", [BadPosition("go back"), BadRequest("no"), IsthmusError("no memory")])
+def test_a_holder_that_only_gives_errors_is_left_for_another(llama: Path, error: IsthmusError) -> None:
+    texts = prompts(LENGTHS)
+
+    async def work() -> None:
+        span, faulty = Span(0, 6, 32), Faulty(runtime(llama, 0, 6), error)
+        await span.add(faulty)
+        await span.add(LocalHolder("sound", runtime(llama, 0, 6)), 1)
+        async with asyncio.timeout(60), engine(llama, [span]) as running:
+            wanted = [greedy(whole_model(llama), prompt, 8) for prompt in texts]
+            assert await answers(running, [Request(prompt, 8, GREEDY) for prompt in texts]) == wanted
+        assert faulty.gone
+        assert faulty.asked <= 2
+        assert [holder.name for holder in span.holders] == ["sound"]
+
+    asyncio.run(work())
+
+
+def test_what_nobody_can_compute_ends_with_its_error(llama: Path) -> None:
+    async def work() -> None:
+        span = Span(0, 6, 32)
+        for rank in range(3):
+            await span.add(Faulty(runtime(llama, 0, 6), IsthmusError("no memory")), rank)
+        async with asyncio.timeout(60), engine(llama, [span]) as running:
+            with pytest.raises(IsthmusError, match="no memory"):
+                await ids_of(running.submit(Request(prompts([4])[0], 8, GREEDY)))
+        assert len(span.holders) == 2  # a batch costs one of them at most
 
     asyncio.run(work())
 

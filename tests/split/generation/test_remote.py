@@ -113,7 +113,7 @@ def test_a_holder_that_leaves_answers_what_is_under_way() -> None:
 def test_a_holder_that_does_not_answer_counts_as_gone() -> None:
     async def work() -> None:
         remote = holder(timeout=0.05)
-        with pytest.raises(LinkLost, match="did not answer for 0 s"):
+        with pytest.raises(LinkLost, match="device: it did not answer for 0 s"):
             await remote.compute(ROWS, states())
         assert remote.gone
 

@@ -1,0 +1,80 @@
+"""The commands and the arithmetic of the benchmarks of decoding and of deaths. Nothing is timed here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.failover import Death, summarise
+from benchmarks.generate import ratios
+from benchmarks.llama_cpp import bench, write_gguf
+from benchmarks.serving import Asked
+from split.errors import BadData, BadRequest
+from tests.split.tiny_models import make_model
+
+
+@pytest.mark.parametrize("name", ["generate", "failover"])
+def test_a_benchmark_says_what_it_does(name: str) -> None:
+    done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert f"python -m benchmarks.{name}" in done.stdout
+    assert "--json" in done.stdout
+
+
+def test_a_model_that_is_not_there_is_one_line() -> None:
+    command = [sys.executable, "-m", "benchmarks.failover", "--model", "/nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "500"})
+    assert done.returncode == 1
+    assert "no model folder at /nowhere" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_ratios_are_of_the_same_round_and_only_of_what_was_measured() -> None:
+    measured = {
+        "transformers": [{"decode": 10.0}, {"decode": 20.0}, {"decode": 10.0}],
+        "one process": [
+            {"decode": 30.0, "requests_16": 90.0},
+            {"decode": 80.0, "requests_16": 400.0},
+            {"decode": 20.0, "requests_16": 80.0},
+        ],
+        "two, loopback": [{"decode": 18.0, "hop_overhead_ms": 2.0}],
+        "one process beside two, loopback": [{"decode": 20.0}],
+    }
+    assert ratios(measured) == {
+        "one_process_over_transformers": 3.0,
+        "two_processes_over_one": 0.9,
+        "hop_overhead_ms": 2.0,
+        "sixteen_requests_over_one": 4.0,
+    }
+
+
+def test_deaths_are_summed_and_pauses_are_medians() -> None:
+    deaths = [
+        Death("device", "standby", 5, 0.1, 0.05, 30, 0),
+        Death("actor", "standby", 9, 0.3, 0.05, 20, 1),
+        Death("device", "cold", 5, 4.0, 3.0, 10, 0),
+    ]
+    told = summarise(deaths, [0.02])
+    assert told["mismatched_answers"] == 1
+    assert told["tokens_replayed"] == 60
+    assert told["pause_ms_standby"] == pytest.approx(200)
+    assert told["pause_ms_cold"] == 4000
+    assert told["pause_ms_undisturbed"] == 20
+
+
+def test_a_gap_counts_from_the_question_on() -> None:
+    assert Asked(times=[3.0, 3.5, 4.0]).longest_gap == 3.0
+    assert Asked(times=[0.5, 3.5]).longest_gap == 3.0
+    assert Asked().longest_gap == 0.0
+
+
+def test_what_llama_cpp_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadData, match=r"no llama-bench in .*: scripts/build_llama_cpp.sh builds it"):
+        bench(tmp_path, tmp_path / "model.gguf", 1)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(BadRequest, match="pip install gguf"):
+        write_gguf(make_model(tmp_path / "llama", "llama"), tmp_path / "model.gguf")
