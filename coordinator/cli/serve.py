@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,7 +62,7 @@ def serve(
     credentials: CredentialsFolder = DEFAULT_CREDENTIALS,
     coordinator: Address = "",
 ) -> None:
-    """Serve a model until Ctrl-C. Its blocks may lie on devices; when one dies, a standby or the same one goes on.
+    """Serve a model until Ctrl-C or SIGTERM. Its blocks may lie on devices; when one dies, another goes on.
 
     Example: isthmus serve --model default --stages laptop:0-2,cloud:2-6 --port 8000
     """
@@ -91,8 +94,9 @@ def serve(
     with connected(credentials, coordinator) as connection:
         job = connection.stub.SubmitJob(pb.SubmitJobRequest(spec=spec))
         try:
-            for event in connection.stub.WatchJob(pb.WatchJobRequest(id=job.id)):
-                _show(event, "" if api_key else key, as_json=json_output)
+            with _stoppable():
+                for event in connection.stub.WatchJob(pb.WatchJobRequest(id=job.id)):
+                    _show(event, "" if api_key else key, as_json=json_output)
         except KeyboardInterrupt:
             connection.stub.CancelJob(pb.JobRequest(id=job.id))
             if not json_output:
@@ -100,6 +104,18 @@ def serve(
             raise typer.Exit(130) from None
         ended = connection.stub.GetJob(pb.JobRequest(id=job.id))
     check_ended_well(ended)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM, and Ctrl-C also where the shell has it ignored, raise KeyboardInterrupt."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _show(event: pb.JobEvent, key: str, *, as_json: bool) -> None:
