@@ -82,8 +82,8 @@ class Run:
         killer = _When(lambda: _tokens(self._model.stats(), span) >= at, lambda: self._kill(victim, replacement, span))
         answers, _ = self._model.ask_all(PROMPTS, self._tokens)
         killer.join()
-        known = len(before["recoveries"])
-        recoveries = self._model.stats()["recoveries"][known:]
+        known = len(_recoveries(before, span))
+        recoveries = _recoveries(self._model.stats(), span)[known:]
         if not recoveries:
             raise LinkLost(f"the {victim} was killed, and nobody took over: the answers had ended; raise --tokens")
         return Death(
@@ -148,6 +148,11 @@ def _holders(stats: dict[str, Any]) -> dict[str, list[str]]:
     for hop in stats["hops"]:
         found.setdefault(hop["span"], []).append(hop["holder"])
     return found
+
+
+def _recoveries(stats: dict[str, Any], span: int) -> list[dict[str, Any]]:
+    name = list(_holders(stats))[span]
+    return [one for one in stats["recoveries"] if one["span"] == name]
 
 
 def _at_work(stats: dict[str, Any], span: int) -> str:
