@@ -161,7 +161,7 @@ class GatewayActor:
             model=self._task.model,
             first=span.first,
             last=span.last,
-            digest=self._task.digests[f"{span.first}-{span.last}"],
+            digest=self._task.digests[str(span)],
             sequences=self._serving.sequences,
             tokens=self._serving.context,
             gateway=join_address(self._here(), port),
@@ -180,7 +180,7 @@ class GatewayActor:
             began = time.monotonic()
             try:
                 pid = await actor.pid.remote()
-                self._tell("log", "", {"message": f"blocks {task.first}-{task.last}: actor {number}, process {pid}"})
+                self._tell("log", "", {"message": f"blocks {span}: actor {number}, process {pid}"})
                 await actor.run.remote()
                 why = "the stream ended"
             except (RayError, IsthmusError) as error:
@@ -188,7 +188,7 @@ class GatewayActor:
             finally:
                 ray.kill(actor)
             delay = 0.0 if time.monotonic() - began > _SOON else min(max(_AGAIN, 2 * delay), _AT_MOST)
-            self._tell("log", "", {"message": f"blocks {task.first}-{task.last}: actor {number} died ({why}); again"})
+            self._tell("log", "", {"message": f"blocks {span}: actor {number} died ({why}); again"})
             await asyncio.sleep(delay)
 
     async def _tell_when_complete(self) -> None:

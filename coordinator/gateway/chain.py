@@ -90,7 +90,7 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
             raise BadFrame("the first message of a holder has to be its hello")
         hello = first.hello
         name = f"{hello.first}-{hello.last}"
-        config = next((one for one in self._serving.spans if f"{one.first}-{one.last}" == name), None)
+        config = next((one for one in self._serving.spans if str(one) == name), None)
         who = CLOUD if peer.role == "stage" else peer.name
         if hello.job != self._job or config is None or who not in config.holders:
             raise NotAllowed(f"{peer.name} holds no blocks {name} in job {self._job}")

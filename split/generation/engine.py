@@ -9,7 +9,6 @@ request whose prompt begins like one of them goes on from there.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import time
@@ -325,8 +324,7 @@ class Engine:
 
     def _forget(self, sequence: int) -> None:
         for span in self.spans:
-            with contextlib.suppress(IsthmusError):
-                span.forget([sequence])
+            span.forget([sequence])
 
 
 def _in_common(one: Sequence[int], other: Sequence[int]) -> int:

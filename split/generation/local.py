@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from split.errors import BadRequest
@@ -10,7 +11,7 @@ from split.generation.chain import LocalHolder, Span
 from split.generation.ends import Ends
 from split.generation.engine import Engine
 from split.models.source import TensorSource
-from split.runtime.choose import TORCH, RuntimeChoice, make_runtime
+from split.runtime.choose import TORCH, RuntimeChoice, make_runtime, pick_runtime
 
 
 async def local_engine(
@@ -32,6 +33,7 @@ async def local_engine(
     if any(low >= high for low, high in pairwise(bounds)):
         raise BadRequest(f"cuts {', '.join(map(str, cuts))} are not rising places inside {layers} blocks")
     tokens = context_of(source, context)
+    choice = replace(choice, runtime=pick_runtime(source, 0, choice))  # measured once, for all spans and the head
     spans = []
     for first, last in pairwise(bounds):
         runtime = make_runtime(source, first, last, choice, sequences=sequences, tokens=tokens)

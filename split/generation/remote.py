@@ -29,9 +29,8 @@ class RemoteHolder:
         self._timeout = timeout
         self._outbox: asyncio.Queue[pb.ToHolder | None] = asyncio.Queue()
         self._outbox.put_nowait(pb.ToHolder(agreed=pb.Agreed(codec=codec, seed=seed)))
-        self._due: deque[tuple[int, int, asyncio.Future[tuple[Tensor, float]]]] = (
-            deque()
-        )  # batch, its tokens, who waits
+        # Batch, its tokens, who waits.
+        self._due: deque[tuple[int, int, asyncio.Future[tuple[Tensor, float]]]] = deque()
         self._last = self._answered = 0  # batches
         self._ended: IsthmusError | None = None
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from split.errors import BadModelFolder, BadRequest, UnsupportedModel
 from split.models.source import open_model
-from split.models.stage import Stage, StageSpec, build_stages
+from split.models.stage import StageSpec, build_stages
 from split.runtime import BadPosition, Row
 from split.runtime.onnx_head import OnnxHead
 from split.runtime.onnx_runtime import OnnxRuntime
 from split.runtime.onnx_shape import SUPPORTED
+from tests.split.runtime.stages import alone, blocks, states_of
 from tests.split.tiny_models import VOCABULARY, change_config, make_model
 
 HIDDEN = 64  # four heads of 16, the smallest there can be
@@ -36,19 +37,8 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 
 
-def blocks(folder: Path, first: int = 1, last: int = 4) -> Stage:
-    return build_stages(open_model(str(folder)), [StageSpec(first, last, embeds=False, head=False)])[0]
-
-
 def states(count: int, seed: int) -> Tensor:
-    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.inference_mode()
-def alone(stage: Stage, hidden: Tensor) -> Tensor:
-    """(tokens, hidden) through the stage in one go, without any cache."""
-    result: Tensor = stage(hidden[None])[0]
-    return result
+    return states_of(HIDDEN, count, seed)
 
 
 @pytest.fixture(scope="module")

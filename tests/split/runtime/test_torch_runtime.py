@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,28 +10,17 @@ import torch
 from torch import Tensor
 
 from split.errors import BadRequest
-from split.models.source import open_model
-from split.models.stage import Stage, StageSpec, build_stages
+from split.models.stage import Stage, StageSpec
 from split.runtime import BadPosition, Row
 from split.runtime.torch_runtime import TorchRuntime
+from tests.split.runtime.stages import alone, blocks, states_of
 from tests.split.tiny_models import ARCHITECTURES, make_model
 
 HIDDEN = 32
 
 
-def blocks(folder: Path, first: int = 1, last: int = 4) -> Stage:
-    return build_stages(open_model(str(folder)), [StageSpec(first, last, embeds=False, head=False)])[0]
-
-
 def states(count: int, seed: int) -> Tensor:
-    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.inference_mode()
-def alone(stage: Stage, hidden: Tensor) -> Tensor:
-    """(tokens, hidden) through the stage in one go, without any cache."""
-    result: Tensor = stage(hidden[None])[0]
-    return result
+    return states_of(HIDDEN, count, seed)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
