@@ -151,6 +151,12 @@ class Span:
         """The first of them is the next to compute, or does so already; the others stand by."""
         return list(self._holders)
 
+    @property
+    def waiting(self) -> float:
+        """Seconds of the last batch that nobody computed in."""
+        beyond = self._at_work.cost.beyond if self._at_work is not None else ()
+        return beyond[-1] if beyond else 0.0
+
     async def add(self, holder: Holder, rank: int = 0) -> None:
         """rank: among those that stand by, the lowest takes over first. Who computes goes on computing."""
         async with self._news:

@@ -4,11 +4,16 @@ As many batches go round as the chain has spans, each through one span after the
 span is idle. A batch is either the next tokens of some answers or a piece of some prompts; the two take turns. A
 sequence is in one batch at most. Sequences of ended answers keep their keys and values until their room is needed: a
 request whose prompt begins like one of them goes on from there.
+
+A drafter, if there is one, guesses at the next tokens of each answer, and a batch verifies them together with the token
+that is due; it drafts on while the batch is under way. With a rule for early exits, tokens that the first span is sure
+of do not go through the other spans, until one comes that has to: these get all that they missed together with it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
@@ -21,14 +26,20 @@ from torch import Tensor
 
 from split.errors import BadRequest, IsthmusError
 from split.generation.chain import Span
+from split.generation.drafts import Ask, Drafter
 from split.generation.ends import Ends
+from split.generation.exits import ExitRule
+from split.generation.pace import BatchCost, Mean
 from split.generation.request import Busy, Logprob, Request, Timing, Token
-from split.generation.sampling import Chooser, check_sampling, logprob_of
+from split.generation.sampling import check_sampling
+from split.generation.stream import Stream, in_common
 from split.runtime.base import Row
 
 log = logging.getLogger(__name__)
 
 _MAX_LOGPROBS = 20
+_MOST_DRAFTS = 10  # of an answer in a batch
+_MOST_OWED = 128  # tokens that the other spans may lack of an answer
 
 
 class Answer(Protocol):
@@ -53,101 +64,35 @@ class Generator(Protocol):
         """Raises Busy when the queue is full, BadRequest for a prompt that does not fit or is empty."""
 
 
-class _Stream:
-    """One request at work: an Answer."""
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.tokens = list(request.prompt)
-        self.sequence = -1
-        self.fed = 0  # tokens whose keys and values are in the chain
-        self.choose = Chooser(request.sampling)
-        self.timing = Timing(prompt_tokens=len(request.prompt))
-        self.cancelled = False
-        self._came = time.perf_counter()
-        self._out: asyncio.Queue[Token | IsthmusError | None] = asyncio.Queue()
-        self._prompt_logprobs: list[Logprob | None] = [None]
-        self._prompt_known: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def __aiter__(self) -> AsyncIterator[Token]:
-        return self._all()
-
-    async def prompt_logprobs(self) -> list[Logprob | None]:
-        await asyncio.shield(self._prompt_known)
-        return self._prompt_logprobs
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-    @property
-    def prefilling(self) -> bool:
-        return self.fed < len(self.request.prompt)
-
-    @property
-    def wants_prompt(self) -> bool:
-        return self.request.prompt_logprobs
-
-    def heard(self, logits: Tensor) -> bool:
-        """logits: (tokens, vocabulary), after each token that was fed, or after the last one. True: it has ended."""
-        if self.wants_prompt and len(self._prompt_logprobs) < len(self.request.prompt):
-            self._hear_prompt(logits)
-        if self.prefilling:
-            return False
-        if self.wants_prompt and not self._prompt_known.done():
-            self._prompt_known.set_result(None)
-        return self.request.max_tokens == 0 or self._next(logits[-1])
-
-    def end(self, error: IsthmusError | None = None) -> None:
-        self.timing.total = time.perf_counter() - self._came
-        if not self._prompt_known.done():
-            if error is None:
-                self._prompt_known.set_result(None)
-            else:
-                self._prompt_known.set_exception(error)
-                self._prompt_known.exception()  # it may be that nobody asks
-        self._out.put_nowait(error)
-
-    def _hear_prompt(self, logits: Tensor) -> None:
-        first = self.fed - len(logits)
-        for place, row in enumerate(logits, start=first + 1):
-            if place < len(self.request.prompt):
-                self._prompt_logprobs.append(logprob_of(row, self.request.prompt[place], self.request.logprobs or 0))
-
-    def _next(self, logits: Tensor) -> bool:
-        place = len(self.tokens) - len(self.request.prompt)
-        token = self.choose(logits, place)
-        self.tokens.append(token)
-        if not place:
-            self.timing.first_token = time.perf_counter() - self._came
-        self.timing.tokens = place + 1
-        last = "stop" if token in self.request.stop_tokens else ""
-        if not last and place + 1 == self.request.max_tokens:
-            last = "length"
-        asked = self.request.logprobs
-        self._out.put_nowait(Token(token, None if asked is None else logprob_of(logits, token, asked), last))
-        return bool(last)
-
-    async def _all(self) -> AsyncIterator[Token]:
-        while (token := await self._out.get()) is not None:
-            if isinstance(token, IsthmusError):
-                raise token
-            yield token
-
-
 class Engine:
     """Start it with `async with`. sequences: that are in the chain at the same time, ended ones included; queue:
     requests that may wait for room. chunk: most tokens of prompts in one batch.
     """
 
     def __init__(
-        self, ends: Ends, spans: Sequence[Span], *, context: int, sequences: int, queue: int = 64, chunk: int = 256
+        self,
+        ends: Ends,
+        spans: Sequence[Span],
+        *,
+        context: int,
+        sequences: int,
+        queue: int = 64,
+        chunk: int = 256,
+        drafter: Drafter | None = None,
+        exits: ExitRule | None = None,
     ) -> None:
+        """Raises BadRequest for a drafter and exits at the same time, and for exits from a chain of one span."""
+        if exits is not None and (drafter is not None or len(spans) < 2):
+            raise BadRequest("an early exit needs two spans at least, and no drafts")
+        self._drafter, self._exits = drafter, exits
+        self._cost, self._per_draft = BatchCost(), Mean(0.0, 0.2)
+        self._totals = dict.fromkeys(("tokens", "rounds", "drafted", "accepted", "exited"), 0)
         self.context, self.spans = context, list(spans)
         self._ends, self._sequences, self._queue, self._chunk = ends, sequences, queue, chunk
-        self._waiting: deque[_Stream] = deque()
-        self._prompts: deque[_Stream] = deque()  # ready for their next piece
-        self._answers: deque[_Stream] = deque()  # ready for their next token
-        self._at_work: set[_Stream] = set()  # all that have a sequence
+        self._waiting: deque[Stream] = deque()
+        self._prompts: deque[Stream] = deque()  # ready for their next piece
+        self._answers: deque[Stream] = deque()  # ready for their next token
+        self._at_work: set[Stream] = set()  # all that have a sequence
         self._kept: dict[int, tuple[int, ...]] = {}  # of ended answers, oldest first: sequence -> tokens fed
         self._free = list(reversed(range(sequences)))
         self._news = asyncio.Event()
@@ -171,9 +116,11 @@ class Engine:
         return {"waiting": len(self._waiting), "running": len(self._at_work), "kept": len(self._kept)}
 
     def stats(self) -> dict[str, Any]:
-        """load; hops: for each holder of each span what it has cost so far (`Cost`); the last recoveries."""
+        """load; answers: sums of what `Timing` has of those that have ended; hops: for each holder of each span what it
+        has cost so far (`Cost`); the last recoveries."""
         return {
             "load": self.load,
+            "answers": dict(self._totals),
             "hops": [
                 {"span": str(span), "holder": holder.name, **holder.cost.figures()}
                 for span in self.spans
@@ -197,7 +144,7 @@ class Engine:
                 f"context of {self.context}"
             )
         self._waiting = deque(stream for stream in self._waiting if not self._given_up(stream))
-        stream = _Stream(request)
+        stream = Stream(request)
         self._waiting.append(stream)
         self._admit()
         if len(self._waiting) > self._queue:  # it is the last of them
@@ -206,7 +153,7 @@ class Engine:
         self._news.set()
         return stream
 
-    def _given_up(self, stream: _Stream) -> bool:
+    def _given_up(self, stream: Stream) -> bool:
         if stream.cancelled:
             stream.end()
         return stream.cancelled
@@ -218,11 +165,13 @@ class Engine:
 
     async def _lane(self) -> None:
         while True:
-            batch: list[_Stream] = []
+            batch: list[Stream] = []
+            worked = False
             try:
                 self._admit()
                 batch = self._take()
-                if batch:
+                worked = bool(batch)
+                if worked:
                     await self._advance(batch)
             except asyncio.CancelledError:
                 raise
@@ -232,7 +181,7 @@ class Engine:
                 known = error if isinstance(error, IsthmusError) else IsthmusError(f"{type(error).__name__}: {error}")
                 for stream in batch:
                     self._leave(stream, known)
-            if batch:
+            if worked:
                 self._news.set()
             else:
                 self._news.clear()
@@ -248,9 +197,9 @@ class Engine:
             self._at_work.add(stream)
             self._prompts.append(stream)
 
-    def _room_for(self, stream: _Stream) -> tuple[int, int]:
+    def _room_for(self, stream: Stream) -> tuple[int, int]:
         """A sequence, and how many of the prompt's tokens it has already."""
-        known = {sequence: _in_common(tokens, stream.request.prompt) for sequence, tokens in self._kept.items()}
+        known = {sequence: in_common(tokens, stream.request.prompt) for sequence, tokens in self._kept.items()}
         best = max(known, key=lambda sequence: known[sequence], default=-1)
         if best < 0 or 2 * known[best] < len(self._kept[best]):  # most of that one would be lost
             if self._free:
@@ -260,7 +209,7 @@ class Engine:
         # The last token of a prompt is computed again: its logits are needed. So are those of all for its logprobs.
         return best, 0 if stream.wants_prompt else min(known[best], len(stream.request.prompt) - 1)
 
-    def _take(self) -> list[_Stream]:
+    def _take(self) -> list[Stream]:
         """Of those that are ready: pieces of prompts and next tokens by turns, so that neither waits for long."""
         for ready in (self._prompts, self._answers):
             for stream in [one for one in ready if one.cancelled]:
@@ -275,38 +224,125 @@ class Engine:
         share = -(-len([one for one in self._at_work if not one.prefilling]) // len(self.spans))
         return [self._answers.popleft() for _ in range(min(share, len(self._answers)))]
 
-    async def _advance(self, batch: list[_Stream]) -> None:
+    async def _advance(self, batch: list[Stream]) -> None:
+        """Those that go on without the whole chain are taken out of the batch."""
+        prompts = batch[0].prefilling  # then all are
+        if not prompts and self._drafter is not None:
+            await self._draft(self._drafter, batch)
         rows: list[Row] = []
         ids: list[int] = []
         positions: list[int] = []
         room = self._chunk
         for stream in batch:
-            left = len(stream.tokens) - stream.fed
-            count = left if not stream.prefilling else max(1, min(left, room))
-            room -= count
-            rows.append(Row(stream.sequence, stream.fed, count))
-            ids += stream.tokens[stream.fed : stream.fed + count]
-            positions += range(stream.fed, stream.fed + count)
-        hidden = self._ends.embed(ids, positions)
-        for span in self.spans:
-            hidden = await span.compute(rows, hidden)
-        self._hear(batch, rows, hidden)
+            due = [*stream.tokens[stream.fed :], *stream.drafts]
+            if prompts:
+                due = due[: max(1, room)]
+                room -= len(due)
+            rows.append(Row(stream.sequence, stream.fed, len(due)))
+            ids += due
+            positions += range(stream.fed, stream.fed + len(due))
+        started = time.perf_counter()
+        async with self._drafting_on(batch):
+            hidden = await self.spans[0].compute(rows, self._ends.embed(ids, positions))
+            if self._exits is not None and not prompts:
+                batch[:], rows, hidden = self._exit(self._exits, batch, rows, hidden)
+            if batch:
+                for span in self.spans[1:]:
+                    hidden = await span.compute(rows, hidden)
+        if batch:
+            self._hear(batch, rows, hidden)
+        if not prompts:
+            self._cost.add(len(ids), time.perf_counter() - started)
 
-    def _hear(self, batch: list[_Stream], rows: Sequence[Row], hidden: Tensor) -> None:
+    async def _draft(self, drafter: Drafter, batch: Sequence[Stream]) -> None:
+        """Gives the streams as many drafts as are worth it."""
+        asks: dict[Stream, Ask] = {}
+        for stream in batch:
+            most = min(_MOST_DRAFTS, stream.left - 1)
+            count = stream.pace.length(most, len(batch) - 1, self._cost, self._per_draft.value)
+            if count:
+                asks[stream] = Ask(stream.sequence, stream.tokens, stream.place, count, stream.choose)
+        if not asks:
+            return
+        started = time.perf_counter()
+        proposed = await drafter.propose(list(asks.values()))
+        if all(stream.timing.drafted for stream in asks):  # else the drafter has read the prompt first
+            self._per_draft.add((time.perf_counter() - started) / max(ask.count for ask in asks.values()))
+        for stream, drafts in zip(asks, proposed, strict=True):
+            known = (place for place, token in enumerate(drafts) if token >= self._ends.vocabulary)
+            stream.drafts = drafts[: next(known, len(drafts))]  # two models' tables may be padded differently
+
+    @contextlib.asynccontextmanager
+    async def _drafting_on(self, batch: Sequence[Stream]) -> AsyncIterator[None]:
+        """Meanwhile what follows is guessed, as if the drafts under way were right, if there is time for it."""
+        asks = [
+            Ask(
+                stream.sequence,
+                [*stream.tokens, *stream.drafts],
+                stream.place + len(stream.drafts),
+                count,
+                stream.choose,
+            )
+            for stream in batch
+            if stream.drafts and (count := min(len(stream.drafts) + 1, stream.left - len(stream.drafts) - 1)) > 0
+        ]
+        waiting = sum(span.waiting for span in self.spans)
+        if self._drafter is None or not asks or waiting < self._drafter.seconds:
+            yield
+            return
+        enough = asyncio.Event()
+        task = asyncio.create_task(self._drafter.propose(asks, enough.is_set))
+        try:
+            yield
+        finally:
+            enough.set()
+            await task
+
+    def _exit(
+        self, exits: ExitRule, batch: Sequence[Stream], rows: Sequence[Row], hidden: Tensor
+    ) -> tuple[list[Stream], list[Row], Tensor]:
+        """Of a batch after the first span: those that have to go on, with what they owe the other spans."""
+        logits = self._ends.logits(hidden)
+        going: list[Stream] = []
+        owed: list[Tensor] = []
+        for stream, sure, x, scores in zip(batch, exits.sure(logits), hidden[:, None], logits[:, None], strict=True):
+            stream.owed.append(x)
+            if sure and len(stream.owed) < _MOST_OWED and not stream.cancelled:
+                stream.timing.exited += 1
+                self._go_on(stream, stream.decoded(scores))
+            else:
+                going.append(stream)
+                owed += stream.owed
+        rows = [Row(stream.sequence, stream.sent, len(stream.owed)) for stream in going]
+        return going, rows, torch.cat(owed) if owed else hidden[:0]
+
+    def _hear(self, batch: Sequence[Stream], rows: Sequence[Row], hidden: Tensor) -> None:
         wanted: list[Tensor] = []
-        for stream, row, part in zip(batch, rows, hidden.split([row.count for row in rows]), strict=True):
-            stream.fed += row.count
-            whole = stream.wants_prompt and row.position < len(stream.request.prompt)
-            wanted.append(part if whole else part[-1:] if not stream.prefilling else part[:0])
+        for stream, part in zip(batch, hidden.split([row.count for row in rows]), strict=True):
+            if not stream.prefilling:
+                wanted.append(part[-1 - len(stream.drafts) :])
+            elif stream.wants_prompt:
+                wanted.append(part)
+            else:
+                wanted.append(part[-1:] if stream.fed + len(part) == len(stream.request.prompt) else part[:0])
         sizes = [len(part) for part in wanted]
         logits = self._ends.logits(torch.cat(wanted)) if any(sizes) else torch.empty(0, self._ends.vocabulary)
-        for stream, part in zip(batch, logits.split(sizes), strict=True):
-            if stream.cancelled or stream.heard(part):
-                self._leave(stream)
+        for stream, row, part in zip(batch, rows, logits.split(sizes), strict=True):
+            if stream.prefilling:
+                ended = stream.prefilled(row.count, part)
             else:
-                (self._prompts if stream.prefilling else self._answers).append(stream)
+                stream.timing.rounds += 1
+                ended = stream.decoded(part)
+                stream.caught_up()
+            self._go_on(stream, ended)
 
-    def _leave(self, stream: _Stream, error: IsthmusError | None = None) -> None:
+    def _go_on(self, stream: Stream, ended: bool) -> None:
+        if ended or stream.cancelled:
+            self._leave(stream)
+        else:
+            (self._prompts if stream.prefilling else self._answers).append(stream)
+
+    def _leave(self, stream: Stream, error: IsthmusError | None = None) -> None:
         if stream not in self._at_work:
             return
         self._at_work.remove(stream)
@@ -314,20 +350,18 @@ class Engine:
             if stream in ready:
                 ready.remove(stream)
         if error is None:
-            self._kept[stream.sequence] = tuple(stream.tokens[: stream.fed])
+            self._kept[stream.sequence] = tuple(stream.tokens[: stream.sent])
         else:
             self._forget(stream.sequence)
             self._free.append(stream.sequence)
         stream.end(error)
+        for name in self._totals:
+            self._totals[name] += getattr(stream.timing, name)
         if stream.timing.tokens:
             self._seconds = 0.9 * self._seconds + 0.1 * stream.timing.total
 
     def _forget(self, sequence: int) -> None:
         for span in self.spans:
             span.forget([sequence])
-
-
-def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens they begin with that are the same."""
-    most = min(len(one), len(other))
-    return next((place for place in range(most) if one[place] != other[place]), most)
+        if self._drafter is not None:
+            self._drafter.forget(sequence)

@@ -1,4 +1,4 @@
-"""A model that generates in this process: all spans are here, or it is one."""
+"""A model that generates in this process: all spans are here, or it is one. And who drafts for it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from itertools import pairwise
 
 from split.errors import BadRequest
 from split.generation.chain import LocalHolder, Span
+from split.generation.drafts import Drafter, Lookup, ModelDrafter
 from split.generation.ends import Ends
 from split.generation.engine import Engine
-from split.models.source import TensorSource
+from split.generation.exits import ExitRule
+from split.models.source import TensorSource, open_model
 from split.runtime.choose import TORCH, RuntimeChoice, make_runtime, pick_runtime
+
+NONE, LOOKUP, EARLY = "none", "lookup", "early"  # what drafts can come from, beside a model
 
 
 async def local_engine(
@@ -23,8 +27,10 @@ async def local_engine(
     queue: int = 64,
     chunk: int = 256,
     choice: RuntimeChoice = RuntimeChoice(TORCH),
+    draft: str = NONE,
+    exits: ExitRule | None = None,
 ) -> Engine:
-    """Not yet started. cuts: rising numbers of blocks at which the model is cut into spans.
+    """Not yet started. cuts: rising numbers of blocks at which the model is cut into spans. draft: as `make_drafter`.
 
     context: most tokens of a sequence; None: what the model was made for, at most 4096.
     """
@@ -34,14 +40,51 @@ async def local_engine(
         raise BadRequest(f"cuts {', '.join(map(str, cuts))} are not rising places inside {layers} blocks")
     tokens = context_of(source, context)
     choice = replace(choice, runtime=pick_runtime(source, 0, choice))  # measured once, for all spans and the head
-    spans = []
+    if draft == EARLY and not cuts:
+        raise BadRequest(f"draft {EARLY}: say after how many blocks")
+    holders = []
     for first, last in pairwise(bounds):
-        runtime = make_runtime(source, first, last, choice, sequences=sequences, tokens=tokens)
-        span = Span(first, last, source.config.hidden_size, chunk=chunk)
-        await span.add(LocalHolder("here", runtime))
-        spans.append(span)
+        room = 2 * sequences if draft == EARLY and not first else sequences
+        holders.append(LocalHolder("here", make_runtime(source, first, last, choice, sequences=room, tokens=tokens)))
+    spans = [Span(first, last, source.config.hidden_size, chunk=chunk) for first, last in pairwise(bounds)]
+    for span, holder in zip(spans, holders, strict=True):
+        await span.add(holder)
     ends = Ends(source, choice)
-    return Engine(ends, spans, context=tokens, sequences=sequences, queue=queue, chunk=chunk)
+    drafter = make_drafter(draft, source, ends, choice, holders[0], context=tokens, sequences=sequences)
+    return Engine(
+        ends, spans, context=tokens, sequences=sequences, queue=queue, chunk=chunk, drafter=drafter, exits=exits
+    )
+
+
+def make_drafter(
+    draft: str,
+    source: TensorSource,
+    ends: Ends,
+    choice: RuntimeChoice,
+    first: LocalHolder | None,
+    *,
+    context: int,
+    sequences: int,
+) -> Drafter | None:
+    """draft: NONE; LOOKUP; EARLY, the first blocks with the model's own head; or a model, as users write it.
+
+    first: of the first blocks, if they are here, with room for twice as many sequences. choice: for a model's runtime.
+    Raises BadRequest for a model with another tokenizer, and for EARLY without `first`; BadModelFolder.
+    """
+    if draft == NONE:
+        return None
+    if draft == LOOKUP:
+        return Lookup()
+    if draft == EARLY:
+        if first is None:
+            raise BadRequest(f"draft {EARLY}: the first blocks have to be where the text is")
+        return ModelDrafter(ends, first, context=context, first_sequence=sequences)
+    model = open_model(draft)
+    if model.tokenizer().get_vocab() != source.tokenizer().get_vocab():
+        raise BadRequest(f"draft {draft}: its tokenizer is not the model's, so it cannot draft for it")
+    tokens = min(context, context_of(model, None))
+    runtime = make_runtime(model, 0, model.config.num_hidden_layers, choice, sequences=sequences, tokens=tokens)
+    return ModelDrafter(Ends(model, choice), LocalHolder("drafts", runtime), context=tokens)
 
 
 def context_of(source: TensorSource, asked: int | None) -> int:

@@ -63,6 +63,10 @@ class Timing:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, whose keys and values were there from an earlier request
     tokens: int = 0
+    rounds: int = 0  # batches through the whole chain for tokens of the answer
+    drafted: int = 0  # tokens that were guessed and verified
+    accepted: int = 0  # of these, right
+    exited: int = 0  # tokens of which the first span was sure
     hops: dict[str, dict[str, float]] = field(default_factory=dict)
 
 

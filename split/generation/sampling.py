@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,16 +41,15 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return chances
 
 
-def draw(chances: Tensor, uniform: float) -> int:
-    """The token at which the sum of probabilities passes `uniform`, a number in [0, 1)."""
-    sums = chances.cumsum(0)
-    place = int(torch.searchsorted(sums, uniform * float(sums[-1]), right=True))
-    return min(place, int(chances.nonzero()[-1]))
-
-
 class Chooser:
     """Chooses the tokens of one answer. A draw follows from seed and place alone, so it does not matter what else is
-    computed at the same time, nor whether a token is computed again."""
+    computed at the same time, nor whether a token is computed again.
+
+    It is a race: token i arrives after E_i / p_i, with E exponentially distributed, and the first is taken; so each is
+    with its probability. Two models that draw with the same E choose the same token with a probability of at least
+    (1 - d) / (1 + d), d their total variation distance, without knowing of each other (Daliri, Musco and Suresh 2024,
+    "Coupling without communication and drafter-invariant speculative decoding", arXiv 2408.07978).
+    """
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
@@ -59,11 +59,14 @@ class Chooser:
         """logits: (vocabulary,); place: how many tokens of the answer came before."""
         if self._sampling.temperature == 0:
             return int(logits.argmax())
-        return draw(probabilities(logits, self._sampling), self.uniform(place))
+        chances = probabilities(logits, self._sampling)
+        return int((chances / self._arrivals(place, len(chances))).argmax())
 
-    def uniform(self, place: int) -> float:
-        digest = hashlib.blake2b(f"{self._seed}/{place}".encode(), digest_size=8).digest()
-        return (int.from_bytes(digest, "big") >> 11) / 2**53
+    def _arrivals(self, place: int, count: int) -> Tensor:
+        """E, (count,) float64, all more than 0."""
+        digest = hashlib.blake2b(f"{self._seed}/{place}".encode(), digest_size=16).digest()
+        random = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "big")))
+        return torch.from_numpy(random.standard_exponential(count)).clamp_min_(1e-300)
 
 
 def logprob_of(logits: Tensor, token: int, alternatives: int) -> Logprob:

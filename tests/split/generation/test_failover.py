@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -61,9 +62,14 @@ def runtime(folder: Path, first: int, last: int) -> TorchRuntime:
     return TorchRuntime(stage, sequences=SEQUENCES, tokens=CONTEXT)
 
 
-def engine(folder: Path, spans: Sequence[Span]) -> Engine:
+def engine(folder: Path, spans: Sequence[Span], **options: Any) -> Engine:
     return Engine(
-        Ends(open_model(str(folder)), RuntimeChoice(TORCH)), spans, context=CONTEXT, sequences=SEQUENCES, chunk=16
+        Ends(open_model(str(folder)), RuntimeChoice(TORCH)),
+        spans,
+        context=CONTEXT,
+        sequences=SEQUENCES,
+        chunk=16,
+        **options,
     )
 
 

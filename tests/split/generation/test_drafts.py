@@ -1,0 +1,299 @@
+"""Drafts change how soon tokens come, and never which ones."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from split.errors import BadRequest
+from split.generation.chain import LocalHolder
+from split.generation.drafts import Ask, ModelDrafter, look_up
+from split.generation.ends import Ends
+from split.generation.engine import Engine
+from split.generation.local import EARLY, LOOKUP, local_engine
+from split.generation.pace import BatchCost, Pace
+from split.generation.request import Request, Sampling
+from split.generation.sampling import Chooser, probabilities
+from split.models.source import open_model
+from split.runtime.choose import TORCH, RuntimeChoice, make_runtime
+from tests.split.generation.whole import answers, greedy, ids_of, prompts, run, tokens_of, whole_model
+from tests.split.tiny_models import ARCHITECTURES, VOCABULARY, make_model
+
+GREEDY = Sampling(temperature=0)
+LENGTHS = (1, 3, 9, 17, 30, 2)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: make_model(tmp_path_factory.mktemp(name), name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="module")
+def llama(folders: dict[str, Path]) -> Path:
+    return folders["llama"]
+
+
+@pytest.fixture(scope="module")
+def similar(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that often thinks as the llama does, and often not."""
+    folder = Path(shutil.copytree(llama, tmp_path_factory.mktemp("similar") / "model"))
+    generator = torch.Generator().manual_seed(0)
+    weights = load_file(folder / "model.safetensors")
+    for value in weights.values():
+        value += 0.01 * torch.randn(value.shape, generator=generator)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many drafts as may be, whether they are worth it or not."""
+    monkeypatch.setattr(Pace, "length", lambda self, most, others, cost, per_draft: max(0, most))
+
+
+def engine_of(folder: Path, **options: Any) -> Callable[[], Any]:
+    return lambda: local_engine(open_model(str(folder)), **({"context": 80, "chunk": 8, "sequences": 4} | options))
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("draft", [LOOKUP, EARLY, "itself"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_answers_are_those_of_transformers(folders: dict[str, Path], architecture: str, draft: str) -> None:
+    folder = folders[architecture]
+    model = whole_model(folder)
+    wanted = [greedy(model, prompt, 20) for prompt in prompts(LENGTHS)]
+    requests = [Request(prompt, 20, GREEDY) for prompt in prompts(LENGTHS)]
+
+    async def work(engine: Engine) -> None:
+        assert await answers(engine, requests) == wanted
+        figures = engine.stats()["answers"]
+        assert figures["drafted"] > 0
+        assert figures["tokens"] == 20 * len(requests)
+        if draft == "itself":  # every draft is right, and the engine asks for ten of them
+            assert figures["accepted"] == figures["drafted"]
+            assert figures["rounds"] == 2 * len(requests)
+
+    source = str(folder) if draft == "itself" else draft
+    run(engine_of(folder, cuts=(2, 5), draft=source), work)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("draft", [LOOKUP, EARLY, "similar"])
+def test_answers_with_a_seed_are_the_same_with_drafts(llama: Path, similar: Path, draft: str) -> None:
+    requests = [
+        Request(prompt, 25, Sampling(temperature=0.7, top_p=0.95, top_k=50, seed=number), logprobs=2)
+        for number, prompt in enumerate(prompts(LENGTHS))
+    ]
+
+    async def all_tokens(engine: Engine) -> list[Any]:
+        found = await asyncio.gather(*(tokens_of(engine.submit(request)) for request in requests))
+        return [*found, engine.stats()["answers"]]
+
+    *plain, _ = run(engine_of(llama), all_tokens)
+    *drafted, figures = run(
+        engine_of(llama, cuts=(2,), draft=str(similar) if draft == "similar" else draft), all_tokens
+    )
+    for mine, theirs in zip(drafted, plain, strict=True):
+        assert [(token.id, token.last) for token in mine] == [(token.id, token.last) for token in theirs]
+        for one, other in zip(mine, theirs, strict=True):
+            assert one.logprob.logprob == pytest.approx(other.logprob.logprob, abs=1e-4)
+            assert [token for token, _ in one.logprob.top] == [token for token, _ in other.logprob.top]
+    if draft == "similar":
+        assert 0 < figures["accepted"] < figures["drafted"]
+
+
+@pytest.mark.usefixtures("eager")
+def test_sampled_tokens_have_the_models_distribution(llama: Path, similar: Path) -> None:
+    """Chi-square: the second token is chosen while drafts are verified, after each possible first one."""
+    (prompt,) = prompts([6])
+    count, sampling = 3000, Sampling(temperature=0.6)
+    requests = [Request(prompt, 3, Sampling(temperature=0.6, seed=number)) for number in range(count)]
+
+    async def work(engine: Engine) -> tuple[list[list[int]], dict[str, int]]:
+        return await answers(engine, requests), engine.stats()["answers"]
+
+    found, figures = run(engine_of(llama, draft=str(similar), sequences=32, context=16, queue=count), work)
+    assert 0.2 < figures["accepted"] / figures["drafted"] < 0.95
+    with torch.inference_mode():
+        model = whole_model(llama)
+        first = probabilities(model(torch.tensor([prompt])).logits[0, -1], sampling)
+        texts = torch.tensor([[*prompt, token] for token in range(VOCABULARY)])
+        after = torch.stack([probabilities(logits, sampling) for logits in model(texts).logits[:, -1]])
+    for place, chances in enumerate((first, first @ after)):
+        counts = torch.bincount(torch.tensor([ids[place] for ids in found]), minlength=VOCABULARY).double()
+        assert chi_square_p(counts, count * chances) > 1e-3
+
+
+def chi_square_p(counts: Tensor, expected: Tensor) -> float:
+    """Probability of at least such a difference by chance; what is expected less than five times is put together."""
+    rare = expected < 5
+    pairs = [*zip(counts[~rare], expected[~rare], strict=True), (counts[rare].sum(), expected[rare].sum())]
+    statistic = sum(float((seen - wanted) ** 2 / wanted) for seen, wanted in pairs if wanted > 0)
+    return float(torch.special.gammaincc(torch.tensor((len(pairs) - 1) / 2), torch.tensor(statistic / 2)))
+
+
+@pytest.mark.usefixtures("eager")
+def test_answers_end_inside_drafts_and_the_next_turn_goes_on_from_them(llama: Path) -> None:
+    first, more = prompts([15, 6])
+    model = whole_model(llama)
+    wanted = greedy(model, first, 20)
+    stop = next(token for token in wanted[6:] if token not in wanted[:6])
+    said = wanted[: wanted.index(stop) + 1]
+
+    async def work(engine: Engine) -> None:
+        assert await ids_of(engine.submit(Request(first, 20, GREEDY, stop_tokens=frozenset({stop})))) == said
+        longer = (*first, *said, *more)
+        answer = engine.submit(Request(longer, 10, GREEDY))
+        assert await ids_of(answer) == greedy(model, longer, 10)
+        assert answer.timing.cached_tokens == len(first) + len(said) - 1
+        full = engine.submit(Request(longer, 80 - len(longer), GREEDY))  # up to the last place of the context
+        assert await ids_of(full) == greedy(model, longer, 80 - len(longer))
+
+    run(engine_of(llama, cuts=(3,), draft=str(llama)), work)
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_drafter_goes_on_while_its_drafts_are_verified(llama: Path) -> None:
+    (prompt,) = prompts([5])
+    wanted = greedy(whole_model(llama), prompt, 40)
+
+    async def work(engine: Engine) -> None:
+        drafter: Any = engine._drafter
+        under_way, in_advance = False, []
+        far = engine.spans[1].holders[0]
+        compute, step = far.compute, drafter._step
+        drafted = asyncio.Event()
+
+        async def slow(rows: Any, hidden: Tensor) -> Tensor:
+            nonlocal under_way
+            under_way = True
+            if not in_advance and 1 < len(hidden) != len(prompt):
+                await asyncio.wait_for(drafted.wait(), 20)  # a link that is slower than the drafter
+            output = await compute(rows, hidden)
+            far.cost.beyond[-1] = 1.0
+            under_way = False
+            return output
+
+        async def seen(due: Any) -> None:
+            await step(due)
+            if under_way:
+                in_advance.extend(len(line.tokens) for _, line in due)
+                drafted.set()
+
+        far.cost.beyond.append(1.0)
+        far.compute = slow  # type: ignore[method-assign]
+        drafter._step = seen
+        assert await ids_of(engine.submit(Request(prompt, 40, GREEDY))) == wanted
+        assert in_advance
+
+    run(engine_of(llama, cuts=(3,), draft=EARLY), work)
+
+
+def test_a_model_drafts_what_it_would_say_itself_and_forgets_what_was_wrong(llama: Path) -> None:
+    source, choice = open_model(str(llama)), RuntimeChoice(TORCH)
+    blocks = LocalHolder("here", make_runtime(source, 0, 6, choice, sequences=4, tokens=60))
+    drafter = ModelDrafter(Ends(source, choice), blocks, context=60, first_sequence=2, chunk=4)
+    model, choose = whole_model(llama), Chooser(GREEDY)
+    one, other = (list(prompt) for prompt in prompts([9, 5]))
+
+    async def propose(tokens: Sequence[int], count: int, chooser: Chooser = choose) -> list[int]:
+        (found,) = await drafter.propose([Ask(1, tokens, 0, count, chooser)])
+        return found
+
+    async def work() -> None:
+        line = greedy(model, one, 8)
+        assert await propose(one, 4) == line[:4]
+        computed = blocks.cost.tokens
+        assert await propose([*one, *line[:2]], 2) == line[2:4]  # which it knows already
+        assert blocks.cost.tokens == computed
+        wrong = [*one, line[0], (line[1] + 1) % VOCABULARY]
+        assert await propose(wrong, 3) == greedy(model, wrong, 3)
+        assert await propose(other, 3, Chooser(GREEDY)) == greedy(model, other, 3)  # another answer in its place
+        asks = [Ask(0, one, 0, 5, Chooser(GREEDY)), Ask(1, other, 0, 2, Chooser(GREEDY))]
+        assert await drafter.propose(asks) == [line[:5], greedy(model, other, 2)]
+        assert await propose(one, 52) == []  # more than there is room for
+        assert await propose([*one, VOCABULARY], 2) == []  # a token that it does not know
+        (none,) = await drafter.propose([Ask(0, other, 0, 5, choose)], lambda: True)
+        assert none == []
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count", "wanted"),
+    [
+        ([1, 2, 3, 4, 1, 2, 3], 2, [4, 1]),
+        ([1, 2, 3, 9, 2, 3, 8, 1, 2, 3], 3, [9, 2, 3]),  # the longer match, though another is later
+        ([5, 1, 5, 2, 5], 4, [2, 5]),
+        ([7, 7, 7], 5, [7]),
+        ([1, 2, 3], 5, []),
+        ([1], 5, []),
+    ],
+)
+def test_prompt_lookup_finds_what_followed(tokens: list[int], count: int, wanted: list[int]) -> None:
+    assert look_up(tokens, count) == wanted
+
+
+def test_a_model_with_another_tokenizer_cannot_draft(llama: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(llama, tmp_path / "other"))
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"<eos>"', '"<end>"'))
+    with pytest.raises(BadRequest, match="its tokenizer is not the model's"):
+        asyncio.run(engine_of(llama, draft=str(other))())
+    with pytest.raises(BadRequest, match="after how many blocks"):
+        asyncio.run(engine_of(llama, draft=EARLY)())
+
+
+def simulate(right: float, *, batch: float, token: float, draft: float, tokens: int = 2000) -> float:
+    """Seconds of an answer of so many tokens whose drafts are right so often, over those without drafts."""
+    generator = torch.Generator().manual_seed(0)
+    pace, cost = Pace(), BatchCost()
+    done, seconds = 0, 0.0
+    while done < tokens:
+        count = pace.length(10, 0, cost, draft)
+        tested = torch.rand(count, generator=generator) < right
+        accepted = int(tested.cumprod(0).sum())
+        if count:
+            pace.heard(accepted, accepted < count)
+        noise = 1 + 0.1 * float(torch.randn(1, generator=generator))
+        cost.add(1 + count, (batch + token * (1 + count)) * noise)
+        seconds += batch + token * (1 + count) + draft * count
+        done += accepted + 1
+    return seconds / done / (batch + token)
+
+
+@pytest.mark.parametrize("draft", [0.0, 0.001, 0.004, 0.02])
+def test_drafts_that_are_wrong_cost_less_than_a_twentieth(draft: float) -> None:
+    for token in (0.0001, 0.002, 0.01):
+        assert simulate(0.0, batch=0.01, token=token, draft=draft) < 1.05
+
+
+def test_drafts_that_are_right_are_used_as_far_as_they_are_worth_it() -> None:
+    assert simulate(0.95, batch=0.04, token=0.001, draft=0.002) < 0.3
+    assert simulate(0.7, batch=0.04, token=0.001, draft=0.002) < 0.5
+    assert simulate(0.7, batch=0.001, token=0.01, draft=0.01) < 1.05  # computing each token costs as much as ever
+
+
+def test_drafting_begins_again_when_the_text_becomes_easy() -> None:
+    pace, cost = Pace(), BatchCost()
+    for tokens in (1, 3, 1, 3):
+        cost.add(tokens, 0.04 + 0.001 * tokens)
+    for _ in range(60):
+        if count := pace.length(8, 0, cost, 0.002):
+            pace.heard(0, True)
+            assert count
+    assert pace.length(8, 0, cost, 0.002) == 0
+    batches = 0
+    while pace.length(8, 0, cost, 0.002) < 4:
+        batches += 1
+        if batches % 2:
+            pace.heard(2, False)
+        assert batches < 300
