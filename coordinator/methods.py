@@ -13,7 +13,7 @@ from coordinator.weights import DeviceWeights, weights_of
 from protos.v1 import coordinator_pb2 as pb
 from split.config import TrainingConfig
 from split.errors import BadRequest
-from split.generation.local import context_of
+from split.generation.local import LOOKUP, NONE, context_of, open_draft_model
 from split.models.source import ModelFolder, open_model
 from split.models.stage import StageSpec
 from split.parts import parts_of
@@ -90,6 +90,10 @@ class Serving:
         spans = asked.spans or (SpanConfig(0, layers, (CLOUD,)),)
         check_spans(spans, layers)
         self.config = replace(asked, spans=spans, context=context_of(self.folder, asked.context or None))
+        if self.config.exit_threshold and len(spans) < 2:
+            raise BadRequest("--exit-threshold: all blocks are in one place, so there is no way to be saved")
+        if self.config.draft not in (NONE, LOOKUP):
+            open_draft_model(self.config.draft, self.folder)
         if sorted(self.config.devices) != sorted(spec.devices):
             raise BadRequest("the devices of a served model are those of its stages")
         self._weights: dict[str, DeviceWeights] = {}

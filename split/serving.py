@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from split.errors import BadRequest
+from split.generation.exits import parse_exit
+from split.generation.local import EARLY, NONE
 from split.generation.wire import codec_for_hidden_states
 from split.models.source import TensorSource
 from split.models.stage import StageSpec, skeleton
@@ -37,6 +39,7 @@ class ServingConfig:
     takes, up to 4096; sequences: at the same time; queue: requests that may wait.
 
     key_sha256: of the API key, hexadecimal; empty: none is needed. patience: seconds that an answer waits for a holder.
+    draft: NONE, LOOKUP, or a model at the coordinator. exit_threshold: as `parse_exit`.
     """
 
     spans: tuple[SpanConfig, ...]
@@ -52,6 +55,8 @@ class ServingConfig:
     http_port: int = 0
     key_sha256: str = ""
     patience: float = 60.0
+    draft: str = NONE
+    exit_threshold: str = ""
 
     def __post_init__(self) -> None:
         for name, least, most in (("sequences", 1, 1024), ("queue", 0, 100_000), ("chunk", 1, 4096)):
@@ -61,6 +66,10 @@ class ServingConfig:
             raise BadRequest(f"patience {self.patience}: choose seconds, more than 0")
         codec_for_hidden_states(self.codec)
         check_runtime(self.runtime, self.weights)
+        if self.draft == EARLY:
+            raise BadRequest("--draft early: the gateway holds no blocks; choose lookup or a model")
+        if parse_exit(self.exit_threshold) and self.draft != NONE:
+            raise BadRequest("--exit-threshold and --draft exclude each other")
 
     @property
     def devices(self) -> list[str]:

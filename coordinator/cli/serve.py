@@ -51,6 +51,20 @@ def serve(
     weights: Annotated[
         str, typer.Option(help="Of linear modules: float32, or in onnxruntime int8 or int4.")
     ] = "float32",
+    draft: Annotated[
+        str,
+        typer.Option(
+            help="Who guesses at tokens that the chain then verifies together: none, lookup (the text so far), or a "
+            "small model with the same tokenizer at the coordinator. Answers stay the same."
+        ),
+    ] = "none",
+    exit_threshold: Annotated[
+        str,
+        typer.Option(
+            help="Tokens of which the first blocks are so sure (0 to 1, or entropy:NATS) do not wait for the others: "
+            "faster, not the same answers. Off by default."
+        ),
+    ] = "",
     host: Annotated[str, typer.Option(help="Where HTTP listens, at the coordinator.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 0,
     api_key: Annotated[
@@ -80,6 +94,8 @@ def serve(
         codec=codec,
         runtime=runtime,
         weights=weights,
+        draft=draft if draft in ("none", "lookup", "early") else model_name(draft),
+        exit_threshold=exit_threshold,
         http_host=host,
         http_port=port,
         key_sha256=hashlib.sha256(key.encode()).hexdigest() if key else "",

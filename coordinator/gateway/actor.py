@@ -27,8 +27,11 @@ from coordinator.stage_actor import ServingOptions
 from protos.v1 import chain_pb2_grpc
 from split.errors import IsthmusError
 from split.generation.chain import Recovery, Span
+from split.generation.drafts import Drafter
 from split.generation.ends import Ends
 from split.generation.engine import Engine
+from split.generation.exits import parse_exit
+from split.generation.local import make_drafter
 from split.models.source import ModelFolder, end_tokens, open_model
 from split.runtime.choose import RuntimeChoice
 from split.serving import CLOUD, ServingConfig, SpanConfig
@@ -72,7 +75,7 @@ class GatewayActor:
         torch.set_num_threads(self._options.threads or os.cpu_count() or 1)
         self._failed = asyncio.get_running_loop().create_future()
         serving = self._serving
-        folder, ends = await asyncio.to_thread(self._load)
+        folder, ends, drafter = await asyncio.to_thread(self._load)
         hidden_size = folder.config.hidden_size
         self._spans = [
             Span(
@@ -92,6 +95,8 @@ class GatewayActor:
             sequences=serving.sequences,
             queue=serving.queue,
             chunk=serving.chunk,
+            drafter=drafter,
+            exits=parse_exit(serving.exit_threshold),
         )
         await self._closing.enter_async_context(engine)
         self._servicer = ChainServicer(
@@ -139,10 +144,12 @@ class GatewayActor:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._closing.aclose()
 
-    def _load(self) -> tuple[ModelFolder, Ends]:
-        folder = open_model(self._task.model)
-        serving, cache = self._serving, Path(self._task.cache)
-        return folder, Ends(folder, RuntimeChoice(serving.runtime, serving.weights, self._options.device, cache))
+    def _load(self) -> tuple[ModelFolder, Ends, Drafter | None]:
+        folder, serving = open_model(self._task.model), self._serving
+        choice = RuntimeChoice(serving.runtime, serving.weights, self._options.device, Path(self._task.cache))
+        ends = Ends(folder, choice)
+        room = {"context": serving.context, "sequences": serving.sequences}
+        return folder, ends, make_drafter(serving.draft, folder, ends, choice, None, **room)
 
     def _here(self) -> str:
         """The host under which the gateway's own holders reach it, on this node or on another."""

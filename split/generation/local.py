@@ -12,7 +12,7 @@ from split.generation.drafts import Drafter, Lookup, ModelDrafter
 from split.generation.ends import Ends
 from split.generation.engine import Engine
 from split.generation.exits import ExitRule
-from split.models.source import TensorSource, open_model
+from split.models.source import ModelFolder, TensorSource, open_model
 from split.runtime.choose import TORCH, RuntimeChoice, make_runtime, pick_runtime
 
 NONE, LOOKUP, EARLY = "none", "lookup", "early"  # what drafts can come from, beside a model
@@ -79,12 +79,18 @@ def make_drafter(
         if first is None:
             raise BadRequest(f"draft {EARLY}: the first blocks have to be where the text is")
         return ModelDrafter(ends, first, context=context, first_sequence=sequences)
-    model = open_model(draft)
-    if model.tokenizer().get_vocab() != source.tokenizer().get_vocab():
-        raise BadRequest(f"draft {draft}: its tokenizer is not the model's, so it cannot draft for it")
+    model = open_draft_model(draft, source)
     tokens = min(context, context_of(model, None))
     runtime = make_runtime(model, 0, model.config.num_hidden_layers, choice, sequences=sequences, tokens=tokens)
     return ModelDrafter(Ends(model, choice), LocalHolder("drafts", runtime), context=tokens)
+
+
+def open_draft_model(name: str, like: TensorSource) -> ModelFolder:
+    """Raises BadRequest for a model with another tokenizer than the one that it drafts for, BadModelFolder."""
+    model = open_model(name)
+    if model.tokenizer().get_vocab() != like.tokenizer().get_vocab():
+        raise BadRequest(f"draft {name}: its tokenizer is not the model's, so it cannot draft for it")
+    return model
 
 
 def context_of(source: TensorSource, asked: int | None) -> int:

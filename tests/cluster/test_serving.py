@@ -148,6 +148,26 @@ def test_killed_devices_and_actors_change_no_answer(house: House, wanted: list[s
     house.start("d1")
 
 
+def test_drafts_change_no_answer_whoever_dies(house: House, wanted: list[str]) -> None:
+    for draft in ("lookup", str(house.model)):
+        with served(house, "d0+d1:0-2,cloud:2-4", draft=draft) as model:
+            assert model.while_answering(lambda: house.cluster.kill("d0")) == wanted
+            answers = model.stats()["answers"]
+            assert 0 < answers["accepted"] <= answers["drafted"]
+            assert answers["rounds"] == answers["tokens"] - answers["accepted"] - len(STREAMS)
+            assert model.stats()["recoveries"]
+        house.start("d0")
+
+
+def test_early_exits_spare_the_second_span(house: House) -> None:
+    with served(house, "d0:0-2,cloud:2-4", exit_threshold="0") as model:
+        assert all(model.answers(STREAMS))
+        answers = model.stats()["answers"]
+        near, far = model.stats()["hops"]
+        assert answers["exited"] == answers["tokens"] - len(STREAMS) - answers["rounds"] > 0
+        assert near["batches"] > far["batches"]
+
+
 def test_a_device_that_is_closed_hands_over(house: House, wanted: list[str]) -> None:
     with served(house, "d0+d1:0-2,cloud:2-4") as model:
         process = house.cluster.processes["d0"]
@@ -232,6 +252,22 @@ def test_the_command_serves_until_it_is_interrupted(house: House, wanted: list[s
 )
 def test_stages_that_cannot_be_are_one_line(house: House, stages: str, line: str) -> None:
     status, _, error = house.cli("serve", "--model", str(house.model), "--stages", stages)
+    assert status == 1
+    assert line in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--draft", "early"), "the gateway holds no blocks"),
+        (("--draft", "nowhere/model"), "nowhere/model"),
+        (("--exit-threshold", "0.5"), "all blocks are in one place"),
+        (("--exit-threshold", "1.5"), "choose 0 to 1"),
+    ],
+)
+def test_drafts_and_exits_that_cannot_be_are_one_line(house: House, options: tuple[str, ...], line: str) -> None:
+    status, _, error = house.cli("serve", "--model", str(house.model), *options)
     assert status == 1
     assert line in error
     assert error.count("\n") == 1
