@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,7 +42,13 @@ _TIMEOUT = 60.0  # seconds
 
 
 def generate(
-    prompt: Annotated[str, typer.Option(help="What the answer continues. It stays on this device.")],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="What the answer continues; it stays on this device. `-`: from standard input, as a command line can "
+            "be read by the machine's other users."
+        ),
+    ],
     model: Annotated[
         str,
         typer.Option(
@@ -84,6 +91,7 @@ def generate(
     Example: isthmus-client generate --prompt "Shall I compare thee" --max-tokens 40 --temperature 0 --stats
     """
     logging.basicConfig(level=logging.WARNING, format="isthmus-client: %(message)s")
+    prompt = sys.stdin.read() if prompt == "-" else prompt
     asking = Asking(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
     with interruptible():
         import torch
