@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from client.generate import generate
 from client.identity import Identity, enrol
 from split.errors import BadData, BadRequest, IsthmusError, NotEnrolled
 
@@ -23,7 +24,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 @app.callback()
 def _about() -> None:
-    """The Isthmus edge daemon: takes part in fine-tuning with text that stays on this device."""
+    """The Isthmus edge daemon: takes part in fine-tuning and generation with text that stays on this device."""
 
 
 @app.command()
@@ -106,6 +107,9 @@ def run(
     if identity is None:
         asyncio.run(serve(_enrol(state, coordinator, token)))
     log.info("left the coordinator")
+
+
+app.command()(generate)
 
 
 def _enrol(state: Path, coordinator: str, token: str) -> Identity:

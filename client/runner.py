@@ -134,9 +134,7 @@ class Runner(threading.Thread):
         source, digest = self._weights()
         spec = StageSpec(self.task.first_block, self.task.last_block, embeds=False, head=False)
         choice = RuntimeChoice(serving.runtime, serving.weights, self._options.device, self._options.state / "onnx")
-        runtime = make_runtime(
-            source, spec.first, spec.last, choice, sequences=serving.sequences, tokens=serving.context
-        )
+        runtime = make_runtime(source, spec.first, spec.last, choice, sequences=serving.room, tokens=serving.context)
         self._state(State.RUNNING)
         batches = 0
 
@@ -195,7 +193,7 @@ class Runner(threading.Thread):
 
         work_done: a count that grows when a connection was of use.
         """
-        host, port = _stage_address(self.task.stage_address, self._identity.host)
+        host, port = stage_address(self.task.stage_address, self._identity.host)
         delay = _FIRST_RETRY
         while True:
             before = work_done()
@@ -246,7 +244,7 @@ def _known_failure(error: Exception) -> str:
     return ""
 
 
-def _stage_address(address: str, coordinator_host: str) -> tuple[str, int]:
+def stage_address(address: str, coordinator_host: str) -> tuple[str, int]:
     """HOST:PORT; an empty host is the one under which this device knows the coordinator."""
     if address.startswith(":"):
         return coordinator_host, int(address[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import grpc
 
 from protos.v1 import coordinator_pb2 as pb
 from protos.v1.coordinator_pb2_grpc import CoordinatorStub
-from split.errors import BadModelFolder, BadTensor, LinkLost
+from split.errors import BadModelFolder, BadTensor, LinkLost, WrongState
 from split.models.blobs import BlobModel, BlobStore
 from split.models.manifest import Manifest, build_manifest, holder_digest, restrict
 from split.models.source import TOKENIZER_FILES, ModelFolder, TensorSource
@@ -17,26 +18,36 @@ from split.tls import error_of
 
 Tell = Callable[[int, int], None]  # bytes that are here, bytes in all
 _DECIDING = {"config.json", *TOKENIZER_FILES} - {"chat_template.jinja", "chat_template.json"}  # files, for training
+_OTHERS_TURN = 0.2  # seconds
 _ATTEMPTS = 5  # of one blob, each going on where the last one broke off
 
 
 def device_source(
-    stub: CoordinatorStub, address: str, job: str, state: Path, folder: Path | None, tell: Tell
+    stub: CoordinatorStub,
+    address: str,
+    job: str,
+    state: Path,
+    folder: Path | None,
+    tell: Tell,
+    *,
+    user_blocks: int | None = None,
 ) -> tuple[TensorSource, str]:
     """The source of this device's tensors, and their digest.
 
+    user_blocks: of a device that uses a served model itself with so many blocks of its own; None: what it holds.
     folder: the owner's own copy of the model. Raises BadModelFolder when its files are not the coordinator's.
     What is streamed is kept under its digests in the state folder, so the next job of this model fetches nothing.
     """
     try:
-        message = stub.GetManifest(pb.ManifestRequest(job=job), timeout=60)
+        part = pb.ManifestRequest(job=job, user=user_blocks is not None, blocks=user_blocks or 0)
+        message = stub.GetManifest(part, timeout=60)
     except grpc.RpcError as error:
         raise error_of(error, address) from None
     manifest = Manifest.from_proto(message)
     if folder is not None:
         return _own_copy(folder, manifest, state / "digests.json"), holder_digest(manifest, manifest.tensors)
     store = BlobStore(state / "blobs")
-    _fetch_missing(stub, address, job, manifest, store, tell)
+    _fetch_missing(stub, address, part, manifest, store, tell)
     return BlobModel(store, manifest), holder_digest(manifest, manifest.tensors)
 
 
@@ -61,7 +72,7 @@ def _own_copy(folder: Path, manifest: Manifest, cache: Path) -> ModelFolder:
 
 
 def _fetch_missing(
-    stub: CoordinatorStub, address: str, job: str, manifest: Manifest, store: BlobStore, tell: Tell
+    stub: CoordinatorStub, address: str, part: pb.ManifestRequest, manifest: Manifest, store: BlobStore, tell: Tell
 ) -> None:
     total = sum(blob.size for blob in manifest.blobs())
     here = total - sum(blob.size - store.received(blob.digest) for blob in store.missing(manifest))
@@ -70,12 +81,17 @@ def _fetch_missing(
         while not store.has(blob.digest):
             offset = store.received(blob.digest)
             try:
-                request = pb.FetchRequest(job=job, digest=blob.digest, offset=offset)
+                request = pb.FetchRequest(
+                    job=part.job, digest=blob.digest, offset=offset, user=part.user, blocks=part.blocks
+                )
                 with store.writer(blob, offset) as writer:
                     for chunk in stub.Fetch(request):
                         writer.write(chunk.data)
                         here += len(chunk.data)
                         tell(here, total)
+            except WrongState:  # another process of this device fetches it, or has just done so
+                tell(here, total)
+                time.sleep(_OTHERS_TURN)
             except (grpc.RpcError, LinkLost, BadTensor) as error:
                 lost = error_of(error, address) if isinstance(error, grpc.RpcError) else error
                 attempt += store.received(blob.digest) == offset  # an attempt that brought something is none

@@ -9,7 +9,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from coordinator.gateway.actor import GatewayTask
-from coordinator.methods import Method, method_of
+from coordinator.methods import Method, Serving, method_of
 from coordinator.report import finite, job_report
 from coordinator.sessions import Session, Sessions
 from coordinator.stage_actor import StageTask
 from coordinator.store import Store
 from coordinator.weights import DeviceWeights
 from protos.v1 import coordinator_pb2 as pb
-from split.errors import BadRequest, IsthmusError, NotAllowed, NotEnrolled, WrongState
+from split.errors import BadRequest, IsthmusError, NotAllowed, NotEnrolled, NotFound, WrongState
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,8 @@ class Jobs:
             raise BadRequest(f"a wait of {spec.wait_seconds} s for devices: choose one above 0")
         self._check_devices(spec)
         method = await asyncio.to_thread(method_of, spec, self._state / "digests.json")
+        if isinstance(method, Serving):
+            self._check_enrolled(method.config.users)
         await asyncio.to_thread(method.folder.tokenizer)
         if resume:
             self._check_resumable(resume)  # again: somebody else may have resumed it meanwhile
@@ -108,6 +110,40 @@ class Jobs:
     def job_of(self, device: str) -> str:
         """The job that a device works on; empty for none."""
         return next((run.job for run in self._runs.values() if device in run.devices), "")
+
+    async def find_served(self, name: str, device: str, serial: str) -> pb.Served:
+        """A model that this device, whose certificate counts, may use itself; its gateway learns the certificate.
+
+        name: as it is served, or the job's; empty: the only one. Raises NotFound, NotAllowed, BadRequest, WrongState.
+        """
+        mine = {run.job: served for run, served in self._serving() if device in served.config.may_use}
+        names = {job: served.config.name for job, served in mine.items()}
+        found = [job for job in mine if name in ("", job, names[job])]
+        if not found:
+            if any(name in (run.job, served.config.name) for run, served in self._serving()):
+                raise NotAllowed(f"device {device} may not use {name}: `isthmus serve --users {device}` allows it")
+            usable = ", ".join(sorted(names.values())) or "none"
+            what = f"no model {name[:80]!r}" if name else "no model"
+            raise NotFound(f"{what} is served that device {device} may use; there is: {usable}")
+        if len(found) > 1:
+            named = ", ".join(f"{names[job]} ({job})" for job in found)
+            raise BadRequest(f"several models are served: {named}; name one, or its job, with --model")
+        run = self._runs[found[0]]
+        if not run.stage_address:
+            raise WrongState(f"{names[run.job]} is not served yet: try again in a moment")
+        with contextlib.suppress(RayActorError):  # the job's own waiting sees that its gateway has died
+            await run.stage.allow.remote(device, serial)
+        served = mine[run.job]
+        return pb.Served(job=run.job, model=run.spec.model, gateway=run.stage_address, serving=served.for_devices())
+
+    def user_weights_for(self, identifier: str, device: str, blocks: int) -> DeviceWeights:
+        for run, served in self._serving():
+            if run.job == identifier and device in served.config.may_use:
+                return served.user_weights(blocks)
+        raise NotAllowed(f"device {device} may not use job {identifier[:32]}")
+
+    def _serving(self) -> list[tuple[Run, Serving]]:
+        return [(run, run.method) for run in self._runs.values() if isinstance(run.method, Serving)]
 
     def weights_for(self, identifier: str, device: str) -> DeviceWeights:
         run = self._runs.get(identifier)
@@ -169,6 +205,9 @@ class Jobs:
             run.failed[device] = "was revoked"
             if run.stage is not None:
                 await run.stage.revoke.remote(device)
+        for used, served in self._serving():
+            if used is not run and used.stage is not None and device in served.config.may_use:
+                await used.stage.revoke.remote(device)
 
     async def stop(self) -> None:
         """The coordinator goes down: jobs at work can be resumed."""
@@ -243,10 +282,13 @@ class Jobs:
             raise BadRequest("no devices: name them, or say how many")
         if len(set(spec.devices)) != len(spec.devices):
             raise BadRequest("a device is named twice")
-        for name in spec.devices:
+        self._check_enrolled(spec.devices)
+        self._sessions.available(spec, self.job_of)
+
+    def _check_enrolled(self, devices: Iterable[str]) -> None:
+        for name in devices:
             if self._store.device(name).revoked:  # raises NotFound for one that was never enrolled
                 raise WrongState(f"device {name} is revoked; `isthmus enroll {name}` lets it in again")
-        self._sessions.available(spec, self.job_of)
 
     async def _start(self, run: Run) -> None:
         for name in run.devices:

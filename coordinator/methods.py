@@ -14,6 +14,7 @@ from protos.v1 import coordinator_pb2 as pb
 from split.config import TrainingConfig
 from split.errors import BadRequest
 from split.generation.local import LOOKUP, NONE, context_of, open_draft_model
+from split.generation.using import user_parts
 from split.models.source import ModelFolder, open_model
 from split.models.stage import StageSpec
 from split.parts import parts_of
@@ -100,6 +101,21 @@ class Serving:
         for span in self.config.spans:
             names = StageSpec(span.first, span.last, embeds=False, head=False).tensor_names(self.folder.config)
             self._weights[str(span)] = weights_of(self.folder, names, cache)
+        self._user_weights: dict[int, DeviceWeights] = {}
+        for blocks in self.config.boundaries if self.config.may_use else ():
+            needed = {name for spec in user_parts(layers, blocks) for name in spec.tensor_names(self.folder.config)}
+            self._user_weights[blocks] = weights_of(self.folder, needed, cache)
+
+    def user_weights(self, blocks: int) -> DeviceWeights:
+        """Of a device that uses the chain itself. Raises BadRequest for a number of blocks at which no span begins."""
+        if blocks not in self._user_weights:
+            starts = ", ".join(map(str, self._user_weights))
+            raise BadRequest(f"a device that uses this model may have {starts} of its blocks, not {blocks}")
+        return self._user_weights[blocks]
+
+    def for_devices(self) -> str:
+        """JSON of the configuration, without what is not theirs to know."""
+        return replace(self.config, key_sha256="").to_json()
 
     def weights(self, device: str) -> DeviceWeights:
         return self._weights[str(self.config.span_of(device))]
@@ -110,7 +126,7 @@ class Serving:
         if profile.memory_bytes and needed > profile.memory_bytes:
             raise BadRequest(
                 f"device {name} has {profile.memory_bytes / 2**30:.1f} GiB of memory; blocks {span} take "
-                f"{needed / 2**30:.1f} GiB with room for {self.config.sequences} sequences of {self.config.context} "
+                f"{needed / 2**30:.1f} GiB with room for {self.config.room} sequences of {self.config.context} "
                 "tokens: give it fewer blocks, or serve fewer sequences or a shorter context"
             )
 
@@ -121,11 +137,12 @@ class Serving:
             serving=self.config.to_json(),
             devices=dict(devices),
             digests={span: weights.digest for span, weights in self._weights.items()},
+            user_digests={blocks: weights.digest for blocks, weights in self._user_weights.items()},
             cache=str(self._cache),
         )
 
     def device_task(self, task: pb.Task, device: str) -> None:
-        task.spec.serving = replace(self.config, key_sha256="").to_json()
+        task.spec.serving = self.for_devices()
         span = self.config.span_of(device)
         task.first_block, task.last_block = span.first, span.last
 

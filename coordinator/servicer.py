@@ -14,6 +14,7 @@ from coordinator.interceptors import caller
 from coordinator.jobs import Jobs
 from coordinator.sessions import Sessions
 from coordinator.store import Store
+from coordinator.weights import DeviceWeights
 from protos.v1 import coordinator_pb2 as pb
 from protos.v1 import coordinator_pb2_grpc
 from split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
@@ -82,14 +83,16 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             session.end()
 
     async def GetManifest(self, request: pb.ManifestRequest, context: Context) -> pb.Manifest:
-        peer = self._caller(context, "device")
-        return self._jobs.weights_for(request.job, peer.name).manifest.to_proto()
+        return self._weights(request, context).manifest.to_proto()
 
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.Chunk]:
-        peer = self._caller(context, "device")
-        weights = self._jobs.weights_for(request.job, peer.name)
+        weights = self._weights(request, context)
         async for data in weights.chunks(request.digest, request.offset):
             yield pb.Chunk(data=data)
+
+    async def FindServed(self, request: pb.FindServedRequest, context: Context) -> pb.Served:
+        peer = self._caller(context, "device")
+        return await self._jobs.find_served(request.name, peer.name, peer.serial)
 
     # ---- users ----
 
@@ -152,6 +155,12 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
                         break
                     yield pb.ExportedFile(name=name, data=data)
                     name = ""
+
+    def _weights(self, request: pb.ManifestRequest | pb.FetchRequest, context: Context) -> DeviceWeights:
+        peer = self._caller(context, "device")
+        if request.user:
+            return self._jobs.user_weights_for(request.job, peer.name, request.blocks)
+        return self._jobs.weights_for(request.job, peer.name)
 
     def _caller(self, context: Context, role: str) -> Peer:
         return caller(context, self._store, role)

@@ -15,8 +15,10 @@ from split.generation.wire import codec_for_hidden_states
 from split.models.source import TensorSource
 from split.models.stage import StageSpec, skeleton
 from split.runtime.choose import AUTO, check_runtime
+from split.tls import check_name
 
 CLOUD = "cloud"  # as a holder: an actor at the coordinator
+_GUESTS = 4  # sequences that are kept for devices which use the chain, where nobody says how many
 _BYTES = {"float32": 4, "int8": 1.125, "int4": 0.625}  # of a weight, with its share of a block's scale
 _SPAN = re.compile(r"\s*([a-z0-9+-]+)\s*:\s*(\d+)\s*-\s*(\d+)\s*")
 
@@ -40,6 +42,9 @@ class ServingConfig:
 
     key_sha256: of the API key, hexadecimal; empty: none is needed. patience: seconds that an answer waits for a holder.
     draft: NONE, LOOKUP, or a model at the coordinator. exit_threshold: as `parse_exit`.
+
+    users: devices that may use the chain themselves, beside those that hold the first span; guests: sequences for them,
+    beside the others; None: 4 if there is anybody who may.
     """
 
     spans: tuple[SpanConfig, ...]
@@ -57,6 +62,8 @@ class ServingConfig:
     patience: float = 60.0
     draft: str = NONE
     exit_threshold: str = ""
+    users: tuple[str, ...] = ()
+    guests: int | None = None
 
     def __post_init__(self) -> None:
         for name, least, most in (("sequences", 1, 1024), ("queue", 0, 100_000), ("chunk", 1, 4096)):
@@ -64,6 +71,10 @@ class ServingConfig:
                 raise BadRequest(f"{name} {getattr(self, name)}: choose {least} to {most}")
         if not 0 < self.patience < 86400:
             raise BadRequest(f"patience {self.patience}: choose seconds, more than 0")
+        if self.guests is not None and not bool(self.users) <= self.guests <= 1024:
+            raise BadRequest(f"guests {self.guests}: choose {int(bool(self.users))} to 1024")
+        for user in self.users:
+            check_name(user)
         codec_for_hidden_states(self.codec)
         check_runtime(self.runtime, self.weights)
         if self.draft == EARLY:
@@ -74,6 +85,26 @@ class ServingConfig:
     @property
     def devices(self) -> list[str]:
         return [holder for span in self.spans for holder in span.holders if holder != CLOUD]
+
+    @property
+    def may_use(self) -> list[str]:
+        """Devices that may use the chain themselves."""
+        if self.guests == 0:
+            return []
+        first = self.spans[0].holders if self.spans else ()
+        return list(dict.fromkeys([*self.users, *(holder for holder in first if holder != CLOUD)]))
+
+    @property
+    def room(self) -> int:
+        """Sequences that every holder has to have room for: the API's, and after them the guests'."""
+        if not self.may_use:
+            return self.sequences
+        return self.sequences + (_GUESTS if self.guests is None else self.guests)
+
+    @property
+    def boundaries(self) -> list[int]:
+        """Numbers of blocks that a device which uses the chain may have itself."""
+        return [span.first for span in self.spans]
 
     def span_of(self, device: str) -> SpanConfig:
         return next(span for span in self.spans if device in span.holders)
@@ -89,7 +120,7 @@ class ServingConfig:
             spans = tuple(
                 SpanConfig(int(s["first"]), int(s["last"]), tuple(map(str, s["holders"]))) for s in raw["spans"]
             )
-            return cls(**{**raw, "spans": spans})
+            return cls(**{**raw, "spans": spans, "users": tuple(map(str, raw.get("users", ())))})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BadRequest(f"not a serving configuration: {error}") from None
 
@@ -140,5 +171,5 @@ def memory_of(source: TensorSource, span: SpanConfig, serving: ServingConfig) ->
     weights = skeleton(config, StageSpec(span.first, span.last, embeds=False, head=False)).parameters()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 8 * (span.last - span.first) * serving.sequences * serving.context * heads * head_size
+    cache = 8 * (span.last - span.first) * serving.room * serving.context * heads * head_size
     return int(_BYTES[serving.weights] * sum(value.numel() for value in weights) + cache)

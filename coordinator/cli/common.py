@@ -18,14 +18,16 @@ from rich.console import Console
 
 from protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from split.errors import BadRequest, NotFound
+from split.terminal import Json as Json
+from split.terminal import console as console
+from split.terminal import human_bytes as human_bytes
+from split.terminal import print_json as print_json
 from split.tls import Credentials, channel, error_of
 
-console = Console(markup=False)  # what devices and users call things is text, whatever brackets it has
 errors = Console(stderr=True, markup=False)
 
 DEFAULT_STATE = Path("~/.isthmus/coordinator")
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 CredentialsFolder = Annotated[
     Path,
     typer.Option(
@@ -94,17 +96,3 @@ def address_of(credentials: Path) -> str:
 def as_dict(message: Message) -> dict[str, Any]:
     """A message as JSON-ready values, with every field, by the names in the .proto file."""
     return dict(MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
-
-
-def print_json(value: Any) -> None:
-    """One line of JSON on standard output."""
-    typer.echo(json.dumps(value))
-
-
-def human_bytes(count: float) -> str:
-    """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")

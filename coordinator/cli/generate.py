@@ -7,50 +7,35 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import typer
 
-from coordinator.cli.common import Json, console, human_bytes, print_json
 from split.errors import BadRequest, IsthmusError, LinkLost
+from split.terminal import (
+    Asking,
+    Json,
+    MaxTokens,
+    Seed,
+    Stat,
+    Stats,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    hops_between,
+    interruptible,
+    show_answer,
+    show_stat,
+)
 
 Model = Annotated[str, typer.Option(help="As it is served; with --local a folder in hub format, a hub id, or default.")]
 Local = Annotated[bool, typer.Option("--local", help="Load the model here and answer in this process.")]
 Url = Annotated[str, typer.Option(help="Of the API, as `isthmus serve` prints it.", envvar="ISTHMUS_URL")]
 Key = Annotated[str, typer.Option(help="Of the API.", envvar="ISTHMUS_API_KEY")]
-MaxTokens = Annotated[int, typer.Option(help="Of one answer, at most.", min=1)]
-Temperature = Annotated[float, typer.Option(help="0: always the likeliest token.")]
-TopP = Annotated[float, typer.Option(help="Draw from the fewest likeliest tokens that have this share.")]
-TopK = Annotated[int, typer.Option(help="Draw from so many likeliest tokens; 0: all.")]
-Seed = Annotated[int | None, typer.Option(help="The same draws again.")]
 Runtime = Annotated[str, typer.Option(help="With --local: auto (the faster one here), torch, or onnxruntime.")]
 Weights = Annotated[str, typer.Option(help="With --local: float32, or in onnxruntime int8 or int4.")]
-Stats = Annotated[bool, typer.Option("--stats", help="Say afterwards what the answer took, by hop.")]
 _KEPT = 20  # turns of a conversation that are sent again at most
-
-
-@dataclass(frozen=True)
-class Asking:
-    """How to answer."""
-
-    max_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int | None
-    stop: tuple[str, ...] = ()
-
-
-@dataclass
-class Stat:
-    """Seconds since the question, and what each hop took: as in `split.generation.engine.Engine.stats`."""
-
-    first_token: float = 0.0
-    total: float = 0.0
-    tokens: int = 0
-    prompt_tokens: int = 0
-    hops: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Here:
@@ -61,54 +46,34 @@ class Here:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Here:
+        from split.generation.asking import Asked
         from split.generation.local import local_engine
         from split.models.source import end_tokens, open_model
         from split.runtime.choose import RuntimeChoice
 
         folder = open_model(self._model)
-        self._tokenizer = folder.tokenizer()
-        self._ends = end_tokens(folder, self._tokenizer)
+        tokenizer = folder.tokenizer()
         choice = RuntimeChoice(self._runtime, self._weights)
-        self._engine = await self._stack.enter_async_context(await local_engine(folder, sequences=1, choice=choice))
+        engine = await self._stack.enter_async_context(await local_engine(folder, sequences=1, choice=choice))
+        self._asked = Asked(engine, tokenizer, end_tokens(folder, tokenizer))
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
     async def complete(self, prompt: str, asking: Asking, stat: Stat) -> AsyncIterator[str]:
-        async for text in self._answer(self._tokenizer.encode(prompt), asking, stat, continues=True):
+        ids = self._asked.tokenizer.encode(prompt)
+        async for text in self._asked.answer(ids, asking, stat, continues=True):
             yield text
 
     async def reply(self, turns: list[dict[str, str]], asking: Asking, stat: Stat) -> AsyncIterator[str]:
-        if not self._tokenizer.chat_template:
+        tokenizer = self._asked.tokenizer
+        if not tokenizer.chat_template:
             raise BadRequest("this model has no chat template; use `isthmus generate --prompt`")
-        text = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        ids = self._tokenizer.encode(str(text), add_special_tokens=False)
-        async for part in self._answer(ids, asking, stat, continues=False):
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer.encode(str(text), add_special_tokens=False)
+        async for part in self._asked.answer(ids, asking, stat, continues=False):
             yield part
-
-    async def _answer(self, ids: list[int], asking: Asking, stat: Stat, *, continues: bool) -> AsyncIterator[str]:
-        from split.generation.request import Request, Sampling
-        from split.generation.text import TextStream
-
-        sampling = Sampling(asking.temperature, asking.top_p, asking.top_k, asking.seed)
-        room = self._engine.context - len(ids)
-        request = Request(tuple(ids), min(asking.max_tokens, max(1, room)), sampling, stop_tokens=self._ends)
-        before = self._engine.stats()
-        answer = self._engine.submit(request)
-        text = TextStream(self._tokenizer, asking.stop, after=ids if continues else ())
-        try:
-            async for token in answer:
-                yield text.push(token.id)
-                if text.stopped:
-                    break
-            yield text.finish()
-        finally:
-            answer.cancel()
-        timing = answer.timing
-        stat.first_token, stat.total, stat.tokens = timing.first_token, timing.total, timing.tokens
-        stat.prompt_tokens = timing.prompt_tokens
-        stat.hops = _difference(before["hops"], self._engine.stats()["hops"])
 
 
 class There:
@@ -178,7 +143,7 @@ class There:
         except httpx2.HTTPError as error:
             raise LinkLost(f"{self._url} broke off: {error or type(error).__name__}") from None
         stat.total = time.perf_counter() - started
-        stat.hops = _difference(before, (await self._get("/stats"))["hops"])
+        stat.hops = hops_between(before, (await self._get("/stats"))["hops"])
 
     async def _get(self, path: str) -> dict[str, Any]:
         import httpx2
@@ -206,7 +171,7 @@ def generate(
     seed: Seed = None,
     runtime: Runtime = "auto",
     weights: Weights = "float32",
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text. Repeatable.")] = None,
+    stop: Stop = None,
     stats: Stats = False,
     json_output: Json = False,
 ) -> None:
@@ -217,20 +182,12 @@ def generate(
     asking = Asking(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
 
     async def work() -> None:
-        stat, whole = Stat(), ""
+        stat = Stat()
         async with _where(model, local, url, api_key, runtime, weights) as where:
-            async for text in where.complete(prompt, asking, stat):
-                whole += text
-                if not json_output:
-                    typer.echo(text, nl=False)
-        if json_output:
-            print_json({"text": whole, "stats": vars(stat)})
-            return
-        typer.echo()
-        if stats:
-            _show(stat)
+            await show_answer(where.complete(prompt, asking, stat), stat, stats=stats, as_json=json_output)
 
-    _run(work())
+    with interruptible():
+        asyncio.run(work())
 
 
 def chat(
@@ -267,9 +224,10 @@ def chat(
                 typer.echo()
                 turns.append({"role": "assistant", "content": whole})
                 if stats:
-                    _show(stat)
+                    show_stat(stat)
 
-    _run(work())
+    with interruptible():
+        asyncio.run(work())
 
 
 def _ask() -> str:
@@ -283,51 +241,9 @@ def _where(model: str, local: bool, url: str, key: str, runtime: str, weights: s
     return Here(model or "default", runtime, weights) if local else There(url, key, model)
 
 
-def _run(work: Any) -> None:
-    try:
-        asyncio.run(work)
-    except KeyboardInterrupt:
-        typer.echo()
-        raise typer.Exit(130) from None
-
-
 def _refusal(status: int, body: bytes) -> IsthmusError:
     try:
         line = str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         line = f"HTTP status {status}"
     return BadRequest(line) if 400 <= status < 500 else IsthmusError(line)
-
-
-def _difference(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What came to each hop's figures between two looks at them."""
-    known = {(hop["span"], hop["holder"]): hop for hop in before}
-    hops = []
-    for hop in after:
-        old = known.get((hop["span"], hop["holder"]), {})
-        sums = {name: value - old.get(name, 0) for name, value in hop.items() if isinstance(value, int | float)}
-        hops.append({**hop, **sums, "median_ms_beyond_computing": hop["median_ms_beyond_computing"]})
-    return [hop for hop in hops if hop["batches"]]
-
-
-def _show(stat: Stat) -> None:
-    from rich.table import Table
-
-    after = max(stat.total - stat.first_token, 1e-9)
-    rate = f", {(stat.tokens - 1) / after:.1f} tokens a second after it" if stat.tokens > 1 else ""
-    console.print(
-        f"{stat.prompt_tokens} tokens of prompt, {stat.tokens} of answer; first after {stat.first_token:.2f} s{rate}"
-    )
-    table = Table("blocks", "holder", "batches", "computing", "encoding", "waiting", "sent", "received")
-    for hop in stat.hops:
-        table.add_row(
-            hop["span"],
-            hop["holder"],
-            str(hop["batches"]),
-            f"{hop['computing']:.2f} s",
-            f"{hop['coding']:.2f} s",
-            f"{max(0.0, hop['seconds'] - hop['computing'] - hop['coding']):.2f} s",
-            human_bytes(hop["sent"]),
-            human_bytes(hop["received"]),
-        )
-    console.print(table)

@@ -71,6 +71,17 @@ def serve(
         str, typer.Option(help="That clients have to send; by default one is made.", envvar="ISTHMUS_API_KEY")
     ] = "",
     no_api_key: Annotated[bool, typer.Option("--no-api-key", help="Let everybody in.")] = False,
+    users: Annotated[
+        str,
+        typer.Option(
+            help="Devices that may use the chain themselves, so that text stays there (`isthmus-client generate`): "
+            "laptop,phone. Those that hold the first blocks may in any case."
+        ),
+    ] = "",
+    guests: Annotated[
+        int | None,
+        typer.Option(help="Answers at the same time for such devices, beside --sequences; by default 4 if any may."),
+    ] = None,
     wait: Annotated[float, typer.Option(help="Seconds to wait for devices that are missing.")] = 60.0,
     json_output: Json = False,
     credentials: CredentialsFolder = DEFAULT_CREDENTIALS,
@@ -99,6 +110,8 @@ def serve(
         http_host=host,
         http_port=port,
         key_sha256=hashlib.sha256(key.encode()).hexdigest() if key else "",
+        users=tuple(user.strip() for user in users.split(",") if user.strip()),
+        guests=guests,
     )
     spec = pb.JobSpec(
         method="serve",

@@ -53,6 +53,7 @@ class GatewayTask:
     serving: str  # JSON of ServingConfig
     devices: dict[str, str]  # name -> serial of its certificate
     digests: dict[str, str]  # by span: of its tensors
+    user_digests: dict[int, str]  # by number of blocks: of the tensors of a device that uses the chain with so many
     cache: str  # folder for graphs
 
 
@@ -100,7 +101,14 @@ class GatewayActor:
         )
         await self._closing.enter_async_context(engine)
         self._servicer = ChainServicer(
-            self._task.job, serving, self._spans, hidden_size, self._task.digests, self._allowed, self._tell
+            self._task.job,
+            serving,
+            self._spans,
+            hidden_size,
+            self._task.digests,
+            self._task.user_digests,
+            self._allowed,
+            self._tell,
         )
         server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
         chain_pb2_grpc.add_ChainServicer_to_server(self._servicer, server)
@@ -108,9 +116,14 @@ class GatewayActor:
         port = bind_one_of(server, self._options.host, self._options.ports, credentials)
         await server.start()
         self._closing.push_async_callback(server.stop, 1)
+        self._closing.callback(self._servicer.close)
         tokenizer = await asyncio.to_thread(folder.tokenizer)
         model = ServedModel(engine, tokenizer, stop_tokens=end_tokens(folder, tokenizer), vocabulary=ends.vocabulary)
-        app = make_app({serving.name: model}, key_sha256=serving.key_sha256 or None, stats=engine.stats)
+
+        def stats() -> dict[str, Any]:
+            return {**engine.stats(), "guests": self._servicer.guests.load}
+
+        app = make_app({serving.name: model}, key_sha256=serving.key_sha256 or None, stats=stats)
         http = await serve(app, serving.http_host, serving.http_port)
         self._closing.push_async_callback(http.close)
         self._url = f"http://{join_address(serving.http_host, http.port)}/v1"
@@ -129,7 +142,7 @@ class GatewayActor:
         """A chain waits for its holders whoever is missing."""
 
     async def allow(self, device: str, serial: str) -> None:
-        """From now on a device of this job comes with this certificate, and with no other."""
+        """From now on a device of this job, or one that may use it, comes with this certificate, and with no other."""
         if self._devices.get(device) != serial:
             self._devices[device] = serial
             self._servicer.drop(device)
@@ -169,7 +182,7 @@ class GatewayActor:
             first=span.first,
             last=span.last,
             digest=self._task.digests[str(span)],
-            sequences=self._serving.sequences,
+            sequences=self._serving.room,
             tokens=self._serving.context,
             gateway=join_address(self._here(), port),
             threads=self._options.threads,

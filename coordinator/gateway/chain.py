@@ -1,4 +1,4 @@
-"""Serves Chain.Hold: lets in who may hold blocks, and hands what they send to the spans."""
+"""Serves isthmus.v1.Chain: lets in who may hold blocks or use them, and hands what they send to the spans."""
 
 from __future__ import annotations
 
@@ -6,25 +6,30 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc.aio
 
+from coordinator.gateway.guests import Guests
 from protos.v1 import chain_pb2 as pb
 from protos.v1 import chain_pb2_grpc
 from split.codecs import parse
-from split.errors import BadFrame, IsthmusError, LinkLost, NotAllowed
+from split.errors import BadFrame, IsthmusError, LinkLost, NotAllowed, WrongState
 from split.generation.chain import Span
 from split.generation.remote import RemoteHolder
 from split.serving import CLOUD, ServingConfig
 from split.tls import Peer, peer_of
 
-_HELLO = 30.0  # seconds in which a holder has to say what it has
+_HELLO = 30.0  # seconds in which a holder has to say what it has, and a user what it wants
 Tell = Callable[[str, str, dict[str, Any]], None]
+Message = TypeVar("Message")
 
 
 class ChainServicer(chain_pb2_grpc.ChainServicer):
-    """allowed: whether this certificate counts. digests: by span, of its tensors. tell(kind, device, data)."""
+    """allowed: whether this certificate counts. digests: by span, of its tensors; user_digests: as in `Guests`.
+
+    tell(kind, device, data).
+    """
 
     def __init__(
         self,
@@ -33,6 +38,7 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
         spans: Sequence[Span],
         hidden_size: int,
         digests: Mapping[str, str],
+        user_digests: Mapping[int, str],
         allowed: Callable[[Peer], bool],
         tell: Tell,
     ) -> None:
@@ -40,17 +46,14 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
         self._spans = {str(span): span for span in spans}
         self._digests, self._allowed, self._tell = digests, allowed, tell
         self._open: dict[str, set[RemoteHolder]] = {}
+        self.guests = Guests(job, serving, spans, hidden_size, user_digests)
 
     async def Hold(
         self, requests: AsyncIterator[pb.FromHolder], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.ToHolder]:
         peer = peer_of(context.auth_context())
         self._check(peer)
-        try:
-            async with asyncio.timeout(_HELLO):
-                first = await anext(requests, None)
-        except TimeoutError:
-            raise BadFrame(f"no hello in {_HELLO:.0f} s") from None
+        first = await _first(requests)
         if first is None:
             return
         self._check(peer)  # again: it may have been revoked since
@@ -79,10 +82,35 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
             self._open[peer.name].discard(holder)
             self._tell("left", _device(peer), {"span": str(span), "holder": name, "done": False, "step": 0})
 
+    async def Use(
+        self, requests: AsyncIterator[pb.ToHolder], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.FromHolder]:
+        peer = peer_of(context.auth_context())
+        self._check(peer)
+        first = await _first(requests)
+        if first is None:
+            return
+        async with self.guests.admitted(_device(peer), first) as guest:
+            self._check(peer)
+            reading = asyncio.create_task(guest.read(requests))
+            try:
+                async for message in guest.messages():
+                    yield message
+            finally:
+                reading.cancel()
+            if guest.error is not None:
+                raise guest.error
+
     def drop(self, device: str) -> None:
         """Ends a device's streams: its certificate does not count any more."""
+        error = NotAllowed(f"device {device} was revoked, or enrolled anew")
         for holder in list(self._open.get(device, ())):
-            holder.end(NotAllowed(f"device {device} was revoked, or enrolled anew"))
+            holder.end(error)
+        self.guests.drop(device, error)
+
+    def close(self) -> None:
+        """Tells devices that use the chain that there is none any more: they need not dial again."""
+        self.guests.drop("", WrongState("the model is not served any more"))
 
     def _span_of(self, peer: Peer, first: pb.FromHolder) -> Span:
         """Raises BadFrame or NotAllowed for a holder that has not what was asked for."""
@@ -96,10 +124,10 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
             raise NotAllowed(f"{peer.name} holds no blocks {name} in job {self._job}")
         if hello.digest != self._digests[name]:
             raise BadFrame(f"the tensors of blocks {name} at {peer.name} are not the coordinator's")
-        if hello.sequences < self._serving.sequences or hello.tokens < self._serving.context:
+        if hello.sequences < self._serving.room or hello.tokens < self._serving.context:
             raise BadFrame(
                 f"{peer.name} has room for {hello.sequences} sequences of {hello.tokens} tokens; "
-                f"{self._serving.sequences} of {self._serving.context} are needed"
+                f"{self._serving.room} of {self._serving.context} are needed"
             )
         missing = parse(self._serving.codec).families - set(hello.codecs)
         if missing:
@@ -114,6 +142,15 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
     def _check(self, peer: Peer) -> None:
         if not self._allowed(peer):
             raise NotAllowed(f"{peer.role} {peer.name} has no part in job {self._job}, or is revoked")
+
+
+async def _first(requests: AsyncIterator[Message]) -> Message | None:
+    """What a stream begins with; None if it ends first. Raises BadFrame if nothing comes."""
+    try:
+        async with asyncio.timeout(_HELLO):
+            return await anext(requests, None)
+    except TimeoutError:
+        raise BadFrame(f"no hello in {_HELLO:.0f} s") from None
 
 
 async def _read(holder: RemoteHolder, requests: AsyncIterator[pb.FromHolder]) -> None:

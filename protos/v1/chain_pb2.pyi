@@ -83,6 +83,20 @@ class Leaving(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class UserHello(_message.Message):
+    __slots__ = ("job", "first", "digest", "sequences", "session")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    first: int
+    digest: str
+    sequences: int
+    session: str
+    def __init__(self, job: _Optional[str] = ..., first: _Optional[int] = ..., digest: _Optional[str] = ..., sequences: _Optional[int] = ..., session: _Optional[str] = ...) -> None: ...
+
 class FromHolder(_message.Message):
     __slots__ = ("hello", "result", "leaving")
     HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -94,11 +108,13 @@ class FromHolder(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ...) -> None: ...
 
 class ToHolder(_message.Message):
-    __slots__ = ("agreed", "batch", "forget")
+    __slots__ = ("agreed", "batch", "forget", "user")
     AGREED_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     FORGET_FIELD_NUMBER: _ClassVar[int]
+    USER_FIELD_NUMBER: _ClassVar[int]
     agreed: Agreed
     batch: Batch
     forget: Forget
-    def __init__(self, agreed: _Optional[_Union[Agreed, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ...) -> None: ...
+    user: UserHello
+    def __init__(self, agreed: _Optional[_Union[Agreed, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ..., user: _Optional[_Union[UserHello, _Mapping]] = ...) -> None: ...

@@ -39,6 +39,11 @@ class ChainStub:
                 request_serializer=protos_dot_v1_dot_chain__pb2.FromHolder.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_chain__pb2.ToHolder.FromString,
                 _registered_method=True)
+        self.Use = channel.stream_stream(
+                '/isthmus.v1.Chain/Use',
+                request_serializer=protos_dot_v1_dot_chain__pb2.ToHolder.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_chain__pb2.FromHolder.FromString,
+                _registered_method=True)
 
 
 class ChainServicer:
@@ -50,6 +55,13 @@ class ChainServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Use(self, request_iterator, context):
+        """The same talk with the dialling turned round: to a device that has the text, the gateway is the holder.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ChainServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +69,11 @@ def add_ChainServicer_to_server(servicer, server):
                     servicer.Hold,
                     request_deserializer=protos_dot_v1_dot_chain__pb2.FromHolder.FromString,
                     response_serializer=protos_dot_v1_dot_chain__pb2.ToHolder.SerializeToString,
+            ),
+            'Use': grpc.stream_stream_rpc_method_handler(
+                    servicer.Use,
+                    request_deserializer=protos_dot_v1_dot_chain__pb2.ToHolder.FromString,
+                    response_serializer=protos_dot_v1_dot_chain__pb2.FromHolder.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +103,33 @@ class Chain:
             '/isthmus.v1.Chain/Hold',
             protos_dot_v1_dot_chain__pb2.FromHolder.SerializeToString,
             protos_dot_v1_dot_chain__pb2.ToHolder.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Use(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/isthmus.v1.Chain/Use',
+            protos_dot_v1_dot_chain__pb2.ToHolder.SerializeToString,
+            protos_dot_v1_dot_chain__pb2.FromHolder.FromString,
             options,
             channel_credentials,
             insecure,

@@ -187,26 +187,52 @@ class Manifest(_message.Message):
     def __init__(self, files: _Optional[_Iterable[_Union[FileEntry, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[TensorEntry, _Mapping]]] = ...) -> None: ...
 
 class ManifestRequest(_message.Message):
-    __slots__ = ("job",)
+    __slots__ = ("job", "user", "blocks")
     JOB_FIELD_NUMBER: _ClassVar[int]
+    USER_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     job: str
-    def __init__(self, job: _Optional[str] = ...) -> None: ...
+    user: bool
+    blocks: int
+    def __init__(self, job: _Optional[str] = ..., user: _Optional[bool] = ..., blocks: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("job", "digest", "offset")
+    __slots__ = ("job", "digest", "offset", "user", "blocks")
     JOB_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    USER_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     job: str
     digest: str
     offset: int
-    def __init__(self, job: _Optional[str] = ..., digest: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+    user: bool
+    blocks: int
+    def __init__(self, job: _Optional[str] = ..., digest: _Optional[str] = ..., offset: _Optional[int] = ..., user: _Optional[bool] = ..., blocks: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("data",)
     DATA_FIELD_NUMBER: _ClassVar[int]
     data: bytes
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class FindServedRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class Served(_message.Message):
+    __slots__ = ("job", "model", "gateway", "serving")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_FIELD_NUMBER: _ClassVar[int]
+    SERVING_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    model: str
+    gateway: str
+    serving: str
+    def __init__(self, job: _Optional[str] = ..., model: _Optional[str] = ..., gateway: _Optional[str] = ..., serving: _Optional[str] = ...) -> None: ...
 
 class JobSpec(_message.Message):
     __slots__ = ("method", "model", "dataset", "devices", "device_count", "training", "wait_seconds", "serving")

@@ -121,6 +121,11 @@ class CoordinatorStub:
                 request_serializer=protos_dot_v1_dot_coordinator__pb2.FetchRequest.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_coordinator__pb2.Chunk.FromString,
                 _registered_method=True)
+        self.FindServed = channel.unary_unary(
+                '/isthmus.v1.Coordinator/FindServed',
+                request_serializer=protos_dot_v1_dot_coordinator__pb2.FindServedRequest.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_coordinator__pb2.Served.FromString,
+                _registered_method=True)
         self.CreateToken = channel.unary_unary(
                 '/isthmus.v1.Coordinator/CreateToken',
                 request_serializer=protos_dot_v1_dot_coordinator__pb2.CreateTokenRequest.SerializeToString,
@@ -185,6 +190,12 @@ class CoordinatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Fetch(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FindServed(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -262,6 +273,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Fetch,
                     request_deserializer=protos_dot_v1_dot_coordinator__pb2.FetchRequest.FromString,
                     response_serializer=protos_dot_v1_dot_coordinator__pb2.Chunk.SerializeToString,
+            ),
+            'FindServed': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindServed,
+                    request_deserializer=protos_dot_v1_dot_coordinator__pb2.FindServedRequest.FromString,
+                    response_serializer=protos_dot_v1_dot_coordinator__pb2.Served.SerializeToString,
             ),
             'CreateToken': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateToken,
@@ -390,6 +406,33 @@ class Coordinator:
             '/isthmus.v1.Coordinator/Fetch',
             protos_dot_v1_dot_coordinator__pb2.FetchRequest.SerializeToString,
             protos_dot_v1_dot_coordinator__pb2.Chunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindServed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.Coordinator/FindServed',
+            protos_dot_v1_dot_coordinator__pb2.FindServedRequest.SerializeToString,
+            protos_dot_v1_dot_coordinator__pb2.Served.FromString,
             options,
             channel_credentials,
             insecure,

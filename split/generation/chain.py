@@ -177,8 +177,12 @@ class Span:
         async with self._news:
             await self._news.wait_for(lambda: self._holders)
 
-    async def compute(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
-        """As `Runtime.compute`, whatever dies meanwhile. Raises LinkLost if no holder comes in time."""
+    async def compute(self, rows: Sequence[Row], hidden: Tensor, *, blame: bool = True) -> Tensor:
+        """As `Runtime.compute`, whatever dies meanwhile. Raises LinkLost if no holder comes in time.
+
+        blame: an error may be the holder's fault: another one is tried, if there is one. False for a batch of somebody
+        who could mean harm, and would cost the span its holders.
+        """
         for row, part in zip(rows, hidden.split([row.count for row in rows]), strict=True):
             self._journal.setdefault(row.sequence, _Journal(self._hidden_size)).put(row.position, part)
         failed: float | None = None
@@ -199,7 +203,8 @@ class Span:
                     for row in rows:
                         self._built.pop(row.sequence, None)
                     continue
-                if not isinstance(error, LinkLost) and (doubtful - {holder} or len(self._holders) < 2):
+                alone = doubtful - {holder} or len(self._holders) < 2
+                if not isinstance(error, LinkLost) and (alone or not blame):
                     raise  # nobody could compute this
                 doubtful.add(holder)
                 self.remove(holder)

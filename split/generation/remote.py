@@ -46,11 +46,14 @@ class RemoteHolder:
         result: asyncio.Future[tuple[Tensor, float]] = asyncio.get_running_loop().create_future()
         self._due.append((batch.id, len(hidden), result))
         self._outbox.put_nowait(pb.ToHolder(batch=batch))
-        while not result.done():
-            before = self._answered
-            await asyncio.wait({result}, timeout=self._timeout)
-            if not result.done() and self._answered == before:  # nor any batch before this one
-                self.end(LinkLost(f"it did not answer for {self._timeout:.0f} s"))
+        try:
+            while not result.done():
+                before = self._answered
+                await asyncio.wait({result}, timeout=self._timeout)
+                if not result.done() and self._answered == before:  # nor any batch before this one
+                    self.end(LinkLost(f"it did not answer for {self._timeout:.0f} s"))
+        finally:
+            result.cancel()  # nobody waits any more: its error, if one comes, is no news
         output, computing = result.result()
         self.cost.add(len(hidden), time.perf_counter() - started, computing)
         return output

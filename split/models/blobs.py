@@ -162,6 +162,10 @@ class BlobModel:
                 (Path(view) / name).symlink_to(self._whole(blob).resolve())
             return load_tokenizer(Path(view))
 
+    def file(self, name: str) -> Path | None:
+        blob = self._manifest.files.get(name)
+        return None if blob is None else self._whole(blob)
+
     def tensor_names(self) -> frozenset[str]:
         return frozenset(self._manifest.tensors)
 

@@ -46,6 +46,9 @@ class TensorSource(Protocol):
 
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
 
+    def file(self, name: str) -> Path | None:
+        """Where one of MODEL_FILES is; None if the model has none of this name."""
+
     def tensor_names(self) -> frozenset[str]: ...
 
     def read(self, name: str) -> Tensor: ...
@@ -77,6 +80,10 @@ class ModelFolder:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The folder's own tokenizer; raises BadModelFolder if there is none."""
         return load_tokenizer(self.path)
+
+    def file(self, name: str) -> Path | None:
+        path = self.path / name
+        return path if path.is_file() else None
 
     def tensor_names(self) -> frozenset[str]:
         return frozenset(self._stored)
@@ -182,11 +189,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def end_tokens(folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def end_tokens(source: TensorSource, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that end an answer: the tokenizer's, and those that config.json and generation_config.json name."""
-    named: list[object] = [tokenizer.eos_token_id, getattr(folder.config, "eos_token_id", None)]
-    path = folder.path / "generation_config.json"
-    if path.is_file():
+    named: list[object] = [tokenizer.eos_token_id, getattr(source.config, "eos_token_id", None)]
+    path = source.file("generation_config.json")
+    if path is not None:
         try:
             named.append(json.loads(read_text(path)).get("eos_token_id"))
         except (ValueError, AttributeError):

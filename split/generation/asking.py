@@ -1,0 +1,43 @@
+"""Questions to an engine in this process, and the text of its answers as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from split.generation.engine import Engine
+from split.generation.request import Request, Sampling
+from split.generation.text import TextStream
+from split.terminal import Asking, Stat, hops_between
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An engine that is started, and what its model's text is made of."""
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    ends: frozenset[int]  # tokens that end an answer
+
+    async def answer(self, ids: Sequence[int], asking: Asking, stat: Stat, *, continues: bool) -> AsyncIterator[str]:
+        """The answer's text as it comes; then `stat` is filled in. continues: the answer goes on the prompt's text."""
+        sampling = Sampling(asking.temperature, asking.top_p, asking.top_k, asking.seed)
+        room = self.engine.context - len(ids)
+        request = Request(tuple(ids), min(asking.max_tokens, max(1, room)), sampling, stop_tokens=self.ends)
+        before = self.engine.stats()
+        answer = self.engine.submit(request)
+        text = TextStream(self.tokenizer, asking.stop, after=ids if continues else ())
+        try:
+            async for token in answer:
+                yield text.push(token.id)
+                if text.stopped:
+                    break
+            yield text.finish()
+        finally:
+            answer.cancel()
+        timing = answer.timing
+        stat.first_token, stat.total, stat.tokens = timing.first_token, timing.total, timing.tokens
+        stat.prompt_tokens = timing.prompt_tokens
+        stat.hops = hops_between(before["hops"], self.engine.stats()["hops"])

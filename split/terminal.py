@@ -1,0 +1,123 @@
+"""What the project's commands share in a terminal: output, and how a model is asked and its answer shown.
+
+No torch: `--help` and commands that only talk to a server import this.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+console = Console(markup=False)  # what devices and users call things is text, whatever brackets it has
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+MaxTokens = Annotated[int, typer.Option(help="Of one answer, at most.", min=1)]
+Temperature = Annotated[float, typer.Option(help="0: always the likeliest token.")]
+TopP = Annotated[float, typer.Option(help="Draw from the fewest likeliest tokens that have this share.")]
+TopK = Annotated[int, typer.Option(help="Draw from so many likeliest tokens; 0: all.")]
+Seed = Annotated[int | None, typer.Option(help="The same draws again.")]
+Stats = Annotated[bool, typer.Option("--stats", help="Say afterwards what the answer took, by hop.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text. Repeatable.")]
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON on standard output."""
+    typer.echo(json.dumps(value))
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How to answer."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass
+class Stat:
+    """Seconds since the question, and what each hop took: as in `split.generation.engine.Engine.stats`."""
+
+    first_token: float = 0.0
+    total: float = 0.0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    hops: list[dict[str, Any]] = field(default_factory=list)
+
+
+def hops_between(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What came to each hop's figures between two looks at them."""
+    known = {(hop["span"], hop["holder"]): hop for hop in before}
+    hops = []
+    for hop in after:
+        old = known.get((hop["span"], hop["holder"]), {})
+        sums = {name: value - old.get(name, 0) for name, value in hop.items() if isinstance(value, int | float)}
+        hops.append({**hop, **sums, "median_ms_beyond_computing": hop["median_ms_beyond_computing"]})
+    return [hop for hop in hops if hop["batches"]]
+
+
+def show_stat(stat: Stat) -> None:
+    """A line on the tokens, and a table of what each hop took."""
+    from rich.table import Table
+
+    after = max(stat.total - stat.first_token, 1e-9)
+    rate = f", {(stat.tokens - 1) / after:.1f} tokens a second after it" if stat.tokens > 1 else ""
+    console.print(
+        f"{stat.prompt_tokens} tokens of prompt, {stat.tokens} of answer; first after {stat.first_token:.2f} s{rate}"
+    )
+    table = Table("blocks", "holder", "batches", "computing", "encoding", "waiting", "sent", "received")
+    for hop in stat.hops:
+        table.add_row(
+            hop["span"],
+            hop["holder"],
+            str(hop["batches"]),
+            f"{hop['computing']:.2f} s",
+            f"{hop['coding']:.2f} s",
+            f"{max(0.0, hop['seconds'] - hop['computing'] - hop['coding']):.2f} s",
+            human_bytes(hop["sent"]),
+            human_bytes(hop["received"]),
+        )
+    console.print(table)
+
+
+async def show_answer(texts: AsyncIterator[str], stat: Stat, *, stats: bool, as_json: bool) -> None:
+    """The text as it comes, or at its end as JSON; then what it took, if it shall be told."""
+    whole = ""
+    async for text in texts:
+        whole += text
+        if not as_json:
+            typer.echo(text, nl=False)
+    if as_json:
+        print_json({"text": whole, "stats": vars(stat)})
+        return
+    typer.echo()
+    if stats:
+        show_stat(stat)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends the command with exit status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo()
+        raise typer.Exit(130) from None
