@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import grpc
 import typer
@@ -19,6 +19,7 @@ from protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from split.errors import BadRequest, NotEnrolled
 from split.terminal import (
     Asking,
+    ExitThreshold,
     Json,
     MaxTokens,
     Seed,
@@ -79,6 +80,15 @@ def generate(
     weights: Annotated[str, typer.Option(help="float32, int8 or int4; by default as the model is served.")] = "",
     device: Annotated[str, typer.Option(help="torch device: auto, cpu, cuda, cuda:1, ...")] = "auto",
     threads: Annotated[int, typer.Option(help="Processor threads for computing; 0: all cores.", min=0)] = 0,
+    draft: Annotated[
+        str,
+        typer.Option(
+            help="Who guesses at tokens that the chain then verifies together: none, lookup (the text so far), early "
+            "(the blocks that are here), the folder of a small model with the same tokenizer; auto: early, or lookup "
+            "with no blocks here. Answers stay the same."
+        ),
+    ] = "auto",
+    exit_threshold: ExitThreshold = "",
     stats: Stats = False,
     json_output: Json = False,
 ) -> None:
@@ -96,6 +106,7 @@ def generate(
     with interruptible():
         import torch
 
+        from split.generation.exits import parse_exit
         from split.runtime.choose import RuntimeChoice
 
         identity = _identity(state_dir.expanduser(), coordinator)
@@ -108,7 +119,8 @@ def generate(
             runtime or use.serving.runtime, weights or use.serving.weights, device, identity.state / "onnx"
         )
         stat = Stat()
-        asyncio.run(use.answer(prompt, asking, choice, stat, stats=stats, as_json=json_output))
+        speed = {"draft": draft, "exits": parse_exit(exit_threshold)}
+        asyncio.run(use.answer(prompt, asking, choice, stat, speed, stats=stats, as_json=json_output))
 
 
 class _Use:
@@ -144,15 +156,24 @@ class _Use:
         )
 
     async def answer(
-        self, prompt: str, asking: Asking, choice: RuntimeChoice, stat: Stat, *, stats: bool, as_json: bool
+        self,
+        prompt: str,
+        asking: Asking,
+        choice: RuntimeChoice,
+        stat: Stat,
+        speed: dict[str, Any],
+        *,
+        stats: bool,
+        as_json: bool,
     ) -> None:
+        """speed: what `user_engine` is told of drafts and early exits."""
         from client.runner import stage_address
         from split.generation.asking import Asked
         from split.generation.using import Using, user_engine
         from split.models.source import end_tokens
         from split.tls import join_address
 
-        engine, far = await user_engine(self.source, self.serving, self._blocks, choice)
+        engine, far = await user_engine(self.source, self.serving, self._blocks, choice, **speed)
         tokenizer = self.source.tokenizer()
         using = Using(
             join_address(*stage_address(self._served.gateway, self._identity.host)),

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ import typer
 from split.errors import BadRequest, IsthmusError, LinkLost
 from split.terminal import (
     Asking,
+    ExitThreshold,
     Json,
     MaxTokens,
     Seed,
@@ -35,26 +37,58 @@ Url = Annotated[str, typer.Option(help="Of the API, as `isthmus serve` prints it
 Key = Annotated[str, typer.Option(help="Of the API.", envvar="ISTHMUS_API_KEY")]
 Runtime = Annotated[str, typer.Option(help="With --local: auto (the faster one here), torch, or onnxruntime.")]
 Weights = Annotated[str, typer.Option(help="With --local: float32, or in onnxruntime int8 or int4.")]
+Draft = Annotated[
+    str,
+    typer.Option(
+        help="With --local: who guesses at tokens that are then verified together: none, lookup (the text so far), "
+        "early (the first --early-blocks), or a small model with the same tokenizer. Answers stay the same."
+    ),
+]
+EarlyBlocks = Annotated[
+    int, typer.Option(help="With --local: blocks that draft, or after which tokens may come early.", min=0)
+]
 _KEPT = 20  # turns of a conversation that are sent again at most
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model in this process is computed."""
+
+    runtime: str
+    weights: str
+    draft: str
+    early_blocks: int
+    exit_threshold: str
 
 
 class Here:
     """A model in this process."""
 
-    def __init__(self, model: str, runtime: str, weights: str) -> None:
-        self._model, self._runtime, self._weights = model, runtime, weights
+    def __init__(self, model: str, loading: Loading) -> None:
+        self._model, self._loading = model, loading
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Here:
         from split.generation.asking import Asked
-        from split.generation.local import local_engine
+        from split.generation.exits import parse_exit
+        from split.generation.local import EARLY, local_engine
         from split.models.source import end_tokens, open_model
         from split.runtime.choose import RuntimeChoice
 
         folder = open_model(self._model)
         tokenizer = folder.tokenizer()
-        choice = RuntimeChoice(self._runtime, self._weights)
-        engine = await self._stack.enter_async_context(await local_engine(folder, sequences=1, choice=choice))
+        loading = self._loading
+        if (loading.draft == EARLY or loading.exit_threshold) and not loading.early_blocks:
+            raise BadRequest("--early-blocks is missing: after how many blocks there are drafts or early tokens")
+        engine = await local_engine(
+            folder,
+            cuts=(loading.early_blocks,) if loading.early_blocks else (),
+            sequences=1,
+            choice=RuntimeChoice(loading.runtime, loading.weights),
+            draft=loading.draft,
+            exits=parse_exit(loading.exit_threshold),
+        )
+        await self._stack.enter_async_context(engine)
         self._asked = Asked(engine, tokenizer, end_tokens(folder, tokenizer))
         return self
 
@@ -171,6 +205,9 @@ def generate(
     seed: Seed = None,
     runtime: Runtime = "auto",
     weights: Weights = "float32",
+    draft: Draft = "none",
+    early_blocks: EarlyBlocks = 0,
+    exit_threshold: ExitThreshold = "",
     stop: Stop = None,
     stats: Stats = False,
     json_output: Json = False,
@@ -179,11 +216,12 @@ def generate(
 
     Example: isthmus generate --local --prompt "Shall I compare thee" --max-tokens 40 --temperature 0 --stats
     """
+    loading = Loading(runtime, weights, draft, early_blocks, exit_threshold)
     asking = Asking(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
 
     async def work() -> None:
         stat = Stat()
-        async with _where(model, local, url, api_key, runtime, weights) as where:
+        async with _where(model, local, url, api_key, loading) as where:
             await show_answer(where.complete(prompt, asking, stat), stat, stats=stats, as_json=json_output)
 
     with interruptible():
@@ -203,18 +241,22 @@ def chat(
     seed: Seed = None,
     runtime: Runtime = "auto",
     weights: Weights = "float32",
+    draft: Draft = "none",
+    early_blocks: EarlyBlocks = 0,
+    exit_threshold: ExitThreshold = "",
     stats: Stats = False,
 ) -> None:
     """Talk with a model; an empty line or Ctrl-D ends it.
 
     Example: isthmus chat --url http://127.0.0.1:8000/v1 --system "Answer in one sentence."
     """
+    loading = Loading(runtime, weights, draft, early_blocks, exit_threshold)
     asking = Asking(max_tokens, temperature, top_p, top_k, seed)
 
     async def work() -> None:
         first = [{"role": "system", "content": system}] if system else []
         turns: list[dict[str, str]] = []
-        async with _where(model, local, url, api_key, runtime, weights) as where:
+        async with _where(model, local, url, api_key, loading) as where:
             while line := await asyncio.to_thread(_ask):
                 turns.append({"role": "user", "content": line})
                 stat, whole = Stat(), ""
@@ -237,8 +279,8 @@ def _ask() -> str:
         return ""
 
 
-def _where(model: str, local: bool, url: str, key: str, runtime: str, weights: str) -> Here | There:
-    return Here(model or "default", runtime, weights) if local else There(url, key, model)
+def _where(model: str, local: bool, url: str, key: str, loading: Loading) -> Here | There:
+    return Here(model or "default", loading) if local else There(url, key, model)
 
 
 def _refusal(status: int, body: bytes) -> IsthmusError:

@@ -27,6 +27,7 @@ from coordinator.cli.common import (
 from coordinator.cli.watch import check_ended_well
 from protos.v1 import coordinator_pb2 as pb
 from split.errors import BadRequest
+from split.terminal import ExitThreshold
 
 
 def serve(
@@ -58,13 +59,7 @@ def serve(
             "small model with the same tokenizer at the coordinator. Answers stay the same."
         ),
     ] = "none",
-    exit_threshold: Annotated[
-        str,
-        typer.Option(
-            help="Tokens of which the first blocks are so sure (0 to 1, or entropy:NATS) do not wait for the others: "
-            "faster, not the same answers. Off by default."
-        ),
-    ] = "",
+    exit_threshold: ExitThreshold = "",
     host: Annotated[str, typer.Option(help="Where HTTP listens, at the coordinator.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 0,
     api_key: Annotated[

@@ -38,6 +38,6 @@ class Asked:
         finally:
             answer.cancel()
         timing = answer.timing
-        stat.first_token, stat.total, stat.tokens = timing.first_token, timing.total, timing.tokens
-        stat.prompt_tokens = timing.prompt_tokens
+        for name in ("first_token", "total", "tokens", "prompt_tokens", "rounds", "drafted", "accepted", "exited"):
+            setattr(stat, name, getattr(timing, name))
         stat.hops = hops_between(before["hops"], self.engine.stats()["hops"])

@@ -19,6 +19,8 @@ from split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
 from split.generation.chain import Cost, Holder, LocalHolder, Recovery, Span
 from split.generation.ends import Ends
 from split.generation.engine import Engine
+from split.generation.exits import ExitRule
+from split.generation.local import EARLY, LOOKUP, NONE, make_drafter
 from split.generation.remote import RemoteHolder
 from split.models.source import TensorSource
 from split.models.stage import StageSpec
@@ -54,19 +56,32 @@ def blocks_of(serving: ServingConfig, device: str, asked: int | None) -> int:
 
 
 async def user_engine(
-    source: TensorSource, serving: ServingConfig, blocks: int, choice: RuntimeChoice, *, sequences: int = 1
+    source: TensorSource,
+    serving: ServingConfig,
+    blocks: int,
+    choice: RuntimeChoice,
+    *,
+    sequences: int = 1,
+    draft: str = AUTO,
+    exits: ExitRule | None = None,
 ) -> tuple[Engine, Span]:
-    """Not yet started, and the span that the gateway shall hold. source: of the tensors of `user_parts`."""
+    """Not yet started, and the span that the gateway shall hold. source: of the tensors of `user_parts`.
+
+    draft: as `make_drafter`, or AUTO: by the blocks that are here, or by lookup if there are none; with `exits` nobody.
+    """
+    if draft == AUTO:
+        draft = NONE if exits is not None else EARLY if blocks else LOOKUP
     config = source.config
     if choice.runtime == AUTO and not blocks:  # there is no block here to measure with
         choice = replace(choice, runtime=TORCH if choice.weights == "float32" else ONNX)
     else:
         choice = replace(choice, runtime=pick_runtime(source, 0, choice))
-    spans = []
+    spans, near = [], None
     if blocks:
-        runtime = make_runtime(source, 0, blocks, choice, sequences=sequences, tokens=serving.context)
+        room = 2 * sequences if draft == EARLY else sequences
+        near = LocalHolder("here", make_runtime(source, 0, blocks, choice, sequences=room, tokens=serving.context))
         spans.append(Span(0, blocks, config.hidden_size, chunk=serving.chunk))
-        await spans[0].add(LocalHolder("here", runtime))
+        await spans[0].add(near)
     far = Span(
         blocks,
         config.num_hidden_layers,
@@ -76,7 +91,16 @@ async def user_engine(
         tell=_log_recovery,
     )
     ends = Ends(source, choice)
-    engine = Engine(ends, [*spans, far], context=serving.context, sequences=sequences, chunk=serving.chunk)
+    drafter = make_drafter(draft, source, ends, choice, near, context=serving.context, sequences=sequences)
+    engine = Engine(
+        ends,
+        [*spans, far],
+        context=serving.context,
+        sequences=sequences,
+        chunk=serving.chunk,
+        drafter=drafter,
+        exits=exits,
+    )
     return engine, far
 
 

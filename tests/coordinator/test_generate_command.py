@@ -52,6 +52,25 @@ def test_json_has_text_and_figures(model: Path, wanted: str) -> None:
     assert hop["computing"] > 0
 
 
+def test_drafts_change_no_answer_and_are_counted(model: Path, wanted: str) -> None:
+    for draft in (("lookup",), ("early", "--early-blocks", "2"), (str(model),)):
+        status, out, _ = local(model, "generate", "--prompt", PROMPT, "--json", "--draft", *draft)
+        told = json.loads(out)
+        assert (status, told["text"]) == (0, wanted)
+    stats = told["stats"]  # of the last one, whose drafts are all right
+    assert 0 < stats["accepted"] == stats["drafted"]
+    assert stats["rounds"] < stats["tokens"] - 1
+    assert "drafts were right" in local(model, "generate", "--prompt", PROMPT, "--stats", "--draft", str(model))[1]
+
+
+def test_early_tokens_are_counted(model: Path) -> None:
+    early = ("--early-blocks", "2", "--exit-threshold", "0")
+    stats = json.loads(local(model, "generate", "--prompt", PROMPT, "--json", *early)[1])["stats"]
+    assert stats["exited"] == stats["tokens"] - 1
+    assert [hop["span"] for hop in stats["hops"]] == ["0-2", "2-6"]
+    assert [hop["batches"] for hop in stats["hops"]] == [stats["tokens"], 1]
+
+
 def test_stats_are_a_table(model: Path) -> None:
     status, out, _ = local(model, "generate", "--prompt", PROMPT, "--stats")
     assert status == 0
@@ -78,6 +97,13 @@ def test_a_conversation_ends_with_an_empty_line(monkeypatch: pytest.MonkeyPatch)
         (("chat",), "--url is missing"),
         (("generate", "--prompt", "x", "--local", "--model", "/nowhere"), "no model folder at /nowhere"),
         (("generate", "--prompt", "x", "--local", "--runtime", "jax"), "runtime 'jax' is not one of"),
+        (("generate", "--prompt", "x", "--local", "--draft", "early"), "--early-blocks is missing"),
+        (("generate", "--prompt", "x", "--local", "--exit-threshold", "0.5"), "--early-blocks is missing"),
+        (
+            ("generate", "--prompt", "x", "--local", "--early-blocks", "2", "--exit-threshold", "no"),
+            "write a number, or entropy:NUMBER",
+        ),
+        (("generate", "--prompt", "x", "--local", "--early-blocks", "9"), "cuts 9 are not rising places inside 6"),
         (("generate", "--prompt", "x", "--local", "--temperature", "-1"), "temperature -1.0: choose 0 to 100"),
     ],
 )
