@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from split.errors import BadData, BadRequest
 from tests.split.tiny_models import make_model
 
 
-@pytest.mark.parametrize("name", ["generate", "failover"])
+@pytest.mark.parametrize("name", ["generate", "failover", "early_exit"])
 def test_a_benchmark_says_what_it_does(name: str) -> None:
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
@@ -50,6 +51,17 @@ def test_ratios_are_of_the_same_round_and_only_of_what_was_measured() -> None:
         "hop_overhead_ms": 2.0,
         "sixteen_requests_over_one": 4.0,
     }
+
+
+def test_early_exits_are_held_against_the_full_model(tmp_path: Path) -> None:
+    path = tmp_path / "early.json"
+    options = ["--cuts", "2", "--thresholds", "1,0", "--prompts", "2", "--json", str(path)]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.early_exit", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    never, always = json.loads(path.read_text())["points"]
+    assert (never["share"], never["agreement"]) == (0.0, 1.0)
+    assert always["share"] == 1.0
+    assert 0.2 < always["agreement"] == always["of_early"] < 1.0
 
 
 def test_deaths_are_summed_and_pauses_are_medians() -> None:
