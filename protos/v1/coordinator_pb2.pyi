@@ -187,10 +187,12 @@ class Manifest(_message.Message):
     def __init__(self, files: _Optional[_Iterable[_Union[FileEntry, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[TensorEntry, _Mapping]]] = ...) -> None: ...
 
 class ManifestRequest(_message.Message):
-    __slots__ = ("job",)
+    __slots__ = ("job", "adapter")
     JOB_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     job: str
-    def __init__(self, job: _Optional[str] = ...) -> None: ...
+    adapter: str
+    def __init__(self, job: _Optional[str] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
     __slots__ = ("job", "digest", "offset")

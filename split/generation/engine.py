@@ -148,7 +148,8 @@ class Engine:
         self._prompts: deque[_Stream] = deque()  # ready for their next piece
         self._answers: deque[_Stream] = deque()  # ready for their next token
         self._at_work: set[_Stream] = set()  # all that have a sequence
-        self._kept: dict[int, tuple[int, ...]] = {}  # of ended answers, oldest first: sequence -> tokens fed
+        # Of ended answers, oldest first: sequence -> adapter, tokens fed.
+        self._kept: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._free = list(reversed(range(sequences)))
         self._news = asyncio.Event()
         self._prompts_next = True
@@ -250,9 +251,12 @@ class Engine:
 
     def _room_for(self, stream: _Stream) -> tuple[int, int]:
         """A sequence, and how many of the prompt's tokens it has already."""
-        known = {sequence: _in_common(tokens, stream.request.prompt) for sequence, tokens in self._kept.items()}
+        known = {
+            sequence: _in_common(tokens, stream.request.prompt) if adapter == stream.request.adapter else 0
+            for sequence, (adapter, tokens) in self._kept.items()
+        }
         best = max(known, key=lambda sequence: known[sequence], default=-1)
-        if best < 0 or 2 * known[best] < len(self._kept[best]):  # most of that one would be lost
+        if best < 0 or 2 * known[best] < len(self._kept[best][1]):  # most of that one would be lost
             if self._free:
                 return self._free.pop(), 0
             best = next(iter(self._kept))  # the oldest
@@ -284,7 +288,7 @@ class Engine:
             left = len(stream.tokens) - stream.fed
             count = left if not stream.prefilling else max(1, min(left, room))
             room -= count
-            rows.append(Row(stream.sequence, stream.fed, count))
+            rows.append(Row(stream.sequence, stream.fed, count, stream.request.adapter))
             ids += stream.tokens[stream.fed : stream.fed + count]
             positions += range(stream.fed, stream.fed + count)
         hidden = self._ends.embed(ids, positions)
@@ -314,7 +318,7 @@ class Engine:
             if stream in ready:
                 ready.remove(stream)
         if error is None:
-            self._kept[stream.sequence] = tuple(stream.tokens[: stream.fed])
+            self._kept[stream.sequence] = stream.request.adapter, tuple(stream.tokens[: stream.fed])
         else:
             self._forget(stream.sequence)
             self._free.append(stream.sequence)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+from split.adapters.served import LoraAdapter
 from split.errors import BadRequest
 from split.generation.chain import LocalHolder, Span
 from split.generation.ends import Ends
@@ -23,6 +24,7 @@ async def local_engine(
     queue: int = 64,
     chunk: int = 256,
     choice: RuntimeChoice = RuntimeChoice(TORCH),
+    adapters: Sequence[LoraAdapter] = (),
 ) -> Engine:
     """Not yet started. cuts: rising numbers of blocks at which the model is cut into spans.
 
@@ -36,7 +38,7 @@ async def local_engine(
     choice = replace(choice, runtime=pick_runtime(source, 0, choice))  # measured once, for all spans and the head
     spans = []
     for first, last in pairwise(bounds):
-        runtime = make_runtime(source, first, last, choice, sequences=sequences, tokens=tokens)
+        runtime = make_runtime(source, first, last, choice, sequences=sequences, tokens=tokens, adapters=adapters)
         span = Span(first, last, source.config.hidden_size, chunk=chunk)
         await span.add(LocalHolder("here", runtime))
         spans.append(span)
