@@ -10,7 +10,7 @@ import grpc
 from protos.v1 import coordinator_pb2 as pb
 from protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from split.errors import BadModelFolder, BadTensor, LinkLost
-from split.models.blobs import BlobModel, BlobStore
+from split.models.blobs import BlobModel, Blobs, BlobStore
 from split.models.manifest import Manifest, build_manifest, holder_digest, restrict
 from split.models.source import TOKENIZER_FILES, ModelFolder, TensorSource
 from split.tls import error_of
@@ -28,16 +28,30 @@ def device_source(
     folder: the owner's own copy of the model. Raises BadModelFolder when its files are not the coordinator's.
     What is streamed is kept under its digests in the state folder, so the next job of this model fetches nothing.
     """
-    try:
-        message = stub.GetManifest(pb.ManifestRequest(job=job), timeout=60)
-    except grpc.RpcError as error:
-        raise error_of(error, address) from None
-    manifest = Manifest.from_proto(message)
+    manifest = _manifest(stub, address, job)
     if folder is not None:
         return _own_copy(folder, manifest, state / "digests.json"), holder_digest(manifest, manifest.tensors)
     store = BlobStore(state / "blobs")
     _fetch_missing(stub, address, job, manifest, store, tell)
     return BlobModel(store, manifest), holder_digest(manifest, manifest.tensors)
+
+
+def device_adapter(
+    stub: CoordinatorStub, address: str, job: str, state: Path, name: str, tell: Tell
+) -> tuple[Blobs, Manifest]:
+    """This device's part of an adapter that is served with the model, streamed and kept as the model's is."""
+    manifest = _manifest(stub, address, job, name)
+    store = BlobStore(state / "blobs")
+    _fetch_missing(stub, address, job, manifest, store, tell)
+    return Blobs(store, manifest), manifest
+
+
+def _manifest(stub: CoordinatorStub, address: str, job: str, adapter: str = "") -> Manifest:
+    try:
+        message = stub.GetManifest(pb.ManifestRequest(job=job, adapter=adapter), timeout=60)
+    except grpc.RpcError as error:
+        raise error_of(error, address) from None
+    return Manifest.from_proto(message)
 
 
 def _own_copy(folder: Path, manifest: Manifest, cache: Path) -> ModelFolder:

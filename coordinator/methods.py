@@ -11,13 +11,15 @@ from coordinator.gateway.actor import GatewayTask
 from coordinator.stage_actor import StageTask
 from coordinator.weights import DeviceWeights, weights_of
 from protos.v1 import coordinator_pb2 as pb
+from split.adapters.folder import AdapterFolder
+from split.adapters.served import LoraAdapter
 from split.config import TrainingConfig
 from split.errors import BadRequest
 from split.generation.local import context_of
 from split.models.source import ModelFolder, open_model
 from split.models.stage import StageSpec
 from split.parts import parts_of
-from split.serving import CLOUD, ServingConfig, SpanConfig, check_spans, memory_of
+from split.serving import CLOUD, AdapterConfig, ServingConfig, SpanConfig, check_spans, memory_of
 
 
 class Method(Protocol):
@@ -92,17 +94,28 @@ class Serving:
         self.config = replace(asked, spans=spans, context=context_of(self.folder, asked.context or None))
         if sorted(self.config.devices) != sorted(spec.devices):
             raise BadRequest("the devices of a served model are those of its stages")
+        folders = [AdapterFolder(one.folder) for one in asked.adapters]
+        self._adapters = [
+            LoraAdapter(one.name, folder, self.folder.config)
+            for one, folder in zip(asked.adapters, folders, strict=True)
+        ]
+        for adapter in self._adapters:
+            adapter.load(0, layers)  # what is wrong with values shall be said now
         self._weights: dict[str, DeviceWeights] = {}
         for span in self.config.spans:
             names = StageSpec(span.first, span.last, embeds=False, head=False).tensor_names(self.folder.config)
-            self._weights[str(span)] = weights_of(self.folder, names, cache)
+            loras = {
+                adapter.name: weights_of(folder, adapter.names(span.first, span.last), cache)
+                for adapter, folder in zip(self._adapters, folders, strict=True)
+            }
+            self._weights[str(span)] = weights_of(self.folder, names, cache, loras)
 
     def weights(self, device: str) -> DeviceWeights:
         return self._weights[str(self.config.span_of(device))]
 
     def check_device(self, name: str, profile: pb.Profile) -> None:
         span = self.config.span_of(name)
-        needed = memory_of(self.folder, span, self.config)
+        needed = memory_of(self.folder, span, self.config, self._adapters)
         if profile.memory_bytes and needed > profile.memory_bytes:
             raise BadRequest(
                 f"device {name} has {profile.memory_bytes / 2**30:.1f} GiB of memory; blocks {span} take "
@@ -121,7 +134,8 @@ class Serving:
         )
 
     def device_task(self, task: pb.Task, device: str) -> None:
-        task.spec.serving = replace(self.config, key_sha256="").to_json()
+        adapters = tuple(AdapterConfig(one.name) for one in self.config.adapters)
+        task.spec.serving = replace(self.config, key_sha256="", adapters=adapters).to_json()
         span = self.config.span_of(device)
         task.first_block, task.last_block = span.first, span.last
 

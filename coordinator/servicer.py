@@ -83,7 +83,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def GetManifest(self, request: pb.ManifestRequest, context: Context) -> pb.Manifest:
         peer = self._caller(context, "device")
-        return self._jobs.weights_for(request.job, peer.name).manifest.to_proto()
+        return self._jobs.weights_for(request.job, peer.name).part(request.adapter).manifest.to_proto()
 
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.Chunk]:
         peer = self._caller(context, "device")

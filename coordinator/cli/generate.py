@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +27,9 @@ TopK = Annotated[int, typer.Option(help="Draw from so many likeliest tokens; 0: 
 Seed = Annotated[int | None, typer.Option(help="The same draws again.")]
 Runtime = Annotated[str, typer.Option(help="With --local: auto (the faster one here), torch, or onnxruntime.")]
 Weights = Annotated[str, typer.Option(help="With --local: float32, or in onnxruntime int8 or int4.")]
+Adapter = Annotated[
+    str, typer.Option(help="With --local: the folder of a LoRA adapter, which is put beside the model.")
+]
 Stats = Annotated[bool, typer.Option("--stats", help="Say afterwards what the answer took, by hop.")]
 _KEPT = 20  # turns of a conversation that are sent again at most
 
@@ -56,11 +60,15 @@ class Stat:
 class Here:
     """A model in this process."""
 
-    def __init__(self, model: str, runtime: str, weights: str) -> None:
+    def __init__(self, model: str, runtime: str, weights: str, adapter: str) -> None:
+        """adapter: a folder; empty: none."""
         self._model, self._runtime, self._weights = model, runtime, weights
+        self._adapters = [Path(adapter).expanduser()] if adapter else []
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Here:
+        from split.adapters.folder import AdapterFolder
+        from split.adapters.served import LoraAdapter
         from split.generation.local import local_engine
         from split.models.source import end_tokens, open_model
         from split.runtime.choose import RuntimeChoice
@@ -69,7 +77,9 @@ class Here:
         self._tokenizer = folder.tokenizer()
         self._ends = end_tokens(folder, self._tokenizer)
         choice = RuntimeChoice(self._runtime, self._weights)
-        self._engine = await self._stack.enter_async_context(await local_engine(folder, sequences=1, choice=choice))
+        adapters = [LoraAdapter(path.name, AdapterFolder(path), folder.config) for path in self._adapters]
+        engine = await local_engine(folder, sequences=1, choice=choice, adapters=adapters)
+        self._engine = await self._stack.enter_async_context(engine)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -93,7 +103,8 @@ class Here:
 
         sampling = Sampling(asking.temperature, asking.top_p, asking.top_k, asking.seed)
         room = self._engine.context - len(ids)
-        request = Request(tuple(ids), min(asking.max_tokens, max(1, room)), sampling, stop_tokens=self._ends)
+        length = min(asking.max_tokens, max(1, room))
+        request = Request(tuple(ids), length, sampling, stop_tokens=self._ends, adapter=len(self._adapters))
         before = self._engine.stats()
         answer = self._engine.submit(request)
         text = TextStream(self._tokenizer, asking.stop, after=ids if continues else ())
@@ -206,6 +217,7 @@ def generate(
     seed: Seed = None,
     runtime: Runtime = "auto",
     weights: Weights = "float32",
+    adapter: Adapter = "",
     stop: Annotated[list[str] | None, typer.Option(help="End before this text. Repeatable.")] = None,
     stats: Stats = False,
     json_output: Json = False,
@@ -218,7 +230,7 @@ def generate(
 
     async def work() -> None:
         stat, whole = Stat(), ""
-        async with _where(model, local, url, api_key, runtime, weights) as where:
+        async with _where(model, local, url, api_key, runtime, weights, adapter) as where:
             async for text in where.complete(prompt, asking, stat):
                 whole += text
                 if not json_output:
@@ -246,6 +258,7 @@ def chat(
     seed: Seed = None,
     runtime: Runtime = "auto",
     weights: Weights = "float32",
+    adapter: Adapter = "",
     stats: Stats = False,
 ) -> None:
     """Talk with a model; an empty line or Ctrl-D ends it.
@@ -257,7 +270,7 @@ def chat(
     async def work() -> None:
         first = [{"role": "system", "content": system}] if system else []
         turns: list[dict[str, str]] = []
-        async with _where(model, local, url, api_key, runtime, weights) as where:
+        async with _where(model, local, url, api_key, runtime, weights, adapter) as where:
             while line := await asyncio.to_thread(_ask):
                 turns.append({"role": "user", "content": line})
                 stat, whole = Stat(), ""
@@ -279,8 +292,10 @@ def _ask() -> str:
         return ""
 
 
-def _where(model: str, local: bool, url: str, key: str, runtime: str, weights: str) -> Here | There:
-    return Here(model or "default", runtime, weights) if local else There(url, key, model)
+def _where(model: str, local: bool, url: str, key: str, runtime: str, weights: str, adapter: str) -> Here | There:
+    if adapter and not local:
+        raise BadRequest("--adapter is for --local; of what is served give the adapter's name as --model")
+    return Here(model or "default", runtime, weights, adapter) if local else There(url, key, model)
 
 
 def _run(work: Any) -> None:

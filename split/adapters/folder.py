@@ -39,6 +39,8 @@ class AdapterFolder:
         if missing:
             raise BadModelFolder(f"{self.path} has no {missing[0]}; give a folder that peft or `isthmus export` wrote")
         self._places = read_header(self.path / _TENSORS)
+        if not self._places:
+            raise BadModelFolder(f"{self.path / _TENSORS} has no tensors")
 
     def text(self, name: str) -> str:
         return read_text(self.path / name)
