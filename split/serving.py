@@ -47,6 +47,7 @@ class ServingConfig:
     takes, up to 4096; sequences: at the same time; queue: requests that may wait.
 
     key_sha256: of the API key, hexadecimal; empty: none is needed. patience: seconds that an answer waits for a holder.
+    adapters: of LoRA, chosen by a request's model name.
     """
 
     spans: tuple[SpanConfig, ...]

@@ -3,7 +3,7 @@
 As many batches go round as the chain has spans, each through one span after the other, so that with enough requests no
 span is idle. A batch is either the next tokens of some answers or a piece of some prompts; the two take turns. A
 sequence is in one batch at most. Sequences of ended answers keep their keys and values until their room is needed: a
-request whose prompt begins like one of them goes on from there.
+request whose prompt begins like one of them, under the same adapter, goes on from there.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from split.runtime.onnx_weights import BITS, BLOCK, WEIGHTS, WeightsFile, quanti
 MODEL_NAME = "model.onnx"
 DATA_NAME = "weights.bin"
 ADAPTER = "adapter"
-"""The input that says which adapter each row has; 0: none."""
+"""The input that says which adapter each row has, or all rows have; 0: none."""
 
 _CONTRIB = "com.microsoft"
 _DOMAINS = {

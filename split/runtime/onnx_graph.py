@@ -26,14 +26,14 @@ def write_blocks(source: TensorSource, shape: StageShape, weights: str, folder: 
     Inputs, for B rows of S tokens: hidden (B, S, hidden); lasts (B), the position of each row's last new token;
     counts (B), of each row's new tokens; longest (), the longest text; cosines and sines (positions, rotary dimensions
     / 2); past_key_i and past_value_i (B, kv_heads, tokens, head size) of each block.
-    Where adapters are computed also adapter (B), of each row, and the stacks that `onnx_adapters` makes.
+    Where adapters are computed also adapter (B or 1), of each row or of all, and the stacks that `onnx_adapters` makes.
     Outputs: computed, as hidden; present_key_i and present_value_i, which have to be in the memory of the inputs.
     Raises BadModelFolder (a tensor is missing or misshapen), UnsupportedModel (a tensor that a graph cannot use).
     """
     with GraphBuilder(source, shape.tensors, weights, folder, shape.adapted) as graph:
         x, new = graph.input("hidden", ["B", "S", shape.hidden]), ""
         if shape.adapted:
-            graph.input(ADAPTER, ["B"], TensorProto.INT64)
+            graph.input(ADAPTER, ["chosen"], TensorProto.INT64)
         for name in ("lasts", "counts"):
             graph.input(name, ["B"], TensorProto.INT32)
         graph.input("longest", [], TensorProto.INT32)

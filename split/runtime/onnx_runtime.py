@@ -144,8 +144,8 @@ class OnnxRuntime:
             "cosines": cosines,
             "sines": sines,
         }
-        if self._stacks:
-            inputs[ADAPTER] = torch.tensor(adapters)
+        if self._stacks:  # where all rows have the same one, it is not copied for each of them
+            inputs[ADAPTER] = torch.tensor(adapters if len(set(adapters)) > 1 else adapters[:1])
         binding = self._binding(first, len(parts), any(adapters))
         bind_inputs(binding, **inputs)
         bind_outputs(binding, computed=computed)

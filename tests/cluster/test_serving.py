@@ -286,9 +286,16 @@ def test_strangers_and_wrong_holders_are_refused_and_nobody_else_notices(house: 
         assert model.while_answering(act) == wanted
 
 
-def test_the_command_serves_until_it_is_interrupted(house: House, wanted: list[str]) -> None:
+def test_the_command_serves_until_it_is_interrupted(house: House, wanted: list[str], adapters: list[Path]) -> None:
     command = [sys.executable, "-m", "coordinator.cli.main", "serve", "--model", str(house.model), "--json"]
-    command += ["--stages", "d0:0-2,cloud:2-4", "--credentials", str(house.cluster.credentials)]
+    command += [
+        "--stages",
+        "d0:0-2,cloud:2-4",
+        "--adapter",
+        f"polite={adapters[1]}",
+        "--credentials",
+        str(house.cluster.credentials),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         events = (json.loads(line) for line in process.stdout)
@@ -296,6 +303,8 @@ def test_the_command_serves_until_it_is_interrupted(house: House, wanted: list[s
         url, key = started["url"], started["api_key"]
         asked = ("generate", "--url", url, "--prompt", STREAMS[1], "--max-tokens", str(COUNT), "--temperature", "0")
         assert run_cli(*asked, "--api-key", key)[1] == wanted[1] + "\n"
+        polite = texts_of(house.model, STREAMS[1:2], COUNT, adapters[1])[0]
+        assert run_cli(*asked, "--api-key", key, "--model", "polite")[1] == polite + "\n"
         status, _, error = run_cli(*asked, "--api-key", "another")
         assert (status, "API key is missing or wrong" in error) == (1, True)
         process.send_signal(signal.SIGINT)

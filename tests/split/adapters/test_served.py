@@ -12,9 +12,12 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from split.adapters.folder import AdapterFolder
+from split.adapters.lora import add_lora, lora_config, lora_parameters, save_adapter
 from split.adapters.served import LoraAdapter
+from split.config import TrainingConfig
 from split.errors import BadModelFolder, BadRequest
 from split.models.source import open_model
+from split.models.stage import StageSpec, build_stages
 from tests.split.tiny_adapters import make_adapter, with_adapter
 from tests.split.tiny_models import ARCHITECTURES, make_model
 
@@ -68,6 +71,17 @@ def check(model: Path, adapter: Path) -> None:
     assert mine.values(0, 3) == sum(a.numel() + b.numel() for a, b in wanted.values())
     assert mine.load(1, 2).keys() == {module for module in wanted if ".1." in module}
     assert sorted(mine.names(0, 1) + mine.names(1, 3)) == sorted(AdapterFolder(adapter).tensor_names())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt2"])
+def test_what_a_job_exports_can_be_served(models: dict[str, Path], tmp_path: Path, architecture: str) -> None:
+    source = open_model(str(models[architecture]))
+    stage = build_stages(source, [StageSpec(0, 3, embeds=True, head=True)])[0]
+    config = lora_config(TrainingConfig(), source.config)
+    add_lora(stage, config, seed=0)
+    tensors = {name: torch.randn(value.shape) for name, value in lora_parameters([stage]).items()}
+    save_adapter(tmp_path / "adapter", tensors, config, str(source.path))
+    check(models[architecture], tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,18 @@ def test_base_and_adapters_at_the_same_time_are_each_what_peft_answers(
     assert len({str(wanted) for wanted in house.wanted}) == 3
 
 
+@pytest.mark.parametrize(("architecture", "runtime"), RUNTIMES)
+def test_each_alone_answers_the_same(houses: dict[str, House], architecture: str, runtime: str) -> None:
+    house = houses[architecture]
+
+    async def work(engine: Engine) -> None:
+        for adapter, wanted in enumerate(house.wanted):
+            requests = [Request(prompt, COUNT, GREEDY, adapter=adapter) for prompt in prompts(LENGTHS)]
+            assert await answers(engine, requests) == wanted
+
+    run(house.engine(runtime, cuts=(2,)), work)
+
+
 def test_what_one_adapter_has_computed_is_not_reused_by_another(houses: dict[str, House]) -> None:
     house = houses["llama"]
     first, more = prompts([15, 6])
