@@ -69,7 +69,9 @@ class LoraAdapter:
         for tensor in sorted(source.tensor_names()):
             match = _TENSOR.fullmatch(tensor)
             if match is None:
-                raise self._refusal(f"has {tensor}; only lora_A and lora_B of the blocks' linear modules can be served")
+                raise self._refusal(
+                    f"has {tensor!r:.200}; only lora_A and lora_B of the blocks' linear modules can be served"
+                )
             parts.setdefault(match[1], {})[match[2]] = tensor
         self._tensors = parts
         self.modules = {module: self._module(module, settings, shapes, layers) for module in parts}
@@ -97,6 +99,7 @@ class LoraAdapter:
         a, b = (self._source.read(self._tensors[module][part]) for part in "AB")
         if not (a.is_floating_point() and b.is_floating_point()):
             raise self._refusal(f"has {a.dtype} and {b.dtype} for {module}; it needs floats")
+        # In memory of their own: the source may have mapped a file.
         lora = Lora(a.to(torch.float32, copy=True), b.to(torch.float32) * self.modules[module].scale)
         if not (lora.a.isfinite().all() and lora.b.isfinite().all()):
             raise self._refusal(f"has NaN or infinity in {module}")
@@ -106,7 +109,9 @@ class LoraAdapter:
         block, _, inner = module.removeprefix(f"{self._layers}.").partition(".")
         inside = module.startswith(f"{self._layers}.") and block in map(str, range(layers))
         if not inside or inner not in shapes:
-            raise self._refusal(f"changes {module}, which is not a linear module of the base model's {layers} blocks")
+            raise self._refusal(
+                f"changes {module!r:.200}, which is not a linear module of the base model's {layers} blocks"
+            )
         if set(self._tensors[module]) != {"A", "B"}:
             raise self._refusal(f"has only one of lora_A and lora_B for {module}; export it again")
         a, b = (self._source.shape(self._tensors[module][part]) for part in "AB")
@@ -183,8 +188,7 @@ def _linear_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
     shapes = {}
     for name, module in block.named_modules():
         if name.rpartition(".")[2] in architecture.linear_modules:
-            rows, columns = module.get_parameter("weight").shape
-            shapes[name] = (
-                (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
-            )  # GPT-2's is transposed
+            shape = module.get_parameter("weight").shape
+            outputs, inputs = shape if isinstance(module, nn.Linear) else shape[::-1]  # GPT-2 has it transposed
+            shapes[name] = outputs, inputs
     return shapes

@@ -190,7 +190,7 @@ def test_a_device_gets_only_its_own_part_of_an_adapter(house: House, adapters: l
         (["{formal}", "formal={brief}"], "no adapter can be called 'formal' here"),
         (["/nowhere/x"], "/nowhere/x has no adapter_config.json"),
         (["x={model}"], "has no adapter_config.json; give a folder that peft or `isthmus export` wrote"),
-        (["{other}"], "adapter other changes model.layers.0.mlp.down_proj, which is not a linear module"),
+        (["{other}"], "adapter other changes 'model.layers.0.mlp.down_proj', which is not a linear module"),
     ],
 )
 def test_adapters_that_cannot_be_served_are_one_line(

@@ -16,6 +16,8 @@ from split.adapters.lora import add_lora, lora_config, lora_parameters, save_ada
 from split.adapters.served import LoraAdapter
 from split.config import TrainingConfig
 from split.errors import BadModelFolder, BadRequest
+from split.models.blobs import Blobs, BlobStore
+from split.models.manifest import Manifest, build_manifest, read_blob, with_adapters
 from split.models.source import open_model
 from split.models.stage import StageSpec, build_stages
 from tests.split.tiny_adapters import make_adapter, with_adapter
@@ -87,14 +89,14 @@ def test_what_a_job_exports_can_be_served(models: dict[str, Path], tmp_path: Pat
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"use_dora": True}, "adapter mine has .*lora_magnitude_vector|has use_dora True, which cannot be served"),
+        ({"use_dora": True}, "adapter mine has use_dora True, which cannot be served; train it without"),
         ({"modules_to_save": ["lm_head"]}, "has modules_to_save"),
         ({"bias": "lora_only"}, "has bias 'lora_only'"),
         ({"bias": "all"}, "has bias 'all'"),
         ({"lora_bias": True}, "has lora_bias True"),
         (
             {"target_modules": ["lm_head", "q_proj"]},
-            r"has base_model.model.lm_head\.\S*; only lora_A and lora_B of the blocks' linear modules can be served",
+            r"has 'base_model.model.lm_head\.\S*; only lora_A and lora_B of the blocks' linear modules can be served",
         ),
         ({"target_modules": ["embed_tokens"]}, "has .*embed_tokens.*; only lora_A and lora_B"),
         ({"init_lora_weights": "pissa"}, "began with 'pissa', which changes the base model's weights"),
@@ -148,9 +150,9 @@ def test_an_adapter_of_another_base_is_refused(models: dict[str, Path], tmp_path
     with pytest.raises(BadRequest, match="it is of another base model"):
         opened(models["llama"], make_adapter(tmp_path / "a", wider))
     deeper = make_model(tmp_path / "deeper", "llama", layers=4)
-    with pytest.raises(BadRequest, match=r"changes model\.layers\.3.*the base model's 3 blocks"):
+    with pytest.raises(BadRequest, match=r"changes 'model\.layers\.3.*the base model's 3 blocks"):
         opened(models["llama"], make_adapter(tmp_path / "b", deeper))
-    with pytest.raises(BadRequest, match=r"changes model\.layers\.0\.mlp\.down_proj, which is not a linear module"):
+    with pytest.raises(BadRequest, match=r"changes 'model\.layers\.0\.mlp\.down_proj', which is not a linear module"):
         opened(models["gpt2"], make_adapter(tmp_path / "c", models["llama"]))
 
 
@@ -178,3 +180,34 @@ def test_a_folder_that_is_no_adapter_is_refused(models: dict[str, Path], tmp_pat
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(BadModelFolder, match=r"has no adapter_model\.safetensors"):
         AdapterFolder(adapter)
+
+
+def test_a_holders_digest_tells_adapters_their_order_and_their_scales_apart(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    folders = [make_adapter(tmp_path / str(seed), models["llama"], seed=seed) for seed in (1, 2)]
+    one, other = (build_manifest(AdapterFolder(folder)) for folder in folders)
+    path = folders[0] / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 9}))
+    rescaled = build_manifest(AdapterFolder(folders[0]))
+    lists = ([], [one], [other], [rescaled], [one, other], [other, one])
+    assert len({with_adapters("base", adapters) for adapters in lists}) == len(lists)
+    assert with_adapters("base", []) == "base"
+    assert Manifest.from_proto(one.to_proto()) == one
+
+
+def test_an_adapter_from_blobs_is_the_folders(models: dict[str, Path], tmp_path: Path) -> None:
+    """As a device gets it: the tensors of its own blocks alone."""
+    folder = AdapterFolder(make_adapter(tmp_path / "adapter", models["qwen2"]))
+    whole = opened(models["qwen2"], folder.path)
+    manifest = build_manifest(folder, whole.names(1, 3))
+    store = BlobStore(tmp_path / "blobs")
+    for blob in manifest.blobs():
+        with store.writer(blob, 0) as writer:
+            for chunk in read_blob(folder, manifest, blob.digest):
+                writer.write(chunk)
+    part = LoraAdapter("mine", Blobs(store, manifest), open_model(str(models["qwen2"])).config)
+    got, wanted = part.load(1, 3), whole.load(1, 3)
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name].a, one.a) and torch.equal(got[name].b, one.b) for name, one in wanted.items())
+    assert part.load(0, 1) == {}
