@@ -6,7 +6,8 @@ import asyncio
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,7 @@ from split.terminal import (
 from split.tls import channel, error_of, split_address
 
 if TYPE_CHECKING:  # torch: not for --help
+    from split.generation.asking import Asked
     from split.models.source import TensorSource
     from split.runtime.choose import RuntimeChoice
     from split.serving import ServingConfig
@@ -53,8 +55,8 @@ def generate(
     model: Annotated[
         str,
         typer.Option(
-            help="As it is served, or the job's id; by default the only one that this device may use. NAME=FOLDER: use "
-            "this copy of it, instead of fetching embedding, head and first blocks."
+            help="As it or one of its adapters is served, or the job's id; by default the only one that this device "
+            "may use. NAME=FOLDER: use this copy of it, instead of fetching embedding, head and first blocks."
         ),
     ] = "",
     state_dir: Annotated[
@@ -114,25 +116,38 @@ def generate(
             torch.set_num_threads(threads)
         name, equals, folder = model.partition("=")
         with channel(identity.address, identity.credentials) as control:
-            use = _Use(CoordinatorStub(control), identity, name, blocks, Path(folder).expanduser() if equals else None)
+            use = Use(CoordinatorStub(control), identity, name, blocks, Path(folder).expanduser() if equals else None)
         choice = RuntimeChoice(
             runtime or use.serving.runtime, weights or use.serving.weights, device, identity.state / "onnx"
         )
-        stat = Stat()
-        speed = {"draft": draft, "exits": parse_exit(exit_threshold)}
-        asyncio.run(use.answer(prompt, asking, choice, stat, speed, stats=stats, as_json=json_output))
+        exits = parse_exit(exit_threshold)
+
+        async def work() -> None:
+            stat = Stat()
+            async with use.start(choice, draft=draft, exits=exits) as asked:
+                texts = asked.answer(asked.tokenizer.encode(prompt), asking, stat, continues=True)
+                await show_answer(texts, stat, stats=stats, as_json=json_output)
+
+        asyncio.run(work())
 
 
-class _Use:
+class Use:
     """A served model that this device may use, with the device's part of it. Made with blocking calls."""
 
     serving: ServingConfig
     source: TensorSource
 
     def __init__(
-        self, stub: CoordinatorStub, identity: Identity, name: str, blocks: int | None, folder: Path | None
+        self,
+        stub: CoordinatorStub,
+        identity: Identity,
+        name: str = "",
+        blocks: int | None = None,
+        folder: Path | None = None,
     ) -> None:
+        """name: of the model, one of its adapters, or the job. blocks, folder: as `generate` takes them."""
         from client.weights import device_source
+        from split.adapters.served import LoraAdapter
         from split.generation.using import blocks_of
         from split.serving import ServingConfig
 
@@ -144,36 +159,34 @@ class _Use:
             raise error_of(error, identity.address) from None
         self._identity = identity
         self.serving = ServingConfig.from_json(self._served.serving)
+        self._adapter = self.serving.names.index(name) if name in self.serving.names else 0
         self._blocks = blocks_of(self.serving, identity.name, blocks)
-        self.source, self._digest = device_source(
+        self.source, loras, self._digest = device_source(
             stub,
             identity.address,
             self._served.job,
             identity.state,
             folder,
             _tell_download(),
+            adapters=self.serving.names[1:],
             user_blocks=self._blocks,
         )
+        self._adapters = [
+            LoraAdapter(one, lora, self.source.config) for one, lora in zip(self.serving.names[1:], loras, strict=True)
+        ]
 
-    async def answer(
-        self,
-        prompt: str,
-        asking: Asking,
-        choice: RuntimeChoice,
-        stat: Stat,
-        speed: dict[str, Any],
-        *,
-        stats: bool,
-        as_json: bool,
-    ) -> None:
-        """speed: what `user_engine` is told of drafts and early exits."""
+    @asynccontextmanager
+    async def start(self, choice: RuntimeChoice, **speed: Any) -> AsyncIterator[Asked]:
+        """An engine that is connected to the gateway. speed: what `user_engine` is told of drafts and early exits."""
         from client.runner import stage_address
         from split.generation.asking import Asked
         from split.generation.using import Using, user_engine
         from split.models.source import end_tokens
         from split.tls import join_address
 
-        engine, far = await user_engine(self.source, self.serving, self._blocks, choice, **speed)
+        engine, far = await user_engine(
+            self.source, self.serving, self._blocks, choice, adapters=self._adapters, **speed
+        )
         tokenizer = self.source.tokenizer()
         using = Using(
             join_address(*stage_address(self._served.gateway, self._identity.host)),
@@ -185,9 +198,7 @@ class _Use:
             hidden_size=self.source.config.hidden_size,
         )
         async with using, engine:
-            asked = Asked(engine, tokenizer, end_tokens(self.source, tokenizer))
-            texts = asked.answer(tokenizer.encode(prompt), asking, stat, continues=True)
-            await show_answer(texts, stat, stats=stats, as_json=as_json)
+            yield Asked(engine, tokenizer, end_tokens(self.source, tokenizer), self._adapter)
 
 
 def _identity(state: Path, coordinator: str) -> Identity:

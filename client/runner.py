@@ -6,7 +6,7 @@ import logging
 import random
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from client.weights import device_source
 from protos.v1 import coordinator_pb2 as pb
 from protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from split.adapters.lora import add_lora, lora_config
+from split.adapters.served import LoraAdapter
 from split.checkpoint import OptimizerRecord
 from split.config import TrainingConfig
 from split.data import Sequences, sequences_of_file
@@ -25,6 +26,7 @@ from split.errors import IsthmusError, LinkLost, NotAllowed, NotFound
 from split.generation.holding import Holding
 from split.ledger import Ledger
 from split.link import GrpcLink
+from split.models.blobs import Blobs
 from split.models.source import TensorSource
 from split.models.stage import StageSpec, build_stages
 from split.parts import parts_of
@@ -112,7 +114,7 @@ class Runner(threading.Thread):
                     "the owner of this device keeps its labels: only jobs with --labels device may run here"
                 )
             log.warning("job %s: labels go to the coordinator, which can read the text of %s", self.task.job, data.name)
-        source, digest = self._weights()
+        source, _, digest = self._weights()
         self._state(State.PREPARING, "text")
         train, validation = sequences_of_file(data, config.data, source.tokenizer())
         trainer = self._trainer(source, digest, config, train, validation)
@@ -131,10 +133,21 @@ class Runner(threading.Thread):
 
     def _hold(self, serving: ServingConfig) -> None:
         """Holds blocks of a model that is served, until the job ends."""
-        source, digest = self._weights()
+        source, loras, digest = self._weights([adapter.name for adapter in serving.adapters])
+        adapters = [
+            LoraAdapter(one.name, lora, source.config) for one, lora in zip(serving.adapters, loras, strict=True)
+        ]
         spec = StageSpec(self.task.first_block, self.task.last_block, embeds=False, head=False)
         choice = RuntimeChoice(serving.runtime, serving.weights, self._options.device, self._options.state / "onnx")
-        runtime = make_runtime(source, spec.first, spec.last, choice, sequences=serving.room, tokens=serving.context)
+        runtime = make_runtime(
+            source,
+            spec.first,
+            spec.last,
+            choice,
+            sequences=serving.room,
+            tokens=serving.context,
+            adapters=adapters,
+        )
         self._state(State.RUNNING)
         batches = 0
 
@@ -152,8 +165,8 @@ class Runner(threading.Thread):
 
         self._until_done(hold_over, lambda: batches)
 
-    def _weights(self) -> tuple[TensorSource, str]:
-        """This device's part of the model, and the digest of its tensors."""
+    def _weights(self, adapters: Sequence[str] = ()) -> tuple[TensorSource, list[Blobs], str]:
+        """This device's part of the model, and of these adapters; one digest of all their tensors."""
         model = self.task.spec.model
         self._state(State.PREPARING, "weights")
         with channel(self._identity.address, self._identity.credentials) as control:
@@ -164,6 +177,7 @@ class Runner(threading.Thread):
                 self._options.state,
                 self._options.models.get(model) or self._options.models.get(Path(model).name),
                 self._tell_download(),
+                adapters=adapters,
             )
 
     def _trainer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grpc
@@ -11,8 +11,8 @@ import grpc
 from protos.v1 import coordinator_pb2 as pb
 from protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from split.errors import BadModelFolder, BadTensor, LinkLost, WrongState
-from split.models.blobs import BlobModel, BlobStore
-from split.models.manifest import Manifest, build_manifest, holder_digest, restrict
+from split.models.blobs import BlobModel, Blobs, BlobStore
+from split.models.manifest import Manifest, build_manifest, holder_digest, restrict, with_adapters
 from split.models.source import TOKENIZER_FILES, ModelFolder, TensorSource
 from split.tls import error_of
 
@@ -30,25 +30,37 @@ def device_source(
     folder: Path | None,
     tell: Tell,
     *,
+    adapters: Sequence[str] = (),
     user_blocks: int | None = None,
-) -> tuple[TensorSource, str]:
-    """The source of this device's tensors, and their digest.
+) -> tuple[TensorSource, list[Blobs], str]:
+    """This device's part of the model, its parts of these adapters, and one digest of all their tensors.
 
     user_blocks: of a device that uses a served model itself with so many blocks of its own; None: what it holds.
     folder: the owner's own copy of the model. Raises BadModelFolder when its files are not the coordinator's.
     What is streamed is kept under its digests in the state folder, so the next job of this model fetches nothing.
     """
+    store = BlobStore(state / "blobs")
+
+    def part(adapter: str = "") -> pb.ManifestRequest:
+        return pb.ManifestRequest(job=job, adapter=adapter, user=user_blocks is not None, blocks=user_blocks or 0)
+
+    manifest = _manifest(stub, address, part())
+    if folder is None:
+        _fetch_missing(stub, address, part(), manifest, store, tell)
+    source = BlobModel(store, manifest) if folder is None else _own_copy(folder, manifest, state / "digests.json")
+    loras = {name: _manifest(stub, address, part(name)) for name in adapters}
+    for name, lora in loras.items():
+        _fetch_missing(stub, address, part(name), lora, store, tell)
+    digest = with_adapters(holder_digest(manifest, manifest.tensors), list(loras.values()))
+    return source, [Blobs(store, lora) for lora in loras.values()], digest
+
+
+def _manifest(stub: CoordinatorStub, address: str, part: pb.ManifestRequest) -> Manifest:
     try:
-        part = pb.ManifestRequest(job=job, user=user_blocks is not None, blocks=user_blocks or 0)
         message = stub.GetManifest(part, timeout=60)
     except grpc.RpcError as error:
         raise error_of(error, address) from None
-    manifest = Manifest.from_proto(message)
-    if folder is not None:
-        return _own_copy(folder, manifest, state / "digests.json"), holder_digest(manifest, manifest.tensors)
-    store = BlobStore(state / "blobs")
-    _fetch_missing(stub, address, part, manifest, store, tell)
-    return BlobModel(store, manifest), holder_digest(manifest, manifest.tensors)
+    return Manifest.from_proto(message)
 
 
 def _own_copy(folder: Path, manifest: Manifest, cache: Path) -> ModelFolder:

@@ -114,13 +114,14 @@ class Jobs:
     async def find_served(self, name: str, device: str, serial: str) -> pb.Served:
         """A model that this device, whose certificate counts, may use itself; its gateway learns the certificate.
 
-        name: as it is served, or the job's; empty: the only one. Raises NotFound, NotAllowed, BadRequest, WrongState.
+        name: as it or one of its adapters is served, or the job's; empty: the only one.
+        Raises NotFound, NotAllowed, BadRequest, WrongState.
         """
         mine = {run.job: served for run, served in self._serving() if device in served.config.may_use}
         names = {job: served.config.name for job, served in mine.items()}
-        found = [job for job in mine if name in ("", job, names[job])]
+        found = [job for job, served in mine.items() if name in ("", job, *served.config.names)]
         if not found:
-            if any(name in (run.job, served.config.name) for run, served in self._serving()):
+            if any(name in (run.job, *served.config.names) for run, served in self._serving()):
                 raise NotAllowed(f"device {device} may not use {name}: `isthmus serve --users {device}` allows it")
             usable = ", ".join(sorted(names.values())) or "none"
             what = f"no model {name[:80]!r}" if name else "no model"

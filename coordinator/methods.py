@@ -11,6 +11,8 @@ from coordinator.gateway.actor import GatewayTask
 from coordinator.stage_actor import StageTask
 from coordinator.weights import DeviceWeights, weights_of
 from protos.v1 import coordinator_pb2 as pb
+from split.adapters.folder import AdapterFolder
+from split.adapters.served import LoraAdapter
 from split.config import TrainingConfig
 from split.errors import BadRequest
 from split.generation.local import LOOKUP, NONE, context_of, open_draft_model
@@ -18,7 +20,7 @@ from split.generation.using import user_parts
 from split.models.source import ModelFolder, open_model
 from split.models.stage import StageSpec
 from split.parts import parts_of
-from split.serving import CLOUD, ServingConfig, SpanConfig, check_spans, memory_of
+from split.serving import CLOUD, AdapterConfig, ServingConfig, SpanConfig, check_spans, memory_of
 
 
 class Method(Protocol):
@@ -97,14 +99,28 @@ class Serving:
             open_draft_model(self.config.draft, self.folder)
         if sorted(self.config.devices) != sorted(spec.devices):
             raise BadRequest("the devices of a served model are those of its stages")
+        self._folders = [AdapterFolder(one.folder) for one in asked.adapters]
+        self._adapters = [
+            LoraAdapter(one.name, folder, self.folder.config)
+            for one, folder in zip(asked.adapters, self._folders, strict=True)
+        ]
+        for adapter in self._adapters:
+            adapter.load(0, layers)  # what is wrong with values shall be said now
         self._weights: dict[str, DeviceWeights] = {}
         for span in self.config.spans:
             names = StageSpec(span.first, span.last, embeds=False, head=False).tensor_names(self.folder.config)
-            self._weights[str(span)] = weights_of(self.folder, names, cache)
+            self._weights[str(span)] = weights_of(self.folder, names, cache, self._loras(span.first, span.last, cache))
         self._user_weights: dict[int, DeviceWeights] = {}
         for blocks in self.config.boundaries if self.config.may_use else ():
             needed = {name for spec in user_parts(layers, blocks) for name in spec.tensor_names(self.folder.config)}
-            self._user_weights[blocks] = weights_of(self.folder, needed, cache)
+            self._user_weights[blocks] = weights_of(self.folder, needed, cache, self._loras(0, blocks, cache))
+
+    def _loras(self, first: int, last: int, cache: Path) -> dict[str, DeviceWeights]:
+        """What the adapters have for these blocks, by name."""
+        return {
+            one.name: weights_of(folder, adapter.names(first, last), cache)
+            for one, adapter, folder in zip(self.config.adapters, self._adapters, self._folders, strict=True)
+        }
 
     def user_weights(self, blocks: int) -> DeviceWeights:
         """Of a device that uses the chain itself. Raises BadRequest for a number of blocks at which no span begins."""
@@ -115,14 +131,15 @@ class Serving:
 
     def for_devices(self) -> str:
         """JSON of the configuration, without what is not theirs to know."""
-        return replace(self.config, key_sha256="").to_json()
+        adapters = tuple(AdapterConfig(one.name) for one in self.config.adapters)
+        return replace(self.config, key_sha256="", adapters=adapters).to_json()
 
     def weights(self, device: str) -> DeviceWeights:
         return self._weights[str(self.config.span_of(device))]
 
     def check_device(self, name: str, profile: pb.Profile) -> None:
         span = self.config.span_of(name)
-        needed = memory_of(self.folder, span, self.config)
+        needed = memory_of(self.folder, span, self.config, self._adapters)
         if profile.memory_bytes and needed > profile.memory_bytes:
             raise BadRequest(
                 f"device {name} has {profile.memory_bytes / 2**30:.1f} GiB of memory; blocks {span} take "

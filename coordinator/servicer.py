@@ -83,7 +83,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             session.end()
 
     async def GetManifest(self, request: pb.ManifestRequest, context: Context) -> pb.Manifest:
-        return self._weights(request, context).manifest.to_proto()
+        return self._weights(request, context).part(request.adapter).manifest.to_proto()
 
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.Chunk]:
         weights = self._weights(request, context)

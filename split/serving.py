@@ -7,7 +7,9 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from split.adapters.served import LoraAdapter
 from split.errors import BadRequest
 from split.generation.exits import parse_exit
 from split.generation.local import EARLY, NONE
@@ -36,6 +38,14 @@ class SpanConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """name: what clients call it. folder: at the coordinator; devices are not told."""
+
+    name: str
+    folder: str = ""
+
+
+@dataclass(frozen=True)
 class ServingConfig:
     """One served model. spans: none: all at the coordinator. context: tokens of a sequence, 0: as many as the model
     takes, up to 4096; sequences: at the same time; queue: requests that may wait.
@@ -45,6 +55,7 @@ class ServingConfig:
 
     users: devices that may use the chain themselves, beside those that hold the first span; guests: sequences for them,
     beside the others; None: 4 if there is anybody who may.
+    adapters: of LoRA, chosen by a request's model name.
     """
 
     spans: tuple[SpanConfig, ...]
@@ -64,6 +75,7 @@ class ServingConfig:
     exit_threshold: str = ""
     users: tuple[str, ...] = ()
     guests: int | None = None
+    adapters: tuple[AdapterConfig, ...] = ()
 
     def __post_init__(self) -> None:
         for name, least, most in (("sequences", 1, 1024), ("queue", 0, 100_000), ("chunk", 1, 4096)):
@@ -75,6 +87,14 @@ class ServingConfig:
             raise BadRequest(f"guests {self.guests}: choose {int(bool(self.users))} to 1024")
         for user in self.users:
             check_name(user)
+        names = ["", self.name]
+        for adapter in self.adapters:
+            if adapter.name in names:
+                raise BadRequest(
+                    f"no adapter can be called {adapter.name!r} here: it is the model's name, another adapter's, or "
+                    "none; write --adapter NAME=DIR"
+                )
+            names.append(adapter.name)
         codec_for_hidden_states(self.codec)
         check_runtime(self.runtime, self.weights)
         if self.draft == EARLY:
@@ -85,6 +105,11 @@ class ServingConfig:
     @property
     def devices(self) -> list[str]:
         return [holder for span in self.spans for holder in span.holders if holder != CLOUD]
+
+    @property
+    def names(self) -> list[str]:
+        """That a request can call the model by: the base's, and in their order the adapters'."""
+        return [self.name, *(adapter.name for adapter in self.adapters)]
 
     @property
     def may_use(self) -> list[str]:
@@ -120,7 +145,9 @@ class ServingConfig:
             spans = tuple(
                 SpanConfig(int(s["first"]), int(s["last"]), tuple(map(str, s["holders"]))) for s in raw["spans"]
             )
-            return cls(**{**raw, "spans": spans, "users": tuple(map(str, raw.get("users", ())))})
+            adapters = tuple(AdapterConfig(str(a["name"]), str(a["folder"])) for a in raw.get("adapters", ()))
+            users = tuple(map(str, raw.get("users", ())))
+            return cls(**{**raw, "spans": spans, "adapters": adapters, "users": users})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BadRequest(f"not a serving configuration: {error}") from None
 
@@ -144,6 +171,15 @@ def parse_stages(text: str) -> tuple[SpanConfig, ...]:
     return tuple(spans)
 
 
+def parse_adapter(text: str) -> AdapterConfig:
+    """`NAME=DIR`, or `DIR`, whose last part is the name then; as a full path, where the folder is on this machine."""
+    name, equals, folder = text.partition("=")
+    if not equals or "/" in name:
+        name, folder = "", text
+    path = Path(folder).expanduser().resolve()
+    return AdapterConfig(name if equals and name else path.name, str(path) if path.is_dir() else folder)
+
+
 def check_spans(spans: Sequence[SpanConfig], layers: int) -> None:
     """Raises BadRequest for blocks that are missing, held twice or not in a model of so many layers, and for a device
     that is named twice."""
@@ -165,11 +201,15 @@ def check_spans(spans: Sequence[SpanConfig], layers: int) -> None:
         raise BadRequest(f"stages: device {twice} is named twice; it can hold one range of blocks")
 
 
-def memory_of(source: TensorSource, span: SpanConfig, serving: ServingConfig) -> int:
-    """Bytes of a span's weights, with keys and values (float32) of as many sequences and tokens as are served."""
+def memory_of(
+    source: TensorSource, span: SpanConfig, serving: ServingConfig, adapters: Sequence[LoraAdapter] = ()
+) -> int:
+    """Bytes of a span's weights and of its adapters, with keys and values (float32) of as many sequences and tokens as
+    are served."""
     config = source.config
     weights = skeleton(config, StageSpec(span.first, span.last, embeds=False, head=False)).parameters()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 8 * (span.last - span.first) * serving.room * serving.context * heads * head_size
-    return int(_BYTES[serving.weights] * sum(value.numel() for value in weights) + cache)
+    loras = 4 * sum(adapter.values(span.first, span.last) for adapter in adapters)
+    return int(_BYTES[serving.weights] * sum(value.numel() for value in weights) + cache + loras)

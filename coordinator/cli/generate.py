@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -47,6 +48,9 @@ Draft = Annotated[
 EarlyBlocks = Annotated[
     int, typer.Option(help="With --local: blocks that draft, or after which tokens may come early.", min=0)
 ]
+Adapter = Annotated[
+    str, typer.Option(help="With --local: the folder of a LoRA adapter, which is put beside the model.")
+]
 _KEPT = 20  # turns of a conversation that are sent again at most
 
 
@@ -59,6 +63,7 @@ class Loading:
     draft: str
     early_blocks: int
     exit_threshold: str
+    adapter: str  # a folder; empty: none
 
 
 class Here:
@@ -66,9 +71,12 @@ class Here:
 
     def __init__(self, model: str, loading: Loading) -> None:
         self._model, self._loading = model, loading
+        self._adapters = [Path(loading.adapter).expanduser()] if loading.adapter else []
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Here:
+        from split.adapters.folder import AdapterFolder
+        from split.adapters.served import LoraAdapter
         from split.generation.asking import Asked
         from split.generation.exits import parse_exit
         from split.generation.local import EARLY, local_engine
@@ -87,9 +95,10 @@ class Here:
             choice=RuntimeChoice(loading.runtime, loading.weights),
             draft=loading.draft,
             exits=parse_exit(loading.exit_threshold),
+            adapters=[LoraAdapter(path.name, AdapterFolder(path), folder.config) for path in self._adapters],
         )
         await self._stack.enter_async_context(engine)
-        self._asked = Asked(engine, tokenizer, end_tokens(folder, tokenizer))
+        self._asked = Asked(engine, tokenizer, end_tokens(folder, tokenizer), adapter=len(self._adapters))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -208,6 +217,7 @@ def generate(
     draft: Draft = "none",
     early_blocks: EarlyBlocks = 0,
     exit_threshold: ExitThreshold = "",
+    adapter: Adapter = "",
     stop: Stop = None,
     stats: Stats = False,
     json_output: Json = False,
@@ -216,7 +226,7 @@ def generate(
 
     Example: isthmus generate --local --prompt "Shall I compare thee" --max-tokens 40 --temperature 0 --stats
     """
-    loading = Loading(runtime, weights, draft, early_blocks, exit_threshold)
+    loading = Loading(runtime, weights, draft, early_blocks, exit_threshold, adapter)
     asking = Asking(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
 
     async def work() -> None:
@@ -244,13 +254,14 @@ def chat(
     draft: Draft = "none",
     early_blocks: EarlyBlocks = 0,
     exit_threshold: ExitThreshold = "",
+    adapter: Adapter = "",
     stats: Stats = False,
 ) -> None:
     """Talk with a model; an empty line or Ctrl-D ends it.
 
     Example: isthmus chat --url http://127.0.0.1:8000/v1 --system "Answer in one sentence."
     """
-    loading = Loading(runtime, weights, draft, early_blocks, exit_threshold)
+    loading = Loading(runtime, weights, draft, early_blocks, exit_threshold, adapter)
     asking = Asking(max_tokens, temperature, top_p, top_k, seed)
 
     async def work() -> None:
@@ -280,6 +291,8 @@ def _ask() -> str:
 
 
 def _where(model: str, local: bool, url: str, key: str, loading: Loading) -> Here | There:
+    if loading.adapter and not local:
+        raise BadRequest("--adapter is for --local; of what is served give the adapter's name as --model")
     return Here(model or "default", loading) if local else There(url, key, model)
 
 

@@ -42,6 +42,13 @@ def serve(
         ),
     ] = "auto",
     name: Annotated[str, typer.Option(help="What clients call the model; by default as --model.")] = "",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="DIR or NAME=DIR: a LoRA adapter of this model to serve with it, a folder at the coordinator as "
+            "`isthmus export` or peft writes it. Clients choose it by its name, by default the folder's. Repeatable."
+        ),
+    ] = None,
     context: Annotated[int, typer.Option(help="Tokens of prompt and answer; 0: what the model takes, up to 4096.")] = 0,
     sequences: Annotated[int, typer.Option(help="Answers at the same time; keys and values are kept for each.")] = 8,
     queue: Annotated[int, typer.Option(help="Requests that may wait; beyond it: 429, try again later.")] = 64,
@@ -86,7 +93,7 @@ def serve(
 
     Example: isthmus serve --model default --stages laptop:0-2,cloud:2-6 --port 8000
     """
-    from split.serving import ServingConfig, parse_stages
+    from split.serving import ServingConfig, parse_adapter, parse_stages
 
     if no_api_key and api_key:
         raise BadRequest("--api-key and --no-api-key exclude each other")
@@ -107,6 +114,7 @@ def serve(
         key_sha256=hashlib.sha256(key.encode()).hexdigest() if key else "",
         users=tuple(user.strip() for user in users.split(",") if user.strip()),
         guests=guests,
+        adapters=tuple(map(parse_adapter, adapter or ())),
     )
     spec = pb.JobSpec(
         method="serve",

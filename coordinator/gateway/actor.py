@@ -119,11 +119,14 @@ class GatewayActor:
         self._closing.callback(self._servicer.close)
         tokenizer = await asyncio.to_thread(folder.tokenizer)
         model = ServedModel(engine, tokenizer, stop_tokens=end_tokens(folder, tokenizer), vocabulary=ends.vocabulary)
+        models = {serving.name: model}
+        for number, adapter in enumerate(serving.adapters, start=1):
+            models[adapter.name] = dataclasses.replace(model, adapter=number)
 
         def stats() -> dict[str, Any]:
             return {**engine.stats(), "guests": self._servicer.guests.load}
 
-        app = make_app({serving.name: model}, key_sha256=serving.key_sha256 or None, stats=stats)
+        app = make_app(models, key_sha256=serving.key_sha256 or None, stats=stats)
         http = await serve(app, serving.http_host, serving.http_port)
         self._closing.push_async_callback(http.close)
         self._url = f"http://{join_address(serving.http_host, http.port)}/v1"
@@ -190,6 +193,7 @@ class GatewayActor:
             runtime=self._serving.runtime,
             weights=self._serving.weights,
             cache=self._task.cache,
+            adapters=tuple((one.name, one.folder) for one in self._serving.adapters),
             ca=self._options.ca,
             certificate=self._options.stage_certificate,
             key=self._options.stage_key,

@@ -207,6 +207,7 @@ def requests_of(
             logprobs=logprobs,
             prompt_logprobs=echo and logprobs is not None,
             stop_tokens=model.ends(),
+            adapter=model.adapter,
         )
         for i in range(asked.n or 1)
     ]

@@ -190,6 +190,8 @@ class Guest:
         if len({row.sequence for row in rows}) < len(rows):
             raise BadFrame("a batch has a sequence twice")
         for row in rows:
+            if row.adapter > len(self._serving.adapters):
+                raise BadFrame(f"adapter {row.adapter} of {len(self._serving.adapters)}")
             if not row.count or row.position + row.count > self._serving.context:
                 raise BadFrame(f"tokens {row.position} to {row.position + row.count}: not in {self._serving.context}")
         hidden = coder.decode(batch.hidden, tokens)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from split.adapters.folder import AdapterFolder
+from split.adapters.served import LoraAdapter
 from split.generation.holding import Holding
 from split.models.source import open_model
 from split.models.stage import StageSpec
@@ -34,6 +36,7 @@ class HolderTask:
     runtime: str
     weights: str
     cache: str  # folder for graphs
+    adapters: tuple[tuple[str, str], ...]  # name, folder
     ca: bytes
     certificate: bytes
     key: bytes = field(repr=False)
@@ -59,7 +62,15 @@ class HolderActor:
         source = open_model(task.model)
         spec = StageSpec(task.first, task.last, embeds=False, head=False)
         choice = RuntimeChoice(task.runtime, task.weights, task.device, Path(task.cache))
-        runtime = make_runtime(source, task.first, task.last, choice, sequences=task.sequences, tokens=task.tokens)
+        runtime = make_runtime(
+            source,
+            task.first,
+            task.last,
+            choice,
+            sequences=task.sequences,
+            tokens=task.tokens,
+            adapters=[LoraAdapter(name, AdapterFolder(folder), source.config) for name, folder in task.adapters],
+        )
         with channel(task.gateway, Credentials(task.ca, task.certificate, task.key)) as gateway:
             hidden_size = source.config.hidden_size
             Holding(gateway, runtime, spec, job=task.job, digest=task.digest, hidden_size=hidden_size).run()

@@ -19,7 +19,7 @@ from split.generation.engine import Generator
 class ServedModel:
     """stop_tokens: what ends an answer; None: the tokenizer's end token.
 
-    vocabulary: ids from this on are refused in prompts; None: as many as the tokenizer has.
+    vocabulary: ids from this on are refused in prompts; None: as many as the tokenizer has. adapter: as of a Request.
     """
 
     generator: Generator
@@ -28,6 +28,7 @@ class ServedModel:
     owned_by: str = "isthmus"
     stop_tokens: frozenset[int] | None = None
     vocabulary: int | None = None
+    adapter: int = 0
 
     def ends(self) -> frozenset[int]:
         if self.stop_tokens is not None:

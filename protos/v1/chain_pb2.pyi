@@ -8,14 +8,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Row(_message.Message):
-    __slots__ = ("sequence", "position", "count")
+    __slots__ = ("sequence", "position", "count", "adapter")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     position: int
     count: int
-    def __init__(self, sequence: _Optional[int] = ..., position: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+    adapter: int
+    def __init__(self, sequence: _Optional[int] = ..., position: _Optional[int] = ..., count: _Optional[int] = ..., adapter: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("job", "first", "last", "digest", "sequences", "tokens", "runtime", "codecs", "process")

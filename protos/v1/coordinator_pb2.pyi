@@ -187,14 +187,16 @@ class Manifest(_message.Message):
     def __init__(self, files: _Optional[_Iterable[_Union[FileEntry, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[TensorEntry, _Mapping]]] = ...) -> None: ...
 
 class ManifestRequest(_message.Message):
-    __slots__ = ("job", "user", "blocks")
+    __slots__ = ("job", "adapter", "user", "blocks")
     JOB_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     USER_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     job: str
+    adapter: str
     user: bool
     blocks: int
-    def __init__(self, job: _Optional[str] = ..., user: _Optional[bool] = ..., blocks: _Optional[int] = ...) -> None: ...
+    def __init__(self, job: _Optional[str] = ..., adapter: _Optional[str] = ..., user: _Optional[bool] = ..., blocks: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
     __slots__ = ("job", "digest", "offset", "user", "blocks")

@@ -20,12 +20,14 @@ class Asked:
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     ends: frozenset[int]  # tokens that end an answer
+    adapter: int = 0  # as in Request
 
     async def answer(self, ids: Sequence[int], asking: Asking, stat: Stat, *, continues: bool) -> AsyncIterator[str]:
         """The answer's text as it comes; then `stat` is filled in. continues: the answer goes on the prompt's text."""
         sampling = Sampling(asking.temperature, asking.top_p, asking.top_k, asking.seed)
         room = self.engine.context - len(ids)
-        request = Request(tuple(ids), min(asking.max_tokens, max(1, room)), sampling, stop_tokens=self.ends)
+        length = min(asking.max_tokens, max(1, room))
+        request = Request(tuple(ids), length, sampling, stop_tokens=self.ends, adapter=self.adapter)
         before = self.engine.stats()
         answer = self.engine.submit(request)
         text = TextStream(self.tokenizer, asking.stop, after=ids if continues else ())

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Protocol
 
@@ -250,7 +250,8 @@ class Span:
         journal = self._journal[row.sequence]
         for start in range(0, row.position, self._chunk):
             end = min(start + self._chunk, row.position)
-            await holder.compute([Row(row.sequence, start, end - start)], journal.get(start, end))
+            again = replace(row, position=start, count=end - start)
+            await holder.compute([again], journal.get(start, end))
 
 
 class _Journal:

@@ -26,13 +26,17 @@ _LONGEST, _SHORTEST = 4, 1  # tokens of the text's end that are looked for furth
 
 @dataclass(frozen=True)
 class Ask:
-    """For `count` guesses at what follows `tokens`. place: which token of the answer the first of them would be."""
+    """For `count` guesses at what follows `tokens`. place: which token of the answer the first of them would be.
+
+    adapter: as in Row, of the model that answers.
+    """
 
     sequence: int
     tokens: Sequence[int]
     place: int
     count: int
     choose: Chooser
+    adapter: int = 0
 
 
 class Drafter(Protocol):
@@ -83,10 +87,21 @@ class ModelDrafter:
     """A model that drafts token by token: another, smaller one, or the first blocks of the same one with its head
     (self-speculation, as in LayerSkip: Elhoushi et al. 2024, arXiv 2404.16710)."""
 
-    def __init__(self, ends: Ends, blocks: Holder, *, context: int, first_sequence: int = 0, chunk: int = 256) -> None:
+    def __init__(
+        self,
+        ends: Ends,
+        blocks: Holder,
+        *,
+        context: int,
+        first_sequence: int = 0,
+        adapters: bool = False,
+        chunk: int = 256,
+    ) -> None:
         """context: most tokens of a sequence. first_sequence: added to the numbers of sequences, where others use
-        these blocks, too. chunk: most tokens of a sequence in one batch.
+        these blocks, too. adapters: whether the blocks have those of the model that answers. chunk: most tokens of a
+        sequence in one batch.
         """
+        self._adapters = adapters
         self._ends, self._blocks, self._context = ends, blocks, context
         self._first, self._chunk = first_sequence, chunk
         self._lines: dict[int, _Line] = {}
@@ -129,7 +144,7 @@ class ModelDrafter:
         positions: list[int] = []
         for ask, line in due:
             count = min(len(line.tokens) - line.fed, self._chunk)
-            rows.append(Row(self._first + ask.sequence, line.fed, count))
+            rows.append(Row(self._first + ask.sequence, line.fed, count, ask.adapter if self._adapters else 0))
             ids += line.tokens[line.fed : line.fed + count]
             positions += range(line.fed, line.fed + count)
         started = time.perf_counter()

@@ -3,7 +3,7 @@
 As many batches go round as the chain has spans, each through one span after the other, so that with enough requests no
 span is idle. A batch is either the next tokens of some answers or a piece of some prompts; the two take turns. A
 sequence is in one batch at most. Sequences of ended answers keep their keys and values until their room is needed: a
-request whose prompt begins like one of them goes on from there.
+request whose prompt begins like one of them, under the same adapter, goes on from there.
 
 A drafter, if there is one, guesses at the next tokens of each answer, and a batch verifies them together with the token
 that is due; it drafts on while the batch is under way. With a rule for early exits, tokens that the first span is sure
@@ -93,7 +93,8 @@ class Engine:
         self._prompts: deque[Stream] = deque()  # ready for their next piece
         self._answers: deque[Stream] = deque()  # ready for their next token
         self._at_work: set[Stream] = set()  # all that have a sequence
-        self._kept: dict[int, tuple[int, ...]] = {}  # of ended answers, oldest first: sequence -> tokens fed
+        # Of ended answers, oldest first: sequence -> adapter, tokens that all spans have.
+        self._kept: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._free = list(reversed(range(sequences)))
         self._news = asyncio.Event()
         self._prompts_next = True
@@ -199,9 +200,12 @@ class Engine:
 
     def _room_for(self, stream: Stream) -> tuple[int, int]:
         """A sequence, and how many of the prompt's tokens it has already."""
-        known = {sequence: in_common(tokens, stream.request.prompt) for sequence, tokens in self._kept.items()}
+        known = {
+            sequence: in_common(tokens, stream.request.prompt) if adapter == stream.request.adapter else 0
+            for sequence, (adapter, tokens) in self._kept.items()
+        }
         best = max(known, key=lambda sequence: known[sequence], default=-1)
-        if best < 0 or 2 * known[best] < len(self._kept[best]):  # most of that one would be lost
+        if best < 0 or 2 * known[best] < len(self._kept[best][1]):  # most of that one would be lost
             if self._free:
                 return self._free.pop(), 0
             best = next(iter(self._kept))  # the oldest
@@ -238,7 +242,7 @@ class Engine:
             if prompts:
                 due = due[: max(1, room)]
                 room -= len(due)
-            rows.append(Row(stream.sequence, stream.fed, len(due)))
+            rows.append(Row(stream.sequence, stream.fed, len(due), stream.request.adapter))
             ids += due
             positions += range(stream.fed, stream.fed + len(due))
         started = time.perf_counter()
@@ -261,7 +265,7 @@ class Engine:
             most = min(_MOST_DRAFTS, stream.left - 1)
             count = stream.pace.length(most, len(batch) - 1, self._cost, self._per_draft.value)
             if count:
-                asks[stream] = Ask(stream.sequence, stream.tokens, stream.place, count, stream.choose)
+                asks[stream] = _ask(stream, count)
         if not asks:
             return
         started = time.perf_counter()
@@ -276,13 +280,7 @@ class Engine:
     async def _drafting_on(self, batch: Sequence[Stream]) -> AsyncIterator[None]:
         """Meanwhile what follows is guessed, as if the drafts under way were right, if there is time for it."""
         asks = [
-            Ask(
-                stream.sequence,
-                [*stream.tokens, *stream.drafts],
-                stream.place + len(stream.drafts),
-                count,
-                stream.choose,
-            )
+            _ask(stream, count)
             for stream in batch
             if stream.drafts and (count := min(len(stream.drafts) + 1, stream.left - len(stream.drafts) - 1)) > 0
         ]
@@ -313,7 +311,7 @@ class Engine:
             else:
                 going.append(stream)
                 owed += stream.owed
-        rows = [Row(stream.sequence, stream.sent, len(stream.owed)) for stream in going]
+        rows = [Row(stream.sequence, stream.sent, len(stream.owed), stream.request.adapter) for stream in going]
         return going, rows, torch.cat(owed) if owed else hidden[:0]
 
     def _hear(self, batch: Sequence[Stream], rows: Sequence[Row], hidden: Tensor) -> None:
@@ -350,7 +348,7 @@ class Engine:
             if stream in ready:
                 ready.remove(stream)
         if error is None:
-            self._kept[stream.sequence] = tuple(stream.tokens[: stream.sent])
+            self._kept[stream.sequence] = stream.request.adapter, tuple(stream.tokens[: stream.sent])
         else:
             self._forget(stream.sequence)
             self._free.append(stream.sequence)
@@ -365,3 +363,10 @@ class Engine:
             span.forget([sequence])
         if self._drafter is not None:
             self._drafter.forget(sequence)
+
+
+def _ask(stream: Stream, count: int) -> Ask:
+    """For what follows, if the drafts that it has already are right."""
+    place = stream.place + len(stream.drafts)
+    tokens = [*stream.tokens, *stream.drafts]
+    return Ask(stream.sequence, tokens, place, count, stream.choose, stream.request.adapter)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+from split.adapters.served import LoraAdapter
 from split.errors import BadRequest
 from split.generation.chain import LocalHolder, Span
 from split.generation.drafts import Drafter, Lookup, ModelDrafter
@@ -29,6 +30,7 @@ async def local_engine(
     choice: RuntimeChoice = RuntimeChoice(TORCH),
     draft: str = NONE,
     exits: ExitRule | None = None,
+    adapters: Sequence[LoraAdapter] = (),
 ) -> Engine:
     """Not yet started. cuts: rising numbers of blocks at which the model is cut into spans. draft: as `make_drafter`.
 
@@ -45,7 +47,8 @@ async def local_engine(
     holders = []
     for first, last in pairwise(bounds):
         room = 2 * sequences if draft == EARLY and not first else sequences
-        holders.append(LocalHolder("here", make_runtime(source, first, last, choice, sequences=room, tokens=tokens)))
+        runtime = make_runtime(source, first, last, choice, sequences=room, tokens=tokens, adapters=adapters)
+        holders.append(LocalHolder("here", runtime))
     spans = [Span(first, last, source.config.hidden_size, chunk=chunk) for first, last in pairwise(bounds)]
     for span, holder in zip(spans, holders, strict=True):
         await span.add(holder)
@@ -78,7 +81,7 @@ def make_drafter(
     if draft == EARLY:
         if first is None:
             raise BadRequest(f"draft {EARLY}: the first blocks have to be where the text is")
-        return ModelDrafter(ends, first, context=context, first_sequence=sequences)
+        return ModelDrafter(ends, first, context=context, first_sequence=sequences, adapters=True)
     model = open_draft_model(draft, source)
     tokens = min(context, context_of(model, None))
     runtime = make_runtime(model, 0, model.config.num_hidden_layers, choice, sequences=sequences, tokens=tokens)

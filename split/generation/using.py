@@ -15,6 +15,7 @@ from torch import Tensor
 
 from protos.v1 import chain_pb2 as pb
 from protos.v1.chain_pb2_grpc import ChainStub
+from split.adapters.served import LoraAdapter
 from split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
 from split.generation.chain import Cost, Holder, LocalHolder, Recovery, Span
 from split.generation.ends import Ends
@@ -64,6 +65,7 @@ async def user_engine(
     sequences: int = 1,
     draft: str = AUTO,
     exits: ExitRule | None = None,
+    adapters: Sequence[LoraAdapter] = (),
 ) -> tuple[Engine, Span]:
     """Not yet started, and the span that the gateway shall hold. source: of the tensors of `user_parts`.
 
@@ -79,7 +81,8 @@ async def user_engine(
     spans, near = [], None
     if blocks:
         room = 2 * sequences if draft == EARLY else sequences
-        near = LocalHolder("here", make_runtime(source, 0, blocks, choice, sequences=room, tokens=serving.context))
+        runtime = make_runtime(source, 0, blocks, choice, sequences=room, tokens=serving.context, adapters=adapters)
+        near = LocalHolder("here", runtime)
         spans.append(Span(0, blocks, config.hidden_size, chunk=serving.chunk))
         await spans[0].add(near)
     far = Span(

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from split.errors import BadModelFolder, BadRequest, BadTensor, LinkLost, WrongState
 from split.models.architectures import parse_config
-from split.models.manifest import CHUNK_BYTES, DTYPES_BY_NAME, Blob, Manifest, check_digest
+from split.models.manifest import CHUNK_BYTES, DTYPES_BY_NAME, Blob, Manifest, TensorEntry, check_digest
 from split.models.safetensors_file import byte_size
 from split.models.source import MODEL_FILES, load_tokenizer, read_text, settle_head
 
@@ -133,34 +133,20 @@ class BlobWriter:
         raise BadTensor(f"blob {self._blob.digest} was thrown away: {reason}; fetch it again")
 
 
-class BlobModel:
-    """A model, or a holder's part of one, whose files and tensors are blobs of a store (a TensorSource).
-
-    Raises BadModelFolder if the manifest has no config.json, BadTensor if a blob is missing or of another size.
-    """
+class Blobs:
+    """Files and tensors that are blobs of a store. Raises BadTensor if one is missing or of another size."""
 
     def __init__(self, store: BlobStore, manifest: Manifest) -> None:
         self._store = store
         self._manifest = manifest
-        if unknown := sorted(set(manifest.files) - set(MODEL_FILES)):
-            raise BadTensor(f"a manifest may not have the file {unknown[0]!r}")
-        if "config.json" not in manifest.files:
-            raise BadModelFolder("the manifest has no config.json")
         self.read_names: set[str] = set()
 
-    @cached_property
-    def config(self) -> PreTrainedConfig:
-        path = self._whole(self._manifest.files["config.json"])
-        config = parse_config(read_text(path), "config.json")
-        settle_head(config, self.tensor_names())
-        return config
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, loaded from a folder with its files under their own names."""
-        with tempfile.TemporaryDirectory(dir=self._store.directory, prefix="view.") as view:
-            for name, blob in self._manifest.files.items():
-                (Path(view) / name).symlink_to(self._whole(blob).resolve())
-            return load_tokenizer(Path(view))
+    def text(self, name: str) -> str:
+        """Of a file."""
+        blob = self._manifest.files.get(name)
+        if blob is None:
+            raise BadModelFolder(f"the manifest has no {name}")
+        return read_text(self._whole(blob))
 
     def file(self, name: str) -> Path | None:
         blob = self._manifest.files.get(name)
@@ -169,11 +155,12 @@ class BlobModel:
     def tensor_names(self) -> frozenset[str]:
         return frozenset(self._manifest.tensors)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
     def read(self, name: str) -> Tensor:
         """The tensor, its bytes mapped from the blob (private: writing to it does not change the blob)."""
-        entry = self._manifest.tensors.get(name)
-        if entry is None:
-            raise BadModelFolder(f"tensor {name} is not among those of this part of the model")
+        entry = self._entry(name)
         dtype = DTYPES_BY_NAME.get(entry.dtype)
         if dtype is None or byte_size(dtype, entry.shape) != entry.blob.size:
             raise BadTensor(f"{name}: {entry.blob.size} bytes do not make {entry.dtype} {entry.shape}")
@@ -184,8 +171,38 @@ class BlobModel:
         data = torch.from_file(str(path), shared=False, size=entry.blob.size, dtype=torch.uint8)
         return data.view(dtype).reshape(entry.shape)
 
+    def _entry(self, name: str) -> TensorEntry:
+        entry = self._manifest.tensors.get(name)
+        if entry is None:
+            raise BadModelFolder(f"tensor {name} is not among those of this part of the model")
+        return entry
+
     def _whole(self, blob: Blob) -> Path:
         path = self._store.path(blob.digest)
         if not path.is_file() or path.stat().st_size != blob.size:
             raise BadTensor(f"blob {blob.digest} is not here with its {blob.size} bytes; fetch it again")
         return path
+
+
+class BlobModel(Blobs):
+    """A model, or a holder's part of one (a TensorSource). Raises BadModelFolder if the manifest has no config.json."""
+
+    def __init__(self, store: BlobStore, manifest: Manifest) -> None:
+        super().__init__(store, manifest)
+        if unknown := sorted(set(manifest.files) - set(MODEL_FILES)):
+            raise BadTensor(f"a manifest may not have the file {unknown[0]!r}")
+        if "config.json" not in manifest.files:
+            raise BadModelFolder("the manifest has no config.json")
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        config = parse_config(self.text("config.json"), "config.json")
+        settle_head(config, self.tensor_names())
+        return config
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, loaded from a folder with its files under their own names."""
+        with tempfile.TemporaryDirectory(dir=self._store.directory, prefix="view.") as view:
+            for name, blob in self._manifest.files.items():
+                (Path(view) / name).symlink_to(self._whole(blob).resolve())
+            return load_tokenizer(Path(view))

@@ -9,21 +9,32 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from protos.v1 import coordinator_pb2 as pb
 from split.errors import BadModelFolder, BadRequest, BadTensor, NotFound
-from split.models.safetensors_file import DTYPES, byte_size
-from split.models.source import MODEL_FILES, ModelFolder
+from split.models.safetensors_file import DTYPES, Place, byte_size
+from split.models.source import ADAPTER_FILES, MODEL_FILES
 
 CHUNK_BYTES = 1 << 20
 
 DTYPES_BY_NAME: Mapping[str, torch.dtype] = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+
+
+class Folder(Protocol):
+    """A model's folder, or an adapter's. files: what may be sent besides the tensors, where it is there."""
+
+    path: Path
+    files: Sequence[str]
+
+    def tensor_names(self) -> frozenset[str]: ...
+
+    def place(self, name: str) -> Place: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class Manifest:
         """Checked: known file names, digests that are digests, sizes that fit the shapes. Raises BadTensor."""
         files: dict[str, Blob] = {}
         for file in message.files:
-            if file.name not in MODEL_FILES or file.name in files:
+            if file.name not in (*MODEL_FILES, *ADAPTER_FILES) or file.name in files:
                 raise BadTensor(f"a manifest may not have the file {file.name!r}, or not twice")
             files[file.name] = _blob_from_proto(file.blob)
         tensors: dict[str, TensorEntry] = {}
@@ -91,15 +102,15 @@ def check_digest(digest: str) -> str:
     return digest
 
 
-def build_manifest(folder: ModelFolder, names: Iterable[str] | None = None, *, cache: Path | None = None) -> Manifest:
-    """Hash the folder's configuration and tokenizer files and the named tensors (none given: all of them).
+def build_manifest(folder: Folder, names: Iterable[str] | None = None, *, cache: Path | None = None) -> Manifest:
+    """Hash the folder's files (configuration, tokenizer) and the named tensors (none given: all of them).
 
     Bytes are hashed as they are in the files. cache: a JSON file that remembers digests as long as a file's
     path, size and modification time stay the same. Raises BadModelFolder.
     """
     digests = _DigestCache(cache)
     files = {}
-    for name in MODEL_FILES:
+    for name in folder.files:
         path = folder.path / name
         if path.is_file():
             size = path.stat().st_size
@@ -124,7 +135,13 @@ def holder_digest(manifest: Manifest, names: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def read_blob(folder: ModelFolder, manifest: Manifest, digest: str, offset: int = 0) -> Iterator[bytes]:
+def with_adapters(digest: str, adapters: Iterable[Manifest]) -> str:
+    """One digest of a holder's tensors (whose digest is given) and of its parts of adapters, their files included."""
+    parts = [[*(blob.digest for blob in part.files.values()), holder_digest(part, part.tensors)] for part in adapters]
+    return hashlib.sha256(json.dumps([digest, *parts]).encode()).hexdigest() if parts else digest
+
+
+def read_blob(folder: Folder, manifest: Manifest, digest: str, offset: int = 0) -> Iterator[bytes]:
     """The bytes of a tensor or file in the manifest from offset on, in chunks of at most 1 MiB.
 
     Raises NotFound (no such digest in the manifest), BadRequest (an offset behind its end), BadModelFolder.
@@ -135,7 +152,7 @@ def read_blob(folder: ModelFolder, manifest: Manifest, digest: str, offset: int 
     return _read_range(path, start + offset, size - offset)
 
 
-def _locate(folder: ModelFolder, manifest: Manifest, digest: str) -> tuple[Path, int, int]:
+def _locate(folder: Folder, manifest: Manifest, digest: str) -> tuple[Path, int, int]:
     for name, blob in manifest.files.items():
         if blob.digest == digest:
             return folder.path / name, 0, blob.size

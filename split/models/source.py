@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -32,7 +32,9 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 MODEL_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-"""Every file besides the weights that is ever read or sent, by its exact name."""
+"""Every file of a model besides the weights that is ever read or sent, by its exact name."""
+ADAPTER_FILES = ("adapter_config.json",)
+"""And of a LoRA adapter."""
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -61,6 +63,8 @@ class ModelFolder:
     causal LM, also for checkpoints of the bare base model (GPT-2 on the hub has `h.0…`, not `transformer.h.0…`).
     Raises BadModelFolder or UnsupportedModel.
     """
+
+    files: Sequence[str] = MODEL_FILES
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)

@@ -19,12 +19,14 @@ from split.errors import BadRequest, WrongState
 class Row:
     """The next `count` tokens of one sequence, of which `position` tokens came before.
 
-    sequence: a number that the caller has chosen, 0 or more.
+    sequence: a number that the caller has chosen, 0 or more. adapter: 0 for the base model, i for the i-th adapter; the
+    same as of what came before.
     """
 
     sequence: int
     position: int
     count: int
+    adapter: int = 0
 
 
 class BadPosition(WrongState):
@@ -32,10 +34,14 @@ class BadPosition(WrongState):
 
 
 class Runtime(Protocol):
-    """A stage of blocks (neither embedding nor head) with room for `sequences` sequences of up to `tokens` tokens."""
+    """A stage of blocks (neither embedding nor head) with room for `sequences` sequences of up to `tokens` tokens.
+
+    adapters: how many it has beside the base model.
+    """
 
     sequences: int
     tokens: int
+    adapters: int
 
     def compute(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
         """hidden: (tokens of all rows in order, hidden size) float32 on the CPU; the same back.
@@ -64,6 +70,8 @@ def check_rows(rows: Sequence[Row], hidden: Tensor, runtime: Runtime) -> None:
     for row in rows:
         if row.sequence < 0 or row.count < 1 or row.position < 0:
             raise BadRequest(f"{row} is not a row")
+        if not 0 <= row.adapter <= runtime.adapters:
+            raise BadRequest(f"adapter {row.adapter} of a row; {runtime.adapters} are here")
         if row.position + row.count > runtime.tokens:
             raise BadRequest(f"token {row.position + row.count} of a sequence; there is room for {runtime.tokens}")
         if row.position > lengths.get(row.sequence, 0):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from split.adapters.served import Lora, LoraAdapter
 from split.errors import BadRequest, UnsupportedModel
 from split.models.source import TensorSource
 from split.models.stage import StageSpec, build_stages
@@ -52,12 +53,19 @@ def check_runtime(runtime: str, weights: str) -> None:
 
 
 def make_runtime(
-    source: TensorSource, first: int, last: int, choice: RuntimeChoice, *, sequences: int, tokens: int
+    source: TensorSource,
+    first: int,
+    last: int,
+    choice: RuntimeChoice,
+    *,
+    sequences: int,
+    tokens: int,
+    adapters: Sequence[LoraAdapter] = (),
 ) -> Runtime:
     """For blocks first..last-1. Raises BadRequest, UnsupportedModel (onnxruntime was asked for), BadModelFolder."""
-    if pick_runtime(source, first, choice) == TORCH:
-        return _torch(source, first, last, choice, sequences, tokens)
-    return _onnx(source, first, last, choice, sequences, tokens)
+    loras = [adapter.load(first, last) for adapter in adapters]
+    make = _torch if pick_runtime(source, first, choice) == TORCH else _onnx
+    return make(source, first, last, choice, sequences, tokens, loras)
 
 
 def make_head(source: TensorSource, choice: RuntimeChoice) -> Callable[[Tensor], Tensor] | None:
@@ -103,14 +111,28 @@ def _seconds(runtime: Runtime, hidden_size: int) -> float:
 
 
 def _torch(
-    source: TensorSource, first: int, last: int, choice: RuntimeChoice, sequences: int, tokens: int
+    source: TensorSource,
+    first: int,
+    last: int,
+    choice: RuntimeChoice,
+    sequences: int,
+    tokens: int,
+    adapters: Sequence[Mapping[str, Lora]] = (),
 ) -> TorchRuntime:
     spec = StageSpec(first, last, embeds=False, head=False)
     stage = build_stages(source, [spec], device=pick_device(choice.device))[0]
-    return TorchRuntime(stage, sequences=sequences, tokens=tokens)
+    return TorchRuntime(stage, sequences=sequences, tokens=tokens, adapters=adapters)
 
 
-def _onnx(source: TensorSource, first: int, last: int, choice: RuntimeChoice, sequences: int, tokens: int) -> Runtime:
+def _onnx(
+    source: TensorSource,
+    first: int,
+    last: int,
+    choice: RuntimeChoice,
+    sequences: int,
+    tokens: int,
+    adapters: Sequence[Mapping[str, Lora]] = (),
+) -> Runtime:
     from split.runtime.onnx_runtime import OnnxRuntime
 
     return OnnxRuntime(
@@ -122,4 +144,5 @@ def _onnx(source: TensorSource, first: int, last: int, choice: RuntimeChoice, se
         weights=choice.weights,
         threads=choice.threads,
         cache=choice.cache,
+        adapters=adapters,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,8 @@ from split.runtime.onnx_weights import BITS, BLOCK, WEIGHTS, WeightsFile, quanti
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "weights.bin"
+ADAPTER = "adapter"
+"""The input that says which adapter each row has, or all rows have; 0: none."""
 
 _CONTRIB = "com.microsoft"
 _DOMAINS = {
@@ -37,12 +39,22 @@ class GraphBuilder:
     Reading raises BadModelFolder for a tensor that is missing or misshapen.
     """
 
-    def __init__(self, source: TensorSource, shapes: Mapping[str, tuple[int, ...]], weights: str, folder: Path) -> None:
-        """shapes: of the tensors to be used. weights: of linear modules. BadRequest if not of WEIGHTS."""
+    def __init__(
+        self,
+        source: TensorSource,
+        shapes: Mapping[str, tuple[int, ...]],
+        weights: str,
+        folder: Path,
+        adapted: Set[str] = frozenset(),
+    ) -> None:
+        """shapes: of the tensors to be used. weights: of linear modules. BadRequest if not of WEIGHTS.
+
+        adapted: linear modules with adapters beside them, which need an input ADAPTER.
+        """
         if weights not in WEIGHTS:
             raise BadRequest(f"weights cannot be {weights!r}; choose {', '.join(WEIGHTS)}")
         self._source, self._shapes, self._bits, self._folder = source, shapes, BITS.get(weights), folder
-        self._unused = set(shapes)
+        self._unused, self._adapted = set(shapes), adapted
         self._file = WeightsFile(folder / DATA_NAME)
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
@@ -87,6 +99,13 @@ class GraphBuilder:
         name = modules[0]
         bias = self._file.add(f"{name}.bias", torch.cat(biases)) if biases else ""
         outputs = [output or self._fresh()]
+        if not self._adapted.isdisjoint(modules):
+            base = self._product(name, x, weight, bias, [self._fresh()])
+            return self.node("Add", [base, self._beside(name, x, weight.shape)], outputs)[0]
+        return self._product(name, x, weight, bias, outputs)
+
+    def _product(self, name: str, x: str, weight: Tensor, bias: str, outputs: Sequence[str]) -> str:
+        """x by a weight (outputs, inputs), with a bias."""
         if self._bits is not None:
             values, scales = quantise(weight, self._bits)
             inputs = [
@@ -103,6 +122,14 @@ class GraphBuilder:
         if not bias:
             return self.node("MatMul", inputs, outputs)[0]
         return self.node("Add", [*self.node("MatMul", inputs), bias], outputs)[0]
+
+    def _beside(self, name: str, x: str, shape: Sequence[int]) -> str:
+        """What each row's adapter adds: x (rows, tokens, inputs) by its A and B. shape: (outputs, inputs)."""
+        rank = f"{name}.rank"
+        for part, rows, columns in (("a", shape[1], rank), ("b", rank, shape[0])):
+            stack = self.input(f"{name}.lora_{part}", ["adapters", rows, columns])
+            (x,) = self.node("MatMul", [x, *self.node("Gather", [stack, ADAPTER])])
+        return x
 
     def norm(self, module: str, epsilon: float, x: str, new: str = "") -> tuple[str, str]:
         """Root mean square norm of x + new over the last dimension; returns it and the sum."""

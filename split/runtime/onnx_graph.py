@@ -13,8 +13,8 @@ from onnx import TensorProto
 from transformers import PreTrainedConfig
 
 from split.models.source import TensorSource
-from split.runtime.onnx_builder import GraphBuilder
-from split.runtime.onnx_shape import StageShape, check_supported
+from split.runtime.onnx_builder import ADAPTER, GraphBuilder
+from split.runtime.onnx_shape import StageShape, check_supported, together
 
 VERSION = 1
 """Of the graphs made here: to be raised with every change to them."""
@@ -26,11 +26,14 @@ def write_blocks(source: TensorSource, shape: StageShape, weights: str, folder: 
     Inputs, for B rows of S tokens: hidden (B, S, hidden); lasts (B), the position of each row's last new token;
     counts (B), of each row's new tokens; longest (), the longest text; cosines and sines (positions, rotary dimensions
     / 2); past_key_i and past_value_i (B, kv_heads, tokens, head size) of each block.
+    Where adapters are computed also adapter (B or 1), of each row or of all, and the stacks that `onnx_adapters` makes.
     Outputs: computed, as hidden; present_key_i and present_value_i, which have to be in the memory of the inputs.
     Raises BadModelFolder (a tensor is missing or misshapen), UnsupportedModel (a tensor that a graph cannot use).
     """
-    with GraphBuilder(source, shape.tensors, weights, folder) as graph:
+    with GraphBuilder(source, shape.tensors, weights, folder, shape.adapted) as graph:
         x, new = graph.input("hidden", ["B", "S", shape.hidden]), ""
+        if shape.adapted:
+            graph.input(ADAPTER, ["chosen"], TensorProto.INT64)
         for name in ("lasts", "counts"):
             graph.input(name, ["B"], TensorProto.INT32)
         graph.input("longest", [], TensorProto.INT32)
@@ -71,8 +74,8 @@ def head_tensors(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _attention(graph: GraphBuilder, shape: StageShape, i: int, module: str, x: str) -> str:
-    parts = ("qkv",) if graph.has(f"{module}.qkv_proj") else ("q", "k", "v")
-    query, key, value = graph.linear([f"{module}.{part}_proj" for part in parts], x), "", ""
+    first = f"{module}.qkv_proj" if graph.has(f"{module}.qkv_proj") else f"{module}.q_proj"
+    query, key, value = graph.linear(together(first), x), "", ""
     if graph.has(f"{module}.q_norm"):
         sizes = [heads * shape.head_size for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
         query, key, value = graph.split(query, sizes)

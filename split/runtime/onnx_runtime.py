@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnxruntime
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from split.adapters.served import Lora
 from split.errors import BadRequest
 from split.models.source import TensorSource
 from split.runtime.base import Row, check_rows
+from split.runtime.onnx_adapters import adapter_stacks, without_adapters
+from split.runtime.onnx_builder import ADAPTER
 from split.runtime.onnx_cache import cached_graph, default_cache
 from split.runtime.onnx_graph import write_blocks
 from split.runtime.onnx_session import bind_inputs, bind_outputs, open_session
@@ -44,21 +48,23 @@ class OnnxRuntime:
         threads: int = 0,
         spinning: bool = False,
         cache: Path | None = None,
+        adapters: Sequence[Mapping[str, Lora]] = (),
     ) -> None:
-        """Blocks first..last-1 of a model.
+        """Blocks first..last-1 of a model. adapters: each one's part in these blocks.
 
         weights: of the linear modules, one of WEIGHTS. threads: 0 takes as many as torch. spinning: whether threads
         wait for work busily: single tokens are 10 to 20 % faster on a machine that does nothing else, and up to 60 %
         slower on one that does. cache: where graphs are kept (None: in the user's cache directory).
         Raises UnsupportedModel for what a graph cannot compute, BadRequest, BadModelFolder.
         """
-        self.sequences, self.tokens = sequences, tokens
-        shape = shape_of(source.config, first, last)
+        self.sequences, self.tokens, self.adapters = sequences, tokens, len(adapters)
+        adapted = frozenset(module for adapter in adapters for module in adapter)
+        shape = replace(shape_of(source.config, first, last), adapted=adapted)
         folder = cached_graph(
             cache or default_cache(),
             source,
             shape.tensors,
-            ["blocks", first, last, weights],
+            ["blocks", first, last, weights, *sorted(adapted)],
             lambda folder: write_blocks(source, shape, weights, folder),
         )
         self._session = open_session(folder, threads, spinning)
@@ -66,9 +72,12 @@ class OnnxRuntime:
         self._rotary = RotaryTables(source.config, tokens)
         slots = (sequences, shape.kv_heads, tokens, shape.head_size)
         self._buffers = {f"{what}_{i}": torch.empty(slots) for i in range(last - first) for what in ("key", "value")}
+        self._stacks = adapter_stacks(shape, adapters)
+        self._no_stacks = without_adapters(self._stacks)
         self._lengths: dict[int, int] = {}
         self._slots: dict[int, int] = {}
-        self._bindings: dict[tuple[int, int], onnxruntime.IOBinding] = {}  # by the first slot and their number
+        # By the first slot, their number, and whether any has an adapter.
+        self._bindings: dict[tuple[int, int, bool], onnxruntime.IOBinding] = {}
 
     def lengths(self) -> dict[int, int]:
         return dict(self._lengths)
@@ -104,6 +113,7 @@ class OnnxRuntime:
                     [rows[i].position + at for i in members],
                     [given[i][piece] for i in members],
                     [taken[i][piece] for i in members],
+                    [rows[i].adapter for i in members],
                     self._rotary[tables[members[0]]],
                 )
             self._lengths.update({rows[i].sequence: rows[i].position + rows[i].count for i in members})
@@ -115,6 +125,7 @@ class OnnxRuntime:
         positions: Sequence[int],
         parts: Sequence[Tensor],
         results: Sequence[Tensor],
+        adapters: Sequence[int],
         rotary: tuple[Tensor, Tensor],
     ) -> None:
         """One call. parts: (count, hidden), the tokens from a position on, for each of the slots from first on; results
@@ -133,7 +144,9 @@ class OnnxRuntime:
             "cosines": cosines,
             "sines": sines,
         }
-        binding = self._binding(first, len(parts))
+        if self._stacks:  # where all rows have the same one, it is not copied for each of them
+            inputs[ADAPTER] = torch.tensor(adapters if len(set(adapters)) > 1 else adapters[:1])
+        binding = self._binding(first, len(parts), any(adapters))
         bind_inputs(binding, **inputs)
         bind_outputs(binding, computed=computed)
         self._session.run_with_iobinding(binding)
@@ -141,11 +154,12 @@ class OnnxRuntime:
             for result, row in zip(results, computed, strict=True):
                 result.copy_(row[: len(result)])
 
-    def _binding(self, first: int, count: int) -> onnxruntime.IOBinding:
-        """With the keys and values of so many slots bound; the rest is bound anew for every call."""
-        binding = self._bindings.get((first, count))
+    def _binding(self, first: int, count: int, adapted: bool) -> onnxruntime.IOBinding:
+        """With the keys and values of so many slots and the adapters bound; the rest is bound anew for every call."""
+        binding = self._bindings.get((first, count, adapted))
         if binding is None:
-            binding = self._bindings[first, count] = self._session.io_binding()
+            binding = self._bindings[first, count, adapted] = self._session.io_binding()
+            bind_inputs(binding, **(self._stacks if adapted else self._no_stacks))
             slots = {name: buffer[first : first + count] for name, buffer in self._buffers.items()}
             bind_inputs(binding, **{f"past_{name}": slot for name, slot in slots.items()})
             bind_outputs(binding, **{f"present_{name}": slot for name, slot in slots.items()})

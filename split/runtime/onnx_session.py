@@ -11,7 +11,7 @@ from torch import Tensor
 
 from split.runtime.onnx_builder import MODEL_NAME
 
-_TYPES = {torch.float32: np.float32, torch.int32: np.int32}
+_TYPES = {torch.float32: np.float32, torch.int32: np.int32, torch.int64: np.int64}
 
 
 def open_session(folder: Path, threads: int, spinning: bool) -> onnxruntime.InferenceSession:

@@ -17,6 +17,7 @@ from split.errors import BadRequest, UnsupportedModel
 from split.models.architectures import Architecture, architecture_of
 from split.models.stage import StageSpec, skeleton
 
+_QKV = ("q_proj", "k_proj", "v_proj")
 SUPPORTED = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
@@ -26,6 +27,7 @@ class StageShape:
 
     windows: for each block, how many tokens a token sees, itself included (None: all before it).
     tensors: the shapes of the blocks' tensors, by their names in the checkpoint.
+    adapted: the linear modules beside which adapters are computed.
     """
 
     first: int
@@ -40,6 +42,7 @@ class StageShape:
     epsilon: float
     windows: tuple[int | None, ...]
     tensors: Mapping[str, tuple[int, ...]]
+    adapted: frozenset[str] = frozenset()
 
 
 def shape_of(config: PreTrainedConfig, first: int, last: int) -> StageShape:
@@ -86,6 +89,12 @@ def check_supported(config: PreTrainedConfig) -> Architecture:
     if config.model_type not in SUPPORTED:
         raise UnsupportedModel(f"no ONNX graph for {config.model_type}; there is one for {', '.join(SUPPORTED)}")
     return architecture_of(config)
+
+
+def together(module: str) -> tuple[str, ...]:
+    """The linear modules that a graph computes as one, of which this is one."""
+    place, _, name = module.rpartition(".")
+    return tuple(f"{place}.{part}" for part in _QKV) if name in _QKV else (module,)
 
 
 class RotaryTables:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from split.adapters.served import Lora
 from split.models.stage import Stage
 from split.runtime.base import Row, check_rows
+from split.runtime.torch_adapters import TorchAdapters
 
 
 class TorchRuntime:
@@ -18,12 +20,15 @@ class TorchRuntime:
     of values, (sequences, heads, tokens, head size), which the system fills with memory only as they are written.
     """
 
-    def __init__(self, stage: Stage, *, sequences: int, tokens: int) -> None:
-        """stage: blocks alone, without embedding and head."""
+    def __init__(
+        self, stage: Stage, *, sequences: int, tokens: int, adapters: Sequence[Mapping[str, Lora]] = ()
+    ) -> None:
+        """stage: blocks alone, without embedding and head. adapters: each one's part in these blocks."""
         if stage.spec.embeds or stage.spec.head or stage.spec.first == stage.spec.last:
             raise ValueError(f"{stage.spec} is not a stage of blocks alone")
-        self.sequences, self.tokens = sequences, tokens
+        self.sequences, self.tokens, self.adapters = sequences, tokens, len(adapters)
         self._stage = stage
+        self._loras = TorchAdapters(stage, adapters)
         self._device = next(stage.parameters()).device
         self._dtype = next(stage.parameters()).dtype
         self._lengths: dict[int, int] = {}
@@ -72,6 +77,7 @@ class TorchRuntime:
         positions = starts[:, None] + torch.arange(count, device=self._device)
         longest = max(row.position for row in rows) + count
         self._cache.use([self._slots[row.sequence] for row in rows], positions, longest)
+        self._loras.use([row.adapter for row in rows])
         output = self._stage.model(
             inputs_embeds=x,
             attention_mask=self._mask(positions, longest),

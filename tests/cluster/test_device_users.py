@@ -108,7 +108,7 @@ def test_a_copy_of_the_model_is_used_if_it_is_the_coordinators(house: House, wan
         identity = house.identity("d1")
         with channel(identity.address, identity.credentials) as control:
             stub = CoordinatorStub(control)
-            source, _ = device_source(
+            source, _, _ = device_source(
                 stub, identity.address, model.job, tmp_path / "state", None, lambda here, total: None, user_blocks=2
             )
             names = source.tensor_names()

@@ -7,12 +7,13 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,17 @@ from coordinator.cli.common import Connection
 from coordinator.local_cluster import submit
 from protos.v1 import chain_pb2, chain_pb2_grpc
 from protos.v1 import coordinator_pb2 as pb
+from protos.v1.coordinator_pb2_grpc import CoordinatorStub
+from split.adapters.folder import AdapterFolder
 from split.codecs import FAMILIES
-from split.serving import ServingConfig, parse_stages
+from split.models.blobs import BlobStore
+from split.models.manifest import Manifest, build_manifest
+from split.serving import AdapterConfig, ServingConfig, parse_stages
 from split.tls import channel
 from tests.cluster.house import LIMIT, House, ended, events_until, refusal, run_cli, wait_for
 from tests.split.generation.whole import greedy, whole_model
+from tests.split.tiny_adapters import make_adapter, with_adapter
+from tests.split.tiny_models import make_model
 
 pytestmark = pytest.mark.cluster
 
@@ -47,25 +54,27 @@ class Served:
     job: str
     url: str
 
-    def complete(self, prompt: str, count: int = COUNT) -> str:
-        body = {"model": "model", "prompt": prompt, "max_tokens": count, "temperature": 0}
+    def complete(self, prompt: str, count: int = COUNT, model: str = "model") -> str:
+        body = {"model": model, "prompt": prompt, "max_tokens": count, "temperature": 0}
         response = httpx2.post(f"{self.url}/completions", json=body, timeout=LIMIT)
         assert response.status_code == 200, response.text
         return str(response.json()["choices"][0]["text"])
 
-    def answers(self, texts: Sequence[str]) -> list[str]:
-        with ThreadPoolExecutor(len(texts)) as pool:
-            return list(pool.map(self.complete, texts))
+    def answers(self, texts: Sequence[str], models: Sequence[str] = ("model",)) -> list[str]:
+        """All at the same time; of each model to all texts, one model after the other."""
+        asked = [(text, COUNT, name) for name in models for text in texts]
+        with ThreadPoolExecutor(len(asked)) as pool:
+            return list(pool.map(lambda one: self.complete(*one), asked))
 
     def stats(self) -> dict[str, Any]:
         result: dict[str, Any] = httpx2.get(f"{self.url}/stats", timeout=LIMIT).json()
         return result
 
-    def while_answering(self, act: Callable[[], None]) -> list[str]:
+    def while_answering(self, act: Callable[[], None], models: Sequence[str] = ("model",)) -> list[str]:
         """The answers to all STREAMS; `act` is called when some of their tokens have been computed."""
         before = self.stats()["hops"][0]["tokens"] + 30
         with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(self.answers, STREAMS)
+            running = pool.submit(self.answers, STREAMS, models)
             wait_for(lambda: self.stats()["hops"][0]["tokens"] > before or running.done(), "tokens")
             assert not running.done()
             act()
@@ -104,8 +113,9 @@ def wanted(shared_house: House) -> list[str]:
     return texts_of(shared_house.model, STREAMS, COUNT)
 
 
-def texts_of(model: Path, asked: Sequence[str], count: int) -> list[str]:
-    whole, tokenizer = whole_model(model), AutoTokenizer.from_pretrained(model)
+def texts_of(model: Path, asked: Sequence[str], count: int, adapter: Path | None = None) -> list[str]:
+    whole = whole_model(model) if adapter is None else with_adapter(model, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     texts = []
     for prompt in asked:
         ids = greedy(whole, tokenizer.encode(prompt), count)
@@ -121,6 +131,81 @@ def test_devices_and_actors_together_answer_like_the_whole_model(house: House, w
         assert [hop["span"] for hop in stats["hops"]] == ["0-1", "1-3", "3-4"]
         assert stats["recoveries"] == []
         assert all(hop["sent"] > 0 and hop["received"] > 0 and hop["computing"] > 0 for hop in stats["hops"])
+
+
+@pytest.fixture(scope="module")
+def adapters(shared_house: House, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return [
+        make_adapter(folder / "formal", shared_house.model, seed=1),
+        make_adapter(folder / "brief", shared_house.model, seed=2, r=2, target_modules=["q_proj", "down_proj"]),
+    ]
+
+
+def test_adapters_are_chosen_by_the_requests_model_and_survive_a_death(house: House, tmp_path: Path) -> None:
+    made = make_model(tmp_path / "model", "llama", layers=4, hidden=64)  # wide enough for a graph
+    adapters = [
+        make_adapter(tmp_path / "formal", made, seed=1),
+        make_adapter(tmp_path / "brief", made, seed=2, r=2, target_modules=["q_proj", "down_proj"]),
+    ]
+    wanted = [text for adapter in (None, *adapters) for text in texts_of(made, STREAMS, COUNT, adapter)]
+    configs, names = tuple(AdapterConfig(one.name, str(one)) for one in adapters), ["model", "formal", "brief"]
+    with served(replace(house, model=made), "d0+d1:0-2,cloud:2-4", adapters=configs, runtime="onnxruntime") as model:
+        assert [one["id"] for one in httpx2.get(f"{model.url}/models", timeout=LIMIT).json()["data"]] == names
+        victim = model.stats()["hops"][0]["holder"]
+        assert model.while_answering(lambda: house.cluster.kill(victim), names) == wanted
+        assert {one["lost"] for one in model.stats()["recoveries"]} == {victim}
+        body = {"model": "other", "prompt": "x"}
+        unknown = httpx2.post(f"{model.url}/completions", json=body, timeout=LIMIT)
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_a_device_gets_only_its_own_part_of_an_adapter(house: House, adapters: list[Path]) -> None:
+    folder = AdapterFolder(adapters[0])
+    served_too = (AdapterConfig("formal", str(folder.path)),)
+    with served(house, "d0:0-2,cloud:2-4", adapters=served_too, runtime="torch") as model:
+        assert [model.complete(STREAMS[1], 20, "formal")] == texts_of(house.model, STREAMS[1:2], 20, folder.path)
+        identity = house.identity("d0")
+        with channel(identity.address, identity.credentials) as opened:
+            stub = CoordinatorStub(opened)
+            asked = pb.ManifestRequest(job=model.job, adapter="formal")
+            manifest = Manifest.from_proto(stub.GetManifest(asked, timeout=LIMIT))
+            assert set(manifest.tensors) == {
+                name for name in folder.tensor_names() if re.search(r"layers\.[01]\.", name)
+            }
+            own = BlobStore(house.cluster.folder / "d0" / "blobs")
+            assert own.missing(manifest) == ()
+            beyond = build_manifest(folder).tensors.keys() - manifest.tensors.keys()
+            digest = build_manifest(folder).tensors[min(beyond)].blob.digest
+            error = refusal(lambda: list(stub.Fetch(pb.FetchRequest(job=model.job, digest=digest), timeout=LIMIT)))
+            assert "is not of this device's part" in str(error)
+            asked.adapter = "brief"
+            assert "no adapter 'brief'" in str(refusal(lambda: stub.GetManifest(asked, timeout=LIMIT)))
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["model={formal}"], "no adapter can be called 'model' here"),
+        (["{formal}", "formal={brief}"], "no adapter can be called 'formal' here"),
+        (["/nowhere/x"], "/nowhere/x has no adapter_config.json"),
+        (["x={model}"], "has no adapter_config.json; give a folder that peft or `isthmus export` wrote"),
+        (["{other}"], "adapter other changes 'model.layers.0.mlp.down_proj', which is not a linear module"),
+    ],
+)
+def test_adapters_that_cannot_be_served_are_one_line(
+    house: House, adapters: list[Path], tmp_path: Path, given: list[str], line: str
+) -> None:
+    model = Path(shutil.copytree(house.model, tmp_path / "model"))
+    places = {one.name: str(one) for one in adapters} | {"model": str(model), "other": str(tmp_path / "other")}
+    if "{other}" in given:
+        model = make_model(tmp_path / "gpt2", "gpt2")
+        make_adapter(tmp_path / "other", house.model)
+    words = [word for one in given for word in ("--adapter", one.format(**places))]
+    status, _, error = house.cli("serve", "--model", str(model), *words)
+    assert status == 1
+    assert line in error
+    assert error.count("\n") == 1
 
 
 def test_a_lossy_codec_makes_fewer_bytes(house: House) -> None:
@@ -221,9 +306,16 @@ def test_strangers_and_wrong_holders_are_refused_and_nobody_else_notices(house: 
         assert model.while_answering(act) == wanted
 
 
-def test_the_command_serves_until_it_is_interrupted(house: House, wanted: list[str]) -> None:
+def test_the_command_serves_until_it_is_interrupted(house: House, wanted: list[str], adapters: list[Path]) -> None:
     command = [sys.executable, "-m", "coordinator.cli.main", "serve", "--model", str(house.model), "--json"]
-    command += ["--stages", "d0:0-2,cloud:2-4", "--credentials", str(house.cluster.credentials)]
+    command += [
+        "--stages",
+        "d0:0-2,cloud:2-4",
+        "--adapter",
+        f"polite={adapters[1]}",
+        "--credentials",
+        str(house.cluster.credentials),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         events = (json.loads(line) for line in process.stdout)
@@ -231,6 +323,8 @@ def test_the_command_serves_until_it_is_interrupted(house: House, wanted: list[s
         url, key = started["url"], started["api_key"]
         asked = ("generate", "--url", url, "--prompt", STREAMS[1], "--max-tokens", str(COUNT), "--temperature", "0")
         assert run_cli(*asked, "--api-key", key)[1] == wanted[1] + "\n"
+        polite = texts_of(house.model, STREAMS[1:2], COUNT, adapters[1])[0]
+        assert run_cli(*asked, "--api-key", key, "--model", "polite")[1] == polite + "\n"
         status, _, error = run_cli(*asked, "--api-key", "another")
         assert (status, "API key is missing or wrong" in error) == (1, True)
         process.send_signal(signal.SIGINT)

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from tests.cluster.house import run_cli
 from tests.split.generation.whole import greedy, whole_model
+from tests.split.tiny_adapters import make_adapter, with_adapter
 from tests.split.tiny_models import make_model
 
 PROMPT = "A device keeps its text"
@@ -39,6 +40,18 @@ def local(model: Path, *arguments: str) -> tuple[int, str, str]:
 def test_the_answer_is_the_whole_models(model: Path, wanted: str) -> None:
     status, out, _ = local(model, "generate", "--prompt", PROMPT)
     assert (status, out) == (0, wanted + "\n")
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_an_adapters_answer_is_pefts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = make_model(tmp_path / "llama", "llama", hidden=64)
+    adapter = make_adapter(tmp_path / "adapter", model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = greedy(with_adapter(model, adapter), tokenizer.encode(PROMPT), 20)
+    ids = ids[: ids.index(0)] if 0 in ids else ids
+    asked = ("generate", "--prompt", PROMPT, "--adapter", str(adapter), "--runtime", runtime)
+    assert local(model, *asked)[:2] == (0, tokenizer.decode(ids, skip_special_tokens=True) + "\n")
 
 
 def test_json_has_text_and_figures(model: Path, wanted: str) -> None:
@@ -104,6 +117,8 @@ def test_a_conversation_ends_with_an_empty_line(monkeypatch: pytest.MonkeyPatch)
             "write a number, or entropy:NUMBER",
         ),
         (("generate", "--prompt", "x", "--local", "--early-blocks", "9"), "cuts 9 are not rising places inside 6"),
+        (("generate", "--prompt", "x", "--local", "--adapter", "/nowhere"), "/nowhere has no adapter_config.json"),
+        (("generate", "--prompt", "x", "--adapter", "a"), "give the adapter's name as --model"),
         (("generate", "--prompt", "x", "--local", "--temperature", "-1"), "temperature -1.0: choose 0 to 100"),
     ],
 )

@@ -10,9 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from split.adapters.folder import AdapterFolder
+from split.adapters.served import LoraAdapter
 from split.errors import BadRequest, IsthmusError
 from split.models.source import open_model
-from split.serving import ServingConfig, SpanConfig, check_spans, memory_of, parse_stages
+from split.serving import (
+    AdapterConfig,
+    ServingConfig,
+    SpanConfig,
+    check_spans,
+    memory_of,
+    parse_adapter,
+    parse_stages,
+)
+from tests.split.tiny_adapters import make_adapter
 from tests.split.tiny_models import ARCHITECTURES, make_model
 
 
@@ -82,12 +93,39 @@ def test_a_configuration_survives_its_json() -> None:
         ({"exit_threshold": "0.5", "draft": "lookup"}, "exclude each other"),
         ({"nonsense": 1}, "not a serving configuration"),
         ({"spans": [{}]}, "not a serving configuration"),
+        ({"adapters": [{"name": "a"}]}, "not a serving configuration"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(changes: dict[str, object], line: str) -> None:
     raw = dataclasses.asdict(ServingConfig(parse_stages("cloud:0-4"), "m")) | changes
     with pytest.raises(IsthmusError, match=line):
         ServingConfig.from_json(json.dumps(raw))
+
+
+def test_an_adapter_has_a_name_and_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "formal").mkdir()
+    monkeypatch.chdir(tmp_path)
+    here = str(tmp_path / "formal")
+    assert parse_adapter("formal") == parse_adapter("./formal/") == parse_adapter(here) == AdapterConfig("formal", here)
+    assert parse_adapter("polite=formal") == AdapterConfig("polite", here)
+    assert parse_adapter("/elsewhere/a=b") == AdapterConfig("a=b", "/elsewhere/a=b")
+    config = ServingConfig((), "m", adapters=(parse_adapter("formal"), parse_adapter("polite=formal")))
+    assert ServingConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("names", [["m"], ["a", "a"], [""]])
+def test_names_that_would_mean_two_models_are_refused(names: list[str]) -> None:
+    with pytest.raises(BadRequest, match=f"no adapter can be called {names[0]!r} here"):
+        ServingConfig((), "m", adapters=tuple(AdapterConfig(name, "/x") for name in names))
+
+
+def test_memory_counts_adapters(tmp_path: Path) -> None:
+    source = open_model(str(make_model(tmp_path / "m", "llama", layers=4)))
+    folder = make_adapter(tmp_path / "a", tmp_path / "m", target_modules=["up_proj"], layers_to_transform=[0, 1, 3])
+    adapter = LoraAdapter("a", AdapterFolder(folder), source.config)
+    serving, span = ServingConfig((), "m", context=64, sequences=1), SpanConfig(1, 4, ("a",))
+    without, once, twice = (memory_of(source, span, serving, [adapter] * count) for count in range(3))
+    assert once - without == twice - once == 2 * 4 * (4 * 32 + 64 * 4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

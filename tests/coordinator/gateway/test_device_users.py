@@ -294,7 +294,7 @@ def test_no_message_to_the_gateway_has_a_place_for_text_or_tokens() -> None:
         "Tensor.codec", "Tensor.dtype", "Tensor.payload",
     }  # fmt: skip
     assert numbers == {
-        "Agreed.seed", "Batch.id", "Forget.sequences", "Row.count", "Row.position", "Row.sequence",
+        "Agreed.seed", "Batch.id", "Forget.sequences", "Row.adapter", "Row.count", "Row.position", "Row.sequence",
         "Tensor.shape", "UserHello.first", "UserHello.sequences",
     }  # fmt: skip
 

@@ -18,7 +18,7 @@ from split.generation.engine import Engine
 from split.generation.request import Request, Sampling
 from split.models.source import open_model
 from split.models.stage import StageSpec, build_stages
-from split.runtime.base import BadPosition, Row
+from split.runtime.base import BadPosition, Row, Runtime
 from split.runtime.choose import TORCH, RuntimeChoice
 from split.runtime.torch_runtime import TorchRuntime
 from tests.split.generation.whole import answers, greedy, ids_of, prompts, whole_model
@@ -32,7 +32,7 @@ SEQUENCES, CONTEXT = 8, 80
 class Mortal(LocalHolder):
     """Dies in the batch after `batches` of them: before it has computed, or when it has and nobody hears of it."""
 
-    def __init__(self, name: str, runtime: TorchRuntime, batches: float, after_computing: bool) -> None:
+    def __init__(self, name: str, runtime: Runtime, batches: float, after_computing: bool) -> None:
         super().__init__(name, runtime)
         self._left, self._after_computing = batches, after_computing
         self.seen: list[list[Row]] = []
