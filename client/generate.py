@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,9 +32,10 @@ from split.terminal import (
     interruptible,
     show_answer,
 )
-from split.tls import channel, error_of, split_address
+from split.tls import channel, error_of, join_address, split_address
 
 if TYPE_CHECKING:  # torch: not for --help
+    from split.generation.asking import Asked
     from split.models.source import TensorSource
     from split.runtime.choose import RuntimeChoice
     from split.serving import ServingConfig
@@ -102,71 +104,76 @@ def generate(
         if threads:
             torch.set_num_threads(threads)
         name, equals, folder = model.partition("=")
-        with channel(identity.address, identity.credentials) as control:
-            use = _Use(CoordinatorStub(control), identity, name, blocks, Path(folder).expanduser() if equals else None)
+        found = _find(identity, name, blocks, Path(folder).expanduser() if equals else None)
         choice = RuntimeChoice(
-            runtime or use.serving.runtime, weights or use.serving.weights, device, identity.state / "onnx"
+            runtime or found.serving.runtime, weights or found.serving.weights, device, identity.state / "onnx"
         )
-        stat = Stat()
-        asyncio.run(use.answer(prompt, asking, choice, stat, stats=stats, as_json=json_output))
+
+        async def work() -> None:
+            stat = Stat()
+            async with _asked(identity, found, choice) as asked:
+                texts = asked.answer(asked.tokenizer.encode(prompt), asking, stat, continues=True)
+                await show_answer(texts, stat, stats=stats, as_json=json_output)
+
+        asyncio.run(work())
 
 
-class _Use:
-    """A served model that this device may use, with the device's part of it. Made with blocking calls."""
+@dataclass(frozen=True)
+class _Found:
+    """A served model that this device may use, and the device's part of it."""
 
+    job: str
+    gateway: str  # HOST:PORT
     serving: ServingConfig
+    blocks: int  # that are computed here
     source: TensorSource
+    digest: str
 
-    def __init__(
-        self, stub: CoordinatorStub, identity: Identity, name: str, blocks: int | None, folder: Path | None
-    ) -> None:
-        from client.weights import device_source
-        from split.generation.using import blocks_of
-        from split.serving import ServingConfig
 
-        if folder is not None and not folder.is_dir():
-            raise BadRequest(f"--model {name}: there is no folder {folder}")
+def _find(identity: Identity, name: str, blocks: int | None, folder: Path | None) -> _Found:
+    """Asks the coordinator for the model, and for what of its weights is not here yet. folder: a copy of it."""
+    from client.runner import stage_address
+    from client.weights import device_source
+    from split.generation.using import blocks_of
+    from split.serving import ServingConfig
+
+    if folder is not None and not folder.is_dir():
+        raise BadRequest(f"--model {name}: there is no folder {folder}")
+    with channel(identity.address, identity.credentials) as control:
+        stub = CoordinatorStub(control)
         try:
-            self._served = stub.FindServed(pb.FindServedRequest(name=name), timeout=_TIMEOUT)
+            served = stub.FindServed(pb.FindServedRequest(name=name), timeout=_TIMEOUT)
         except grpc.RpcError as error:
             raise error_of(error, identity.address) from None
-        self._identity = identity
-        self.serving = ServingConfig.from_json(self._served.serving)
-        self._blocks = blocks_of(self.serving, identity.name, blocks)
-        self.source, self._digest = device_source(
-            stub,
-            identity.address,
-            self._served.job,
-            identity.state,
-            folder,
-            _tell_download(),
-            user_blocks=self._blocks,
+        serving = ServingConfig.from_json(served.serving)
+        own = blocks_of(serving, identity.name, blocks)
+        source, digest = device_source(
+            stub, identity.address, served.job, identity.state, folder, _tell_download(), user_blocks=own
         )
+    gateway = join_address(*stage_address(served.gateway, identity.host))
+    return _Found(served.job, gateway, serving, own, source, digest)
 
-    async def answer(
-        self, prompt: str, asking: Asking, choice: RuntimeChoice, stat: Stat, *, stats: bool, as_json: bool
-    ) -> None:
-        from client.runner import stage_address
-        from split.generation.asking import Asked
-        from split.generation.using import Using, user_engine
-        from split.models.source import end_tokens
-        from split.tls import join_address
 
-        engine, far = await user_engine(self.source, self.serving, self._blocks, choice)
-        tokenizer = self.source.tokenizer()
-        using = Using(
-            join_address(*stage_address(self._served.gateway, self._identity.host)),
-            self._identity.credentials,
-            far,
-            self.serving,
-            job=self._served.job,
-            digest=self._digest,
-            hidden_size=self.source.config.hidden_size,
-        )
-        async with using, engine:
-            asked = Asked(engine, tokenizer, end_tokens(self.source, tokenizer))
-            texts = asked.answer(tokenizer.encode(prompt), asking, stat, continues=True)
-            await show_answer(texts, stat, stats=stats, as_json=as_json)
+@asynccontextmanager
+async def _asked(identity: Identity, found: _Found, choice: RuntimeChoice) -> AsyncIterator[Asked]:
+    """An engine that is at work, with a stream to the gateway."""
+    from split.generation.asking import Asked
+    from split.generation.using import Using, user_engine
+    from split.models.source import end_tokens
+
+    engine, far = await user_engine(found.source, found.serving, found.blocks, choice)
+    tokenizer = found.source.tokenizer()
+    using = Using(
+        found.gateway,
+        identity.credentials,
+        far,
+        found.serving,
+        job=found.job,
+        digest=found.digest,
+        hidden_size=found.source.config.hidden_size,
+    )
+    async with using, engine:
+        yield Asked(engine, tokenizer, end_tokens(found.source, tokenizer))
 
 
 def _identity(state: Path, coordinator: str) -> Identity:
@@ -178,7 +185,7 @@ def _identity(state: Path, coordinator: str) -> Identity:
     if not coordinator:
         return identity
     host, port = split_address(coordinator)
-    return dataclasses.replace(identity, host=host, port=port)  # for this once: a daemon may use the folder, too
+    return replace(identity, host=host, port=port)  # for this once: a daemon may use the folder, too
 
 
 def _tell_download() -> Callable[[int, int], None]:
