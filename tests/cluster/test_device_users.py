@@ -144,7 +144,7 @@ def test_a_user_that_is_killed_frees_its_sequences_and_ctrl_c_ends_the_command(h
                 process.stdout.read(1)
                 process.send_signal(signal.SIGSTOP)
                 assert guests_of(model) == {"streams": 1, "free": 0}
-                assert "1 sequences are asked for, and 0 of those for devices are free" in generate(house, "d2").line
+                assert "too few sequences for devices are free (0; 1 asked for)" in generate(house, "d2").line
                 process.send_signal(number)
                 process.send_signal(signal.SIGCONT)
                 assert process.wait(LIMIT) == status
