@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # torch: not for --help
     from split.serving import ServingConfig
 
 _TIMEOUT = 60.0  # seconds
+_LARGE = 16 * 2**20  # bytes of weights that take long enough to say how many are here
 
 
 def generate(
@@ -194,7 +195,7 @@ def _tell_download() -> Callable[[int, int], None]:
     def tell(here: int, total: int) -> None:
         nonlocal last
         tenth = 10 * here // max(1, total)
-        if tenth > last:
+        if tenth > last and total > _LARGE:
             last = tenth
             typer.echo(f"isthmus-client: {10 * tenth} % of {total / 2**20:.1f} MiB of weights are here", err=True)
 
