@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,15 +33,17 @@ from split.terminal import (
     interruptible,
     show_answer,
 )
-from split.tls import channel, error_of, split_address
+from split.tls import channel, error_of, join_address, split_address
 
 if TYPE_CHECKING:  # torch: not for --help
+    from split.adapters.served import LoraAdapter
     from split.generation.asking import Asked
     from split.models.source import TensorSource
     from split.runtime.choose import RuntimeChoice
     from split.serving import ServingConfig
 
 _TIMEOUT = 60.0  # seconds
+_LARGE = 16 * 2**20  # bytes of weights that take long enough to say how many are here
 
 
 def generate(
@@ -115,90 +117,92 @@ def generate(
         if threads:
             torch.set_num_threads(threads)
         name, equals, folder = model.partition("=")
-        with channel(identity.address, identity.credentials) as control:
-            use = Use(CoordinatorStub(control), identity, name, blocks, Path(folder).expanduser() if equals else None)
+        found = find(identity, name, blocks, Path(folder).expanduser() if equals else None)
         choice = RuntimeChoice(
-            runtime or use.serving.runtime, weights or use.serving.weights, device, identity.state / "onnx"
+            runtime or found.serving.runtime, weights or found.serving.weights, device, identity.state / "onnx"
         )
         exits = parse_exit(exit_threshold)
 
         async def work() -> None:
             stat = Stat()
-            async with use.start(choice, draft=draft, exits=exits) as asked:
+            async with start(identity, found, choice, draft=draft, exits=exits) as asked:
                 texts = asked.answer(asked.tokenizer.encode(prompt), asking, stat, continues=True)
                 await show_answer(texts, stat, stats=stats, as_json=json_output)
 
         asyncio.run(work())
 
 
-class Use:
-    """A served model that this device may use, with the device's part of it. Made with blocking calls."""
+@dataclass(frozen=True)
+class Found:
+    """A served model that this device may use, and the device's part of it."""
 
+    job: str
+    gateway: str  # HOST:PORT
     serving: ServingConfig
+    blocks: int  # that are computed here
     source: TensorSource
+    digest: str
+    adapters: list[LoraAdapter]
+    adapter: int  # which of them was asked for, as in Row
 
-    def __init__(
-        self,
-        stub: CoordinatorStub,
-        identity: Identity,
-        name: str = "",
-        blocks: int | None = None,
-        folder: Path | None = None,
-    ) -> None:
-        """name: of the model, one of its adapters, or the job. blocks, folder: as `generate` takes them."""
-        from client.weights import device_source
-        from split.adapters.served import LoraAdapter
-        from split.generation.using import blocks_of
-        from split.serving import ServingConfig
 
-        if folder is not None and not folder.is_dir():
-            raise BadRequest(f"--model {name}: there is no folder {folder}")
+def find(identity: Identity, name: str = "", blocks: int | None = None, folder: Path | None = None) -> Found:
+    """Asks the coordinator for the model, and for what of its weights is not here yet.
+
+    name: of the model, one of its adapters, or the job. blocks: as `blocks_of`. folder: a copy of the model.
+    """
+    from client.runner import stage_address
+    from client.weights import device_source
+    from split.adapters.served import LoraAdapter
+    from split.generation.using import blocks_of
+    from split.serving import ServingConfig
+
+    if folder is not None and not folder.is_dir():
+        raise BadRequest(f"--model {name}: there is no folder {folder}")
+    with channel(identity.address, identity.credentials) as control:
+        stub = CoordinatorStub(control)
         try:
-            self._served = stub.FindServed(pb.FindServedRequest(name=name), timeout=_TIMEOUT)
+            served = stub.FindServed(pb.FindServedRequest(name=name), timeout=_TIMEOUT)
         except grpc.RpcError as error:
             raise error_of(error, identity.address) from None
-        self._identity = identity
-        self.serving = ServingConfig.from_json(self._served.serving)
-        self._adapter = self.serving.names.index(name) if name in self.serving.names else 0
-        self._blocks = blocks_of(self.serving, identity.name, blocks)
-        self.source, loras, self._digest = device_source(
+        serving = ServingConfig.from_json(served.serving)
+        own = blocks_of(serving, identity.name, blocks)
+        source, loras, digest = device_source(
             stub,
             identity.address,
-            self._served.job,
+            served.job,
             identity.state,
             folder,
             _tell_download(),
-            adapters=self.serving.names[1:],
-            user_blocks=self._blocks,
+            adapters=serving.names[1:],
+            user_blocks=own,
         )
-        self._adapters = [
-            LoraAdapter(one, lora, self.source.config) for one, lora in zip(self.serving.names[1:], loras, strict=True)
-        ]
+    gateway = join_address(*stage_address(served.gateway, identity.host))
+    adapters = [LoraAdapter(one, lora, source.config) for one, lora in zip(serving.names[1:], loras, strict=True)]
+    asked_for = serving.names.index(name) if name in serving.names else 0
+    return Found(served.job, gateway, serving, own, source, digest, adapters, asked_for)
 
-    @asynccontextmanager
-    async def start(self, choice: RuntimeChoice, **speed: Any) -> AsyncIterator[Asked]:
-        """An engine that is connected to the gateway. speed: what `user_engine` is told of drafts and early exits."""
-        from client.runner import stage_address
-        from split.generation.asking import Asked
-        from split.generation.using import Using, user_engine
-        from split.models.source import end_tokens
-        from split.tls import join_address
 
-        engine, far = await user_engine(
-            self.source, self.serving, self._blocks, choice, adapters=self._adapters, **speed
-        )
-        tokenizer = self.source.tokenizer()
-        using = Using(
-            join_address(*stage_address(self._served.gateway, self._identity.host)),
-            self._identity.credentials,
-            far,
-            self.serving,
-            job=self._served.job,
-            digest=self._digest,
-            hidden_size=self.source.config.hidden_size,
-        )
-        async with using, engine:
-            yield Asked(engine, tokenizer, end_tokens(self.source, tokenizer), self._adapter)
+@asynccontextmanager
+async def start(identity: Identity, found: Found, choice: RuntimeChoice, **speed: Any) -> AsyncIterator[Asked]:
+    """An engine that is at work, with a stream to the gateway. speed: drafts and exits, as `user_engine`."""
+    from split.generation.asking import Asked
+    from split.generation.using import Using, user_engine
+    from split.models.source import end_tokens
+
+    engine, far = await user_engine(found.source, found.serving, found.blocks, choice, adapters=found.adapters, **speed)
+    tokenizer = found.source.tokenizer()
+    using = Using(
+        found.gateway,
+        identity.credentials,
+        far,
+        found.serving,
+        job=found.job,
+        digest=found.digest,
+        hidden_size=found.source.config.hidden_size,
+    )
+    async with using, engine:
+        yield Asked(engine, tokenizer, end_tokens(found.source, tokenizer), found.adapter)
 
 
 def _identity(state: Path, coordinator: str) -> Identity:
@@ -210,7 +214,7 @@ def _identity(state: Path, coordinator: str) -> Identity:
     if not coordinator:
         return identity
     host, port = split_address(coordinator)
-    return dataclasses.replace(identity, host=host, port=port)  # for this once: a daemon may use the folder, too
+    return replace(identity, host=host, port=port)  # for this once: a daemon may use the folder, too
 
 
 def _tell_download() -> Callable[[int, int], None]:
@@ -219,7 +223,7 @@ def _tell_download() -> Callable[[int, int], None]:
     def tell(here: int, total: int) -> None:
         nonlocal last
         tenth = 10 * here // max(1, total)
-        if tenth > last:
+        if tenth > last and total > _LARGE:
             last = tenth
             typer.echo(f"isthmus-client: {10 * tenth} % of {total / 2**20:.1f} MiB of weights are here", err=True)
 

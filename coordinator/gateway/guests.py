@@ -29,7 +29,7 @@ from split.serving import ServingConfig
 log = logging.getLogger(__name__)
 
 _GREATEST = 1e15  # of a hidden state: its square, summed up over any width, is still a float32
-_MOST_TOKENS = 512  # in one batch, or as many as the served model's own batches have
+_STEP = 32  # tokens of one sequence that may come at once, however small the served model's own batches are
 _SESSION = 64  # characters
 _RETRY = 5.0  # seconds after which it is worth asking again for a sequence
 
@@ -61,10 +61,10 @@ class Guests:
             earlier.end(LinkLost("it has come by another stream"))
             await earlier.closed.wait()
         if hello.sequences > len(self._free):
-            line = f"{hello.sequences} sequences are asked for, and {len(self._free)} of those for devices are free"
+            line = f"too few sequences for devices are free ({len(self._free)}; {hello.sequences} asked for)"
             raise Busy(f"{line}: try again later, or serve the model with more --guests", _RETRY)
         sequences = [self._free.popleft() for _ in range(hello.sequences)]
-        most = max(_MOST_TOKENS, self._serving.chunk)
+        most = max(self._serving.chunk, _STEP * hello.sequences)
         guest = Guest(spans, sequences, self._serving, self._hidden_size, most)
         guest.hello = pb.Hello(
             job=self._job,
@@ -169,6 +169,8 @@ class Guest:
         elif kind == "batch" and self._coder is not None:
             self._start(message.batch, self._coder)
         elif kind == "forget":
+            if len(message.forget.sequences) > len(self._sequences):
+                raise BadFrame(f"{len(message.forget.sequences)} sequences to forget, of {len(self._sequences)}")
             for number in message.forget.sequences:
                 sequence = self._number(number)
                 self._lengths[sequence] = 0

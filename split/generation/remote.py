@@ -1,4 +1,5 @@
-"""The gateway's side of a holder: batches go out on its stream, results come in."""
+"""The side of a holder's stream that has the batches: they go out, results come in. At a gateway, or at a device that
+uses the chain, to which the gateway is the holder."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from coordinator.stage_actor import StageTask
 from coordinator.store import Store
 from protos.v1 import coordinator_pb2 as pb
 from split.config import TrainingConfig
-from split.errors import IsthmusError, WrongState
+from split.errors import BadRequest, IsthmusError, NotAllowed, NotFound, WrongState
+from split.serving import ServingConfig, parse_stages
 from tests.split.tiny_models import make_model
 
 
@@ -59,3 +60,97 @@ def test_a_job_whose_stage_fails_ends_with_one_line(tmp_path: Path, raised: Exce
     ended = asyncio.run(asyncio.wait_for(story(), 60))
     assert ended.state == pb.FAILED
     assert ended.message == line.replace("JOB", ended.id)
+
+
+class Gateway:
+    """In the place of a gateway's actor: it is there, and remembers whom it lets in."""
+
+    def __init__(self) -> None:
+        self.allowed: dict[str, str] = {}
+        self.allow, self.revoke, self.finished, self.stop = map(
+            _Remote, (self._allow, self._revoke, self._ever, self._stop)
+        )
+
+    async def _allow(self, device: str, serial: str) -> None:
+        self.allowed[device] = serial
+
+    async def _revoke(self, device: str) -> None:
+        self.allowed.pop(device, None)
+
+    async def _ever(self) -> None:
+        await asyncio.Event().wait()
+
+    async def _stop(self) -> None:
+        pass
+
+
+class _Remote:
+    def __init__(self, call: Any) -> None:
+        self.remote = call
+
+
+def test_a_device_finds_the_models_that_it_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.jobs.ray.kill", lambda actor: None)
+    gateways: list[Gateway] = []
+    ready = asyncio.Event()
+
+    async def start_stage(task: Any) -> tuple[Any, str]:
+        await ready.wait()
+        gateways.append(Gateway())
+        return gateways[-1], f":{len(gateways)}"
+
+    async def running(store: Store, job: pb.Job, jobs: Jobs) -> None:
+        async for _ in jobs.events(job.id, 0):
+            if store.job(job.id).state == pb.RUNNING:
+                return
+
+    async def story() -> None:
+        store, sessions = Store(tmp_path / "state.db"), Sessions()
+        for name in ("laptop", "phone"):
+            store.redeem_token(store.create_token(name)[0], f"serial-{name}")
+        jobs = Jobs(store, sessions, tmp_path, start_stage)
+        model = make_model(tmp_path / "model", "llama", layers=2)
+
+        async def serve(name: str, *users: str) -> pb.Job:
+            config = ServingConfig(parse_stages("cloud:0-1,cloud:1-2"), name, users=users, key_sha256="secret")
+            return await jobs.submit(pb.JobSpec(method="serve", model=str(model), serving=config.to_json()), "")
+
+        with pytest.raises(NotFound, match="nobody"):
+            await serve("m", "nobody")
+        with pytest.raises(NotFound, match="no model is served that device laptop may use; there is: none"):
+            await jobs.find_served("", "laptop", "serial-laptop")
+        one = await serve("one", "laptop")
+        with pytest.raises(WrongState, match="one is not served yet"):
+            await jobs.find_served("", "laptop", "serial-laptop")
+        ready.set()
+        await running(store, one, jobs)
+        for name in ("", "one", one.id):
+            found = await jobs.find_served(name, "laptop", "serial-laptop")
+            assert (found.job, found.model, found.gateway) == (one.id, str(model), ":1")
+            assert "secret" not in found.serving
+        assert gateways[0].allowed == {"laptop": "serial-laptop"}
+        with pytest.raises(NotAllowed, match="device phone may not use one"):
+            await jobs.find_served("one", "phone", "serial-phone")
+        with pytest.raises(NotFound, match="no model 'two' is served that device laptop may use; there is: one"):
+            await jobs.find_served("two", "laptop", "serial-laptop")
+        assert jobs.user_weights_for(one.id, "laptop", 1).manifest.tensors.keys() == {
+            name
+            for name in jobs.user_weights_for(one.id, "laptop", 1).folder.tensor_names()
+            if ".layers.1." not in name
+        }
+        with pytest.raises(NotAllowed, match="device phone may not use job"):
+            jobs.user_weights_for(one.id, "phone", 0)
+        with pytest.raises(BadRequest, match="may have 0, 1 of its blocks, not 2"):
+            jobs.user_weights_for(one.id, "laptop", 2)
+        two = await serve("two", "laptop", "phone")
+        await running(store, two, jobs)
+        with pytest.raises(BadRequest, match=f"several models are served: one .{one.id}., two .{two.id}.; name one"):
+            await jobs.find_served("", "laptop", "serial-laptop")
+        await jobs.find_served("two", "laptop", "serial-laptop")
+        await jobs.revoke("laptop")
+        assert [gateway.allowed for gateway in gateways] == [{}, {}]
+        for job in (one, two):
+            await jobs.cancel(job.id)
+        store.close()
+
+    asyncio.run(asyncio.wait_for(story(), 60))

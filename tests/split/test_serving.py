@@ -77,9 +77,25 @@ def test_a_configuration_survives_its_json() -> None:
     assert str(config.span_of("b")) == "0-2"
 
 
+def test_who_may_use_the_chain_has_sequences_beside_the_others() -> None:
+    spans = parse_stages("a+b:0-2,cloud:2-4")
+    by_default = ServingConfig(spans, "m", sequences=8, users=("c", "a"))
+    assert ServingConfig.from_json(by_default.to_json()) == by_default
+    assert (by_default.may_use, by_default.room, by_default.boundaries) == (["c", "a", "b"], 12, [0, 2])
+    assert ServingConfig(spans, "m", sequences=8, guests=1).room == 9
+    closed = ServingConfig(spans, "m", sequences=8, guests=0)
+    assert (closed.may_use, closed.room) == ([], 8)
+    nobody = ServingConfig(parse_stages("cloud:0-4"), "m", sequences=8, guests=5)
+    assert (nobody.may_use, nobody.room) == ([], 8)
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
+        ({"guests": -1}, "guests -1: choose 0 to 1024"),
+        ({"guests": 0, "users": ["a"]}, "guests 0: choose 1 to 1024"),
+        ({"users": ["A"]}, "'A' is not a name"),
+        ({"users": 1}, "not a serving configuration"),
         ({"sequences": 0}, "sequences 0: choose 1 to 1024"),
         ({"queue": -1}, "queue -1"),
         ({"chunk": 0}, "chunk 0"),
@@ -136,6 +152,8 @@ def test_memory_is_weights_and_keys_and_values(architecture: str, tmp_path: Path
     assert memory_of(source, SpanConfig(0, 4, ("a",)), serving) == 4 * one
     assert memory_of(source, SpanConfig(0, 1, ("a",)), dataclasses.replace(serving, weights="int8")) < one
     heads = 4 if architecture in ("gpt2", "gpt_neox") else 2
+    guests = dataclasses.replace(serving, spans=(SpanConfig(0, 4, ("a",)),), guests=2)
+    assert memory_of(source, SpanConfig(0, 1, ("a",)), guests) > one
     longer = memory_of(source, SpanConfig(0, 1, ("a",)), dataclasses.replace(serving, context=128))
     assert longer - one == 2 * 4 * heads * 8 * 64
     weights = one - 2 * 4 * heads * 8 * 64
