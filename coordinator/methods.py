@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from coordinator.gateway.actor import GatewayTask
+from coordinator.planning import plan_serving
 from coordinator.stage_actor import StageTask
 from coordinator.weights import DeviceWeights, weights_of
 from protos.v1 import coordinator_pb2 as pb
@@ -84,18 +85,34 @@ class Serving:
     steps = 0
 
     def __init__(self, spec: pb.JobSpec, cache: Path) -> None:
-        self._cache = cache.parent / "onnx"
+        self._spec, self._cache = spec, cache
         self.folder = open_model(spec.model)
         asked, layers = ServingConfig.from_json(spec.serving), self.folder.config.num_hidden_layers
         spans = asked.spans or (SpanConfig(0, layers, (CLOUD,)),)
         check_spans(spans, layers)
-        self.config = replace(asked, spans=spans, context=context_of(self.folder, asked.context or None))
+        self.asked = replace(asked, context=context_of(self.folder, asked.context or None))
+        self.config = replace(self.asked, spans=spans)
         if sorted(self.config.devices) != sorted(spec.devices):
             raise BadRequest("the devices of a served model are those of its stages")
         self._weights: dict[str, DeviceWeights] = {}
         for span in self.config.spans:
             names = StageSpec(span.first, span.last, embeds=False, head=False).tensor_names(self.folder.config)
             self._weights[str(span)] = weights_of(self.folder, names, cache)
+
+    def planned(self, profiles: Mapping[str, pb.Profile]) -> tuple[Serving, dict[str, Any] | None]:
+        """With the spans that were asked for or, where none were, the best ones; and what is to be told of them.
+
+        profiles: of CLOUD and of the devices that may be used. Raises BadRequest if nobody has the memory.
+        """
+        plan = plan_serving(self.folder, self.asked, profiles)
+        if self.asked.spans:
+            return self, plan.data
+        config = replace(self.asked, spans=plan.spans)
+        spec = pb.JobSpec()
+        spec.CopyFrom(self._spec)
+        spec.serving = config.to_json()
+        spec.devices[:] = config.devices
+        return Serving(spec, self._cache), plan.data
 
     def weights(self, device: str) -> DeviceWeights:
         return self._weights[str(self.config.span_of(device))]
@@ -117,7 +134,7 @@ class Serving:
             serving=self.config.to_json(),
             devices=dict(devices),
             digests={span: weights.digest for span, weights in self._weights.items()},
-            cache=str(self._cache),
+            cache=str(self._cache.parent / "onnx"),
         )
 
     def device_task(self, task: pb.Task, device: str) -> None:
