@@ -54,14 +54,14 @@ class OnnxRuntime:
         """
         self.sequences, self.tokens = sequences, tokens
         shape = shape_of(source.config, first, last)
-        folder = cached_graph(
+        self._graph = cached_graph(
             cache or default_cache(),
             source,
             shape.tensors,
             ["blocks", first, last, weights],
             lambda folder: write_blocks(source, shape, weights, folder),
         )
-        self._session = open_session(folder, threads, spinning)
+        self._session = open_session(self._graph.folder, threads, spinning)
         self._hidden = shape.hidden
         self._rotary = RotaryTables(source.config, tokens)
         slots = (sequences, shape.kv_heads, tokens, shape.head_size)
