@@ -27,6 +27,7 @@ class Request:
     chosen one (None: no logprobs at all). prompt_logprobs: tell them of the prompt's tokens, too.
 
     max_tokens may be 0 for the prompt's logprobs alone. stop_tokens: end the answer, and belong to it (EOS).
+    client: those that wait take turns by it.
     """
 
     prompt: tuple[int, ...]
@@ -35,6 +36,7 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     stop_tokens: frozenset[int] = frozenset()
+    client: str = ""
 
 
 @dataclass(frozen=True)
