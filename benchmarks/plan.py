@@ -61,9 +61,13 @@ def told(model: Served) -> dict[str, Any]:
 
 def measured(model: Served, vocabulary: int) -> float:
     """Tokens a second of an answer after its first token."""
-    model.ask_all([list(prompt_of(PROMPT, 0, vocabulary))], ANSWER)  # everything has been touched once
-    (answer,), _ = model.ask_all([list(prompt_of(PROMPT, 1, vocabulary))], ANSWER)
-    return (answer.tokens - 1) / (answer.times[-1] - answer.times[0])
+
+    def seconds(number: int, tokens: int) -> float:
+        return model.ask_all([list(prompt_of(PROMPT, number, vocabulary))], tokens)[1]
+
+    seconds(0, ANSWER)  # everything has been touched once
+    first = seconds(1, 1)
+    return ANSWER / (seconds(2, ANSWER + 1) - first)
 
 
 def wait_measured(cluster: LocalCluster, device: str) -> None:

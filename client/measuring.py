@@ -55,12 +55,13 @@ class Measurements:
                 await asyncio.to_thread(self._measure, partial(_any, ended.is_set, busy))
             except Stopped:
                 continue
-            except (IsthmusError, OSError) as error:  # an older coordinator, a full disk: nothing depends on it
+            except (IsthmusError, OSError) as error:  # an older coordinator, a full disk: no task depends on it
                 log.info("not measured: %s", error)
-            else:
-                yield
+            except Exception:  # too little memory, a bug
+                log.exception("this device could not be measured")
             finally:
                 ended.set()  # also where this session has ended, and nobody waits any more
+            yield
             await asyncio.sleep(_AGAIN)
 
     def _measure(self, stop: Callable[[], bool]) -> None:
