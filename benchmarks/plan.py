@@ -112,7 +112,7 @@ def main(
                 wait_measured(cluster, device)
         for _ in range(rounds):
             for name, stages in chains(list(specs), layers).items():
-                settings = {"sequences": 4, "context": PROMPT + ANSWER, "runtime": runtime}
+                settings = {"sequences": 4, "context": PROMPT + ANSWER + 1, "runtime": runtime}
                 with console.status(name), served(cluster, str(source.path), stages, **settings) as here:
                     run = {"measured": measured(here, vocabulary)}
                     foretold = told(here)

@@ -23,7 +23,7 @@ from coordinator.stage_actor import ServingOptions, StageActor, StageTask
 from coordinator.store import Store
 from protos.v1 import coordinator_pb2 as pb
 from protos.v1 import coordinator_pb2_grpc
-from split.tls import SERVER_OPTIONS, bind
+from split.tls import SERVER_OPTIONS, bind, join_address
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,14 @@ class ControlActor:
         if self._profile is not None:
             return self._profile
         options = self._options
+        everywhere = options.host in ("", "0.0.0.0", "::")
         certificate, key = self._authority.issue_stage("measure")
         task = MeasureTask(
             file=str(Path(options.state) / "speed.json"),
             keep=quiet,
             threads=options.threads,
             device=options.device,
-            host="" if options.host in ("", "0.0.0.0", "::") else options.host,
-            port=self._port,
+            control=join_address(ray.util.get_node_ip_address() if everywhere else options.host, self._port),
             ca=self._authority.ca_pem,
             certificate=certificate,
             key=key,

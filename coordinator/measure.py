@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-import ray
 import torch
 
 from protos.v1 import coordinator_pb2 as pb
 from split.plan.probing import measure_link
 from split.runtime.speed import accelerator_bytes, measure_speeds, speed_to_proto
-from split.tls import Credentials, channel, join_address
+from split.tls import Credentials, channel
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,7 @@ class MeasureTask:
     keep: bool
     threads: int  # 0: all cores
     device: str
-    host: str  # of the control service; empty: this node's own address
-    port: int
+    control: str  # HOST:PORT of the control service
     ca: bytes
     certificate: bytes
     key: bytes = field(repr=False)
@@ -35,8 +33,7 @@ def measure_node(task: MeasureTask) -> bytes:
     """A Profile with memory, speeds, and the link to the control service, which stands for one to a gateway."""
     torch.set_num_threads(task.threads or os.cpu_count() or 1)
     speeds = measure_speeds(Path(task.file), task.device, task.threads, keep=task.keep)
-    address = join_address(task.host or ray.util.get_node_ip_address(), task.port)
-    with channel(address, Credentials(task.ca, task.certificate, task.key)) as opened:
+    with channel(task.control, Credentials(task.ca, task.certificate, task.key)) as opened:
         link = measure_link(opened)
     return pb.Profile(
         memory_bytes=psutil.virtual_memory().total,

@@ -120,9 +120,10 @@ class Serving:
     def check_device(self, name: str, profile: pb.Profile) -> None:
         span = self.config.span_of(name)
         needed = memory_of(self.folder, span, self.config)
-        if profile.memory_bytes and needed > profile.memory_bytes:
+        memory = profile.accelerator_bytes or profile.memory_bytes
+        if memory and needed > memory:
             raise BadRequest(
-                f"device {name} has {profile.memory_bytes / 2**30:.1f} GiB of memory; blocks {span} take "
+                f"device {name} has {memory / 2**30:.1f} GiB of memory; blocks {span} take "
                 f"{needed / 2**30:.1f} GiB with room for {self.config.sequences} sequences of {self.config.context} "
                 "tokens: give it fewer blocks, or serve fewer sequences or a shorter context"
             )

@@ -24,6 +24,8 @@ def test_a_device_without_the_memory_for_its_blocks_is_refused_with_the_figures(
         serving.check_device("laptop", pb.Profile(memory_bytes=enough))
     with pytest.raises(BadRequest) as refused:
         serving.check_device("laptop", pb.Profile(memory_bytes=needed - 1))
+    with pytest.raises(BadRequest):  # blocks lie in the accelerator's memory
+        serving.check_device("laptop", pb.Profile(memory_bytes=needed, accelerator_bytes=needed - 1))
     line = str(refused.value)
     gib = f"{needed / 2**30:.1f} GiB"
     assert line.startswith(f"device laptop has {gib} of memory; blocks 0-3 take {gib} with room for 1024 sequences")
