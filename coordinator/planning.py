@@ -44,7 +44,7 @@ def plan_serving(source: TensorSource, serving: ServingConfig, profiles: Mapping
         spans = _spans(chain)
     if len(spans) == len(nodes) == 1:
         return Plan(spans)
-    return Plan(spans, _comparison(format_stages(spans), chain, best_single(order, served), served))
+    return Plan(spans, _comparison(format_stages(spans), chain, order, served))
 
 
 def _choose(nodes: Sequence[Node], served: Served, serving: ServingConfig) -> list[Part]:
@@ -55,8 +55,7 @@ def _choose(nodes: Sequence[Node], served: Served, serving: ServingConfig) -> li
     if chain is None:
         needed = served.blocks * (served.block_bytes + served.cache_bytes)
         have = ", ".join(
-            f"{node.name} {node.memory / _GIB:.1f} GiB" + ("" if node.rate else " (speed not known yet)")
-            for node in nodes
+            f"{node.name} {node.memory / _GIB:.1f} GiB" + ("" if node.rate else " (not measured yet)") for node in nodes
         )
         raise BadRequest(
             f"nobody has the memory: {served.blocks} blocks take {needed / _GIB:.1f} GiB with room for "
@@ -74,21 +73,23 @@ def _spans(chain: Sequence[Part]) -> tuple[SpanConfig, ...]:
     return tuple(spans)
 
 
-def _comparison(stages: str, chain: Sequence[Part], single: Part | None, served: Served) -> dict[str, Any]:
+def _comparison(stages: str, chain: Sequence[Part], nodes: Sequence[Node], served: Served) -> dict[str, Any]:
     """Of a chain with the best single node. Tokens a second of one answer, None: not known."""
+    single = best_single(nodes, served)
     unknown = sorted({part.node.name for part in chain if not part.node.rate})
     mine = None if unknown else 1 / token_seconds(chain, served)
     alone = None if single is None else 1 / token_seconds([single], served)
     name = "" if single is None else single.node.name
     same = [part.node.name for part in chain] == [name]
     if mine is None:
-        line = f"no prediction for {stages}: the speed of {', '.join(unknown)} is not known"
+        line = f"no prediction for {stages}: speed and link of {', '.join(unknown)} are not known yet"
         if alone is not None:
             line += f"; {name} alone has the memory and is predicted at {alone:.3g} tokens/s"
     else:
         line = f"{stages} is predicted at {mine:.3g} tokens/s (one answer at a time)"
         if alone is None:
-            line += "; no single node has the memory"
+            able = [node.name for node in nodes if served.room(node) == served.blocks]
+            line += f"; of {', '.join(able)} alone nothing is known yet" if able else "; no single node has the memory"
         elif not same:
             line += f"; {name} alone has the memory and would give {alone:.3g}"
     slower = mine is not None and alone is not None and not same and mine < alone
@@ -109,7 +110,7 @@ def _node(name: str, profile: pb.Profile, source: TensorSource, serving: Serving
     if name == CLOUD:
         memory -= _ends_bytes(source, serving)
     speed = _speed(profile, source, serving, serving.weights)
-    if speed is None:
+    if speed is None or not profile.HasField("link"):
         return Node(name, memory, None)
     link = LinkProfile.from_proto(profile.link)
     return Node(name, memory, speed.bytes_per_second, speed.block_seconds, speed.batch_seconds, link)

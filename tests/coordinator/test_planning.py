@@ -75,10 +75,27 @@ def test_a_device_without_speed_is_no_guess(model: ModelFolder) -> None:
     assert told is not None
     assert told["tokens_per_second"] is None
     assert not told["slower"]
-    assert told["message"].startswith("no prediction for laptop:0-2,cloud:2-6: the speed of laptop is not known; cloud")
+    assert told["message"].startswith(
+        "no prediction for laptop:0-2,cloud:2-6: speed and link of laptop are not known yet; cloud"
+    )
     away = plan(model, "gone:0-2,cloud:2-6", {CLOUD: profile(1e9)}).data
     assert away is not None
-    assert "the speed of gone is not known" in away["message"]
+    assert "speed and link of gone are not known yet" in away["message"]
+
+
+def test_a_device_without_a_measured_link_is_no_guess(model: ModelFolder) -> None:
+    told = plan(model, "laptop:0-2,cloud:2-6", {CLOUD: profile(1e9), "laptop": profile(1e9, link=None)}).data
+    assert told is not None
+    assert told["tokens_per_second"] is None
+
+
+def test_a_single_node_of_which_nothing_is_known_is_named(model: ModelFolder) -> None:
+    here = profile(1e9, memory=ends(model) + blocks(model, 4))
+    nodes = {CLOUD: here, "laptop": profile(1e8), "new": profile(0)}
+    nodes["laptop"].memory_bytes = blocks(model, 2)
+    told = plan(model, "laptop+new:0-2,cloud:2-6", nodes).data
+    assert told is not None
+    assert told["message"].endswith("; of new alone nothing is known yet")
 
 
 def test_a_speed_of_other_weights_or_of_a_runtime_that_is_not_used_is_none(model: ModelFolder) -> None:
@@ -128,7 +145,7 @@ def test_memory_that_nobody_has_is_one_line_with_the_figures(model: ModelFolder)
         plan(model, "auto", nodes)
     line = str(refused.value)
     assert "6 blocks take 0.0 GiB with room for 2 sequences of 64 tokens" in line
-    assert "cloud 0.0 GiB, laptop 0.0 GiB, new 1024.0 GiB (speed not known yet)" in line
+    assert "cloud 0.0 GiB, laptop 0.0 GiB, new 1024.0 GiB (not measured yet)" in line
     assert "\n" not in line
 
 
