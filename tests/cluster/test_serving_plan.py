@@ -45,7 +45,7 @@ def test_a_device_tells_its_speed_and_its_link(measured: House) -> None:
     assert 0 < profile.link.round_trip_seconds < 1
     _, table, _ = measured.cli("devices")
     assert "GB/s" in table
-    assert "not measured" not in table
+    assert "unknown" not in table
 
 
 def test_serve_tells_both_predictions(measured: House) -> None:
