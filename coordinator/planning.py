@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from protos.v1 import coordinator_pb2 as pb
+from split.codecs import parse
 from split.errors import BadRequest, UnsupportedModel
 from split.models.source import TensorSource
 from split.plan.profile import LinkProfile
@@ -126,7 +127,7 @@ def _served(source: TensorSource, serving: ServingConfig, here: pb.Profile) -> S
         blocks=config.num_hidden_layers,
         block_bytes=weight_bytes(source, one, serving),
         cache_bytes=cache_bytes(source, one, serving),
-        hidden_bytes=4 * config.hidden_size,
+        hidden_bytes=parse(serving.codec).wire_bytes((1, config.hidden_size)),
         gateway_seconds=0.0 if head is None else head.batch_seconds + values * BYTES[weights] / head.bytes_per_second,
     )
 

@@ -112,6 +112,17 @@ def test_a_speed_of_other_weights_or_of_a_runtime_that_is_not_used_is_none(model
     assert rates[0] > rates[1]
 
 
+def test_a_codec_makes_a_slow_link_faster(model: ModelFolder) -> None:
+    slow = stage_pb2.Measured(round_trip_seconds=0.001, up_bytes_per_second=1e3, down_bytes_per_second=1e3)
+    nodes = {CLOUD: profile(1e9), "laptop": profile(1e9, link=slow)}
+    rates = []
+    for codec in ("none", "float16"):
+        told = plan(model, "laptop:0-2,cloud:2-6", nodes, codec=codec).data
+        assert told is not None
+        rates.append(told["tokens_per_second"])
+    assert 1.8 < rates[1] / rates[0] < 2.1
+
+
 def test_auto_takes_the_coordinator_where_it_has_the_memory(model: ModelFolder) -> None:
     made = plan(model, "auto", {CLOUD: profile(1e9), "laptop": profile(1e9)})
     assert made.spans == parse_stages("cloud:0-6")
