@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from client.identity import Identity
+from client.measuring import Measurements
 from client.runner import DeviceOptions, Runner
 from protos.v1 import coordinator_pb2 as pb
 from protos.v1.coordinator_pb2_grpc import CoordinatorStub
@@ -39,6 +40,7 @@ class Daemon:
         self._runners: dict[str, Runner] = {}
         self._states: dict[str, pb.TaskState] = {}  # of tasks whose end the coordinator has not been told
         self._outbox: asyncio.Queue[pb.DeviceMessage | None] | None = None  # of the open session
+        self._measurements = Measurements(identity, options)
         self.connected = asyncio.Event()
 
     def stop(self) -> None:
@@ -74,6 +76,7 @@ class Daemon:
             call = CoordinatorStub(channel).Session(_until_none(outbox))
             leaving = asyncio.create_task(self._leave(outbox))
             beating: asyncio.Task[None] | None = None
+            measuring: asyncio.Task[None] | None = None
             try:
                 async for message in call:
                     kind = message.WhichOneof("kind")
@@ -85,6 +88,7 @@ class Daemon:
                             self._tell(state)
                         self.connected.set()
                         beating = asyncio.create_task(_heartbeats(outbox, message.welcome.heartbeat_seconds))
+                        measuring = asyncio.create_task(self._measure(outbox))
                     elif kind == "task":
                         self._start(message.task)
                     elif kind == "cancel":
@@ -94,7 +98,7 @@ class Daemon:
             finally:
                 self._outbox = None
                 self.connected.clear()
-                for task in (leaving, beating):
+                for task in (leaving, beating, measuring):
                     if task is not None:
                         task.cancel()
         return welcomed
@@ -104,6 +108,11 @@ class Daemon:
         await self._stopping.wait()
         await self._end_tasks()
         outbox.put_nowait(None)
+
+    async def _measure(self, outbox: asyncio.Queue[pb.DeviceMessage | None]) -> None:
+        """Tells what this device can do as soon as it has been measured, which is while there is nothing else to do."""
+        async for _ in self._measurements.news(busy=lambda: bool(self._runners)):
+            outbox.put_nowait(pb.DeviceMessage(profile=self._profile()))
 
     def _start(self, task: pb.Task) -> None:
         if task.id in self._runners:
@@ -163,6 +172,7 @@ class Daemon:
             accelerator=torch.cuda.get_device_name() if torch.cuda.is_available() else "",
             datasets=offered,
             task_kinds=self._options.allow,
+            **self._measurements.told(),
         )
 
 

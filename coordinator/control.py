@@ -16,12 +16,14 @@ from coordinator.enrolment import start_enrolment
 from coordinator.gateway.actor import GatewayActor, GatewayTask
 from coordinator.interceptors import ErrorInterceptor
 from coordinator.jobs import Jobs
+from coordinator.measure import MeasureTask, measure_node
 from coordinator.servicer import CoordinatorServicer
 from coordinator.sessions import Sessions
 from coordinator.stage_actor import ServingOptions, StageActor, StageTask
 from coordinator.store import Store
+from protos.v1 import coordinator_pb2 as pb
 from protos.v1 import coordinator_pb2_grpc
-from split.tls import SERVER_OPTIONS, bind
+from split.tls import SERVER_OPTIONS, bind, join_address
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class ControlActor:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
         self._options = options
         self._servers: list[grpc.aio.Server] = []
+        self._profile: pb.Profile | None = None  # of the node where a model is served
 
     async def start(self) -> dict[str, Any]:
         """Opens the state folder, listens, and says where: {"port", "enrolment_port", "admin", "interrupted"}.
@@ -56,7 +59,7 @@ class ControlActor:
         self._authority = Authority.open(state)
         self._store = Store(state / "state.db")
         self._sessions = Sessions()
-        self._jobs = Jobs(self._store, self._sessions, state, self._start_stage)
+        self._jobs = Jobs(self._store, self._sessions, state, self._start_stage, self._measure)
         server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
         port = bind(server, options.host, options.port, self._authority.control_credentials())
         enrolment, enrolment_port = await start_enrolment(
@@ -67,6 +70,7 @@ class ControlActor:
         servicer = CoordinatorServicer(self._store, self._sessions, self._jobs, self._authority.pin, enrolment_port)
         coordinator_pb2_grpc.add_CoordinatorServicer_to_server(servicer, server)
         await server.start()
+        self._port = port
         admin = self._authority.write_admin(options.advertise, port)
         return {
             "port": port,
@@ -91,6 +95,30 @@ class ControlActor:
         for server in self._servers:
             await server.stop(grace=1)
         self._store.close()
+
+    async def _measure(self, quiet: bool) -> pb.Profile:
+        """Of a node that serves, measured when it is first asked for. quiet: nothing else is at work, so that it is
+        worth to be kept. Raises RayError and IsthmusError."""
+        if self._profile is not None:
+            return self._profile
+        options = self._options
+        everywhere = options.host in ("", "0.0.0.0", "::")
+        certificate, key = self._authority.issue_stage("measure")
+        task = MeasureTask(
+            file=str(Path(options.state) / "speed.json"),
+            keep=quiet,
+            threads=options.threads,
+            device=options.device,
+            control=join_address(ray.util.get_node_ip_address() if everywhere else options.host, self._port),
+            ca=self._authority.ca_pem,
+            certificate=certificate,
+            key=key,
+        )
+        where: Any = ray.remote(measure_node).options(num_cpus=0, scheduling_strategy="SPREAD", max_retries=0)
+        profile = pb.Profile.FromString(await where.remote(task))
+        if quiet:
+            self._profile = profile
+        return profile
 
     async def _start_stage(self, task: StageTask | GatewayTask) -> tuple[Any, str]:
         """A stage or gateway actor, and where devices reach it. On this node the host is the one that they know."""

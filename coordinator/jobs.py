@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from coordinator.gateway.actor import GatewayTask
 from coordinator.methods import Method, Serving, method_of
@@ -26,12 +27,14 @@ from coordinator.store import Store
 from coordinator.weights import DeviceWeights
 from protos.v1 import coordinator_pb2 as pb
 from split.errors import BadRequest, IsthmusError, NotAllowed, NotEnrolled, NotFound, WrongState
+from split.serving import CLOUD
 
 log = logging.getLogger(__name__)
 
 ALIVE = (pb.WAITING, pb.PREPARING, pb.RUNNING)
 _STOP = 30.0  # seconds for a stage to end by itself
 _DEFAULT_WAIT = 300.0  # seconds for devices that are missing
+Measure = Callable[[bool], Awaitable[pb.Profile]]
 StartStage = Callable[[StageTask | GatewayTask], Awaitable[tuple[Any, str]]]
 
 
@@ -56,8 +59,11 @@ class Run:
 class Jobs:
     """start_stage(task) makes a stage actor and returns (handle, HOST:PORT; an empty host: the coordinator's)."""
 
-    def __init__(self, store: Store, sessions: Sessions, state: Path, start_stage: StartStage) -> None:
-        self._store, self._sessions, self._state, self._start_stage = store, sessions, state, start_stage
+    def __init__(
+        self, store: Store, sessions: Sessions, state: Path, start_stage: StartStage, measure: Measure
+    ) -> None:
+        self._store, self._sessions, self._state = store, sessions, state
+        self._start_stage, self._measure = start_stage, measure
         self._runs: dict[str, Run] = {}
         self._news = asyncio.Condition()
 
@@ -222,6 +228,8 @@ class Jobs:
     async def _work(self, run: Run) -> None:
         try:
             await self._gather(run)
+            if isinstance(run.method, Serving):
+                await self._plan(run, run.method)
             await self._state_is(run, pb.PREPARING, "starting the stage")
             await self._start(run)
             finished = await self._wait(run)
@@ -271,6 +279,30 @@ class Jobs:
                         await self._sessions.changed.wait()
                 except TimeoutError:
                     raise WrongState(f"gave up after {wait:.0f} s of waiting for {missing}") from None
+
+    async def _plan(self, run: Run, method: Serving) -> None:
+        """Chooses who holds which blocks where the user has not, and tells what speed is to be expected."""
+        here, profiles = pb.Profile(memory_bytes=psutil.virtual_memory().total), {}
+        for session in self._sessions.all():
+            free = not method.asked.spans and session.runs(run.spec.method) and not self.job_of(session.name)
+            if free or session.name in run.devices:
+                profiles[session.name] = session.profile
+        if profiles or len(method.config.spans) > 1:
+            everybody = ", ".join(["the coordinator", *sorted(profiles)])
+            await self._tell(run, "log", {"message": f"looking at what can be done by {everybody}"})
+            try:
+                here = await self._measure(len(self._runs) == 1)
+            except (RayError, IsthmusError) as error:
+                log.warning("job %s: the coordinator's speed could not be measured: %s", run.job, error)
+        planned, told = await asyncio.to_thread(method.planned, {CLOUD: here, **profiles})
+        if told is not None:
+            await self._tell(run, "plan", told)
+        chosen = planned.config.devices
+        taken = next((name for name in chosen if self.job_of(name) not in ("", run.job)), None)
+        if taken is not None:
+            raise WrongState(f"device {taken} was taken by job {self.job_of(taken)} meanwhile: serve the model again")
+        run.method, run.devices = planned, chosen
+        self._store.update_job(run.job, devices=chosen)
 
     def _check_resumable(self, identifier: str) -> None:
         if self._store.job(identifier).state == pb.SUCCEEDED:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from coordinator.gateway.actor import GatewayTask
+from coordinator.planning import plan_serving
 from coordinator.stage_actor import StageTask
 from coordinator.weights import DeviceWeights, weights_of
 from protos.v1 import coordinator_pb2 as pb
@@ -87,16 +88,17 @@ class Serving:
     steps = 0
 
     def __init__(self, spec: pb.JobSpec, cache: Path) -> None:
-        self._cache = cache.parent / "onnx"
+        self._spec, self._cache = spec, cache
         self.folder = open_model(spec.model)
         asked, layers = ServingConfig.from_json(spec.serving), self.folder.config.num_hidden_layers
         spans = asked.spans or (SpanConfig(0, layers, (CLOUD,)),)
         check_spans(spans, layers)
-        self.config = replace(asked, spans=spans, context=context_of(self.folder, asked.context or None))
-        if self.config.exit_threshold and len(spans) < 2:
+        self.asked = replace(asked, context=context_of(self.folder, asked.context or None))
+        self.config = replace(self.asked, spans=spans)
+        if asked.exit_threshold and len(asked.spans) == 1:
             raise BadRequest("--exit-threshold: all blocks are in one place, so there is no way to be saved")
-        if self.config.draft not in (NONE, LOOKUP):
-            open_draft_model(self.config.draft, self.folder)
+        if asked.draft not in (NONE, LOOKUP):
+            open_draft_model(asked.draft, self.folder)
         if sorted(self.config.devices) != sorted(spec.devices):
             raise BadRequest("the devices of a served model are those of its stages")
         self._folders = [AdapterFolder(one.folder) for one in asked.adapters]
@@ -134,15 +136,31 @@ class Serving:
         adapters = tuple(AdapterConfig(one.name) for one in self.config.adapters)
         return replace(self.config, key_sha256="", adapters=adapters).to_json()
 
+    def planned(self, profiles: Mapping[str, pb.Profile]) -> tuple[Serving, dict[str, Any] | None]:
+        """With the spans that were asked for or, where none were, the best ones; and what is to be told of them.
+
+        profiles: of CLOUD and of the devices that may be used. Raises BadRequest if nobody has the memory.
+        """
+        plan = plan_serving(self.folder, self.asked, profiles)
+        if self.asked.spans:
+            return self, plan.data
+        config = replace(self.asked, spans=plan.spans)
+        spec = pb.JobSpec()
+        spec.CopyFrom(self._spec)
+        spec.serving = config.to_json()
+        spec.devices[:] = config.devices
+        return Serving(spec, self._cache), plan.data
+
     def weights(self, device: str) -> DeviceWeights:
         return self._weights[str(self.config.span_of(device))]
 
     def check_device(self, name: str, profile: pb.Profile) -> None:
         span = self.config.span_of(name)
         needed = memory_of(self.folder, span, self.config, self._adapters)
-        if profile.memory_bytes and needed > profile.memory_bytes:
+        memory = profile.accelerator_bytes or profile.memory_bytes
+        if memory and needed > memory:
             raise BadRequest(
-                f"device {name} has {profile.memory_bytes / 2**30:.1f} GiB of memory; blocks {span} take "
+                f"device {name} has {memory / 2**30:.1f} GiB of memory; blocks {span} take "
                 f"{needed / 2**30:.1f} GiB with room for {self.config.room} sequences of {self.config.context} "
                 "tokens: give it fewer blocks, or serve fewer sequences or a shorter context"
             )
@@ -155,7 +173,7 @@ class Serving:
             devices=dict(devices),
             digests={span: weights.digest for span, weights in self._weights.items()},
             user_digests={blocks: weights.digest for blocks, weights in self._user_weights.items()},
-            cache=str(self._cache),
+            cache=str(self._cache.parent / "onnx"),
         )
 
     def device_task(self, task: pb.Task, device: str) -> None:

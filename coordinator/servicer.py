@@ -16,9 +16,10 @@ from coordinator.sessions import Sessions
 from coordinator.store import Store
 from coordinator.weights import DeviceWeights
 from protos.v1 import coordinator_pb2 as pb
-from protos.v1 import coordinator_pb2_grpc
+from protos.v1 import coordinator_pb2_grpc, stage_pb2
 from split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
-from split.tls import Peer, Token
+from split.plan.probing import answer
+from split.tls import Peer, Token, peer_of
 
 HEARTBEAT_SECONDS = 5
 _CHUNK = 1024 * 1024  # bytes
@@ -42,10 +43,8 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         first = await anext(requests, None)
         if first is None or first.WhichOneof("kind") != "profile":
             raise BadFrame("a session begins with the device's profile")
-        if first.ByteSize() > _MAX_PROFILE:
-            raise BadRequest(f"a profile of {first.ByteSize()} bytes; {_MAX_PROFILE} are taken: offer fewer datasets")
         session = sessions.Session(peer.name, peer.serial, first.profile)
-        self._store.record_device(peer.name, first.profile)
+        self._know(session, first.profile)
         await self._sessions.opened(session)
         welcome = pb.Welcome(name=peer.name, heartbeat_seconds=HEARTBEAT_SECONDS)
         session.send(pb.CoordinatorMessage(welcome=welcome))
@@ -79,8 +78,24 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
                 if message.WhichOneof("kind") == "task":
                     message.task.message = message.task.message[:_MAX_TEXT]
                     await self._jobs.task_state(session, message.task)
+                elif message.WhichOneof("kind") == "profile":  # it has measured something
+                    self._know(session, message.profile)
         finally:
             session.end()
+
+    def _know(self, session: sessions.Session, profile: pb.Profile) -> None:
+        if profile.ByteSize() > _MAX_PROFILE:
+            raise BadRequest(f"a profile of {profile.ByteSize()} bytes; {_MAX_PROFILE} are taken: offer fewer datasets")
+        session.profile = profile
+        self._store.record_device(session.name, profile)
+
+    async def MeasureLink(
+        self, requests: AsyncIterator[stage_pb2.Probe], context: Context
+    ) -> AsyncIterator[stage_pb2.Probe]:
+        if peer_of(context.auth_context()).role != "stage":  # which has its certificate from this process
+            self._caller(context, "device")
+        async for message in requests:
+            yield answer(message)
 
     async def GetManifest(self, request: pb.ManifestRequest, context: Context) -> pb.Manifest:
         return self._weights(request, context).part(request.adapter).manifest.to_proto()

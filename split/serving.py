@@ -17,11 +17,11 @@ from split.generation.wire import codec_for_hidden_states
 from split.models.source import TensorSource
 from split.models.stage import StageSpec, skeleton
 from split.runtime.choose import AUTO, check_runtime
+from split.runtime.speed import BYTES
 from split.tls import check_name
 
 CLOUD = "cloud"  # as a holder: an actor at the coordinator
 _GUESTS = 4  # sequences that are kept for devices which use the chain, where nobody says how many
-_BYTES = {"float32": 4, "int8": 1.125, "int4": 0.625}  # of a weight, with its share of a block's scale
 _SPAN = re.compile(r"\s*([a-z0-9+-]+)\s*:\s*(\d+)\s*-\s*(\d+)\s*")
 
 
@@ -180,12 +180,17 @@ def parse_adapter(text: str) -> AdapterConfig:
     return AdapterConfig(name if equals and name else path.name, str(path) if path.is_dir() else folder)
 
 
+def format_stages(spans: Sequence[SpanConfig]) -> str:
+    """As `parse_stages` reads it."""
+    return ",".join(f"{'+'.join(span.holders)}:{span}" for span in spans)
+
+
 def check_spans(spans: Sequence[SpanConfig], layers: int) -> None:
     """Raises BadRequest for blocks that are missing, held twice or not in a model of so many layers, and for a device
     that is named twice."""
     at = 0
     for span in spans:
-        where = f"{'+'.join(span.holders)}:{span}"
+        where = format_stages([span])
         if span.first >= span.last or span.last > layers:
             raise BadRequest(f"stages: there are no blocks {where} in this model, which has 0-{layers}")
         if span.first > at:
@@ -206,10 +211,17 @@ def memory_of(
 ) -> int:
     """Bytes of a span's weights and of its adapters, with keys and values (float32) of as many sequences and tokens as
     are served."""
-    config = source.config
-    weights = skeleton(config, StageSpec(span.first, span.last, embeds=False, head=False)).parameters()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 8 * (span.last - span.first) * serving.room * serving.context * heads * head_size
     loras = 4 * sum(adapter.values(span.first, span.last) for adapter in adapters)
-    return int(_BYTES[serving.weights] * sum(value.numel() for value in weights) + cache + loras)
+    return weight_bytes(source, span, serving) + cache_bytes(source, span, serving) + loras
+
+
+def weight_bytes(source: TensorSource, span: SpanConfig, serving: ServingConfig) -> int:
+    blocks = skeleton(source.config, StageSpec(span.first, span.last, embeds=False, head=False))
+    return int(BYTES[serving.weights] * sum(value.numel() for value in blocks.parameters()))
+
+
+def cache_bytes(source: TensorSource, span: SpanConfig, serving: ServingConfig) -> int:
+    config = source.config
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 8 * (span.last - span.first) * serving.room * serving.context * heads * head_size

@@ -13,12 +13,14 @@ import pytest
 from benchmarks.failover import Death, summarise
 from benchmarks.generate import ratios
 from benchmarks.llama_cpp import bench, write_gguf
+from benchmarks.plan import chains, errors
 from benchmarks.serving import Asked
 from split.errors import BadData, BadRequest
+from split.serving import check_spans, parse_stages
 from tests.split.tiny_models import make_model
 
 
-@pytest.mark.parametrize("name", ["generate", "failover", "early_exit"])
+@pytest.mark.parametrize("name", ["generate", "failover", "early_exit", "plan"])
 def test_a_benchmark_says_what_it_does(name: str) -> None:
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
@@ -76,6 +78,24 @@ def test_deaths_are_summed_and_pauses_are_medians() -> None:
     assert told["pause_ms_standby"] == pytest.approx(200)
     assert told["pause_ms_cold"] == 4000
     assert told["pause_ms_undisturbed"] == 20
+
+
+def test_a_predictions_error_is_that_of_its_own_start() -> None:
+    runs = {
+        "one": [{"predicted": 110.0, "measured": 100.0}, {"predicted": 100.0, "measured": 200.0}, {"measured": 1.0}],
+        "two": [{"predicted": 80.0, "measured": 100.0}],
+        "three": [{"measured": 5.0}],
+    }
+    told = errors(runs)
+    assert told["prediction_errors"] == {"one": pytest.approx(0.3), "two": pytest.approx(0.2)}
+    assert told["prediction_error"] == pytest.approx(0.2)
+
+
+def test_chains_are_whole_models() -> None:
+    named = chains(["1gbit,1ms"], 6)
+    assert named["two, 1gbit,1ms"] == "far-0:0-3,cloud:3-6"
+    for stages in named.values():
+        check_spans(parse_stages(stages), 6)
 
 
 def test_a_gap_counts_from_the_question_on() -> None:

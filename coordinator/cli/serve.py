@@ -38,7 +38,8 @@ def serve(
         str,
         typer.Option(
             help="Who holds which blocks: HOLDER:FIRST-LAST,... where a holder is a device or `cloud`, the "
-            "coordinator. `laptop+desktop:0-8`: desktop stands by for laptop. auto: all at the coordinator."
+            "coordinator. `laptop+desktop:0-8`: desktop stands by for laptop. auto: the best single node that has "
+            "the memory, or the fastest split."
         ),
     ] = "auto",
     name: Annotated[str, typer.Option(help="What clients call the model; by default as --model.")] = "",
@@ -165,6 +166,7 @@ def _show(event: pb.JobEvent, key: str, *, as_json: bool) -> None:
         "left": lambda: f"blocks {data['span']}: {event.device or 'the coordinator'} has gone",
         "started": lambda: f"{data['model']} is served at {data['url']}" + (f"\nAPI key: {key}" if key else ""),
         "log": lambda: str(data["message"]),
+        "plan": lambda: str(data["message"]),
     }.get(event.kind)
     if line is not None:
-        console.print(line(), soft_wrap=True)
+        console.print(line(), soft_wrap=True, style="yellow" if data.get("slower") else None)

@@ -69,7 +69,7 @@ class _View:
             self.notes.append(f"checkpoint at step {data['step']}")
         elif event.kind == "started" and "url" in data:
             self.notes.append(f"{data['model']} is served at {data['url']}")
-        elif event.kind == "log":
+        elif event.kind in ("log", "plan"):
             self.notes.append(data["message"])
 
     def draw(self) -> Group:

@@ -73,14 +73,14 @@ def make_app(
         asked = CompletionRequest.model_validate_json(await read_body(request, max_body, body_timeout))
         model = find(asked.model)
         shape = CompletionShape(model.tokenizer, asked.logprobs is not None)
-        return respond(asked, await completion_job(model, asked), shape)
+        return respond(asked, await completion_job(model, asked, client_of(request, asked)), shape)
 
     @v1.post("/chat/completions")
     async def chat(request: Request) -> Response:
         asked = ChatRequest.model_validate_json(await read_body(request, max_body, body_timeout))
         model = find(asked.model)
         shape = ChatShape(model.tokenizer, bool(asked.logprobs))
-        return respond(asked, await chat_job(model, asked, chat_template), shape)
+        return respond(asked, await chat_job(model, asked, client_of(request, asked), chat_template), shape)
 
     app.include_router(v1)
     return app
@@ -132,12 +132,18 @@ def respond(asked: CompletionRequest | ChatRequest, job: Job, shape: CompletionS
     return Generated(job, shape, asked.model, stream=bool(asked.stream), include_usage=asked.include_usage)
 
 
-async def completion_job(model: ServedModel, asked: CompletionRequest) -> Job:
+def client_of(request: Request, asked: CompletionRequest | ChatRequest) -> str:
+    """Whose turn it is when requests have to wait: by address, and by the `user` that an address names."""
+    address = request.client.host if request.client else ""
+    return f"{address}/{asked.user}" if isinstance(asked.user, str) else address
+
+
+async def completion_job(model: ServedModel, asked: CompletionRequest, client: str) -> Job:
     n = asked.n or 1
     if asked.best_of not in (None, n):
         raise ApiError(400, "best_of: only the same as n", param="best_of", code="unsupported_parameter")
     prompts = prompts_of(asked)
-    check_count(len(prompts) * n)
+    check_count(model, len(prompts) * n)
     choices: list[Choice] = []
     for prompt in prompts:
         ids = await encode(model, prompt) if isinstance(prompt, str) else tuple(prompt)
@@ -146,26 +152,27 @@ async def completion_job(model: ServedModel, asked: CompletionRequest) -> Job:
         echo = None
         if asked.echo:
             echo = prompt if isinstance(prompt, str) else text_of(model, ids)
-        for request in requests_of(model, asked, ids, length, asked.logprobs, bool(asked.echo)):
+        for request in requests_of(model, asked, client, ids, length, asked.logprobs, bool(asked.echo)):
             choices.append(Choice(request, asked.stops, echo))  # noqa: PERF401
     return Job(model, choices, n)
 
 
-async def chat_job(model: ServedModel, asked: ChatRequest, chat_template: str | None) -> Job:
+async def chat_job(model: ServedModel, asked: ChatRequest, client: str, chat_template: str | None) -> Job:
     n = asked.n or 1
-    check_count(n)
+    check_count(model, n)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(400, "top_logprobs: only with logprobs", param="top_logprobs", code="invalid_value")
     ids = await encode_chat(model, asked.messages, chat_template)
     length = answer_length(model, ids, asked.max_completion_tokens or asked.max_tokens, None, "messages")
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-    requests = requests_of(model, asked, ids, length, logprobs, False)
+    requests = requests_of(model, asked, client, ids, length, logprobs, False)
     return Job(model, [Choice(request, asked.stops, continues=False) for request in requests], n)
 
 
-def check_count(choices: int) -> None:
-    if choices > MAX_CHOICES:
-        raise ApiError(400, f"n: {choices} answers are more than the {MAX_CHOICES} of one request", param="n")
+def check_count(model: ServedModel, choices: int) -> None:
+    most = min(MAX_CHOICES, model.generator.capacity)
+    if choices > most:
+        raise ApiError(400, f"n: {choices} answers are more than the {most} that one request may ask for", param="n")
 
 
 def prompts_of(asked: CompletionRequest) -> list[str | list[int]]:
@@ -188,6 +195,7 @@ def text_of(model: ServedModel, ids: tuple[int, ...]) -> str:
 def requests_of(
     model: ServedModel,
     asked: CompletionRequest | ChatRequest,
+    client: str,
     prompt: tuple[int, ...],
     length: int,
     logprobs: int | None,
@@ -208,6 +216,7 @@ def requests_of(
             prompt_logprobs=echo and logprobs is not None,
             stop_tokens=model.ends(),
             adapter=model.adapter,
+            client=client,
         )
         for i in range(asked.n or 1)
     ]

@@ -1,3 +1,4 @@
+from protos.v1 import stage_pb2 as _stage_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -53,7 +54,7 @@ class Dataset(_message.Message):
     def __init__(self, name: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class Profile(_message.Message):
-    __slots__ = ("version", "platform", "cores", "memory_bytes", "accelerator", "datasets", "task_kinds")
+    __slots__ = ("version", "platform", "cores", "memory_bytes", "accelerator", "datasets", "task_kinds", "speeds", "link", "accelerator_bytes")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PLATFORM_FIELD_NUMBER: _ClassVar[int]
     CORES_FIELD_NUMBER: _ClassVar[int]
@@ -61,6 +62,9 @@ class Profile(_message.Message):
     ACCELERATOR_FIELD_NUMBER: _ClassVar[int]
     DATASETS_FIELD_NUMBER: _ClassVar[int]
     TASK_KINDS_FIELD_NUMBER: _ClassVar[int]
+    SPEEDS_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    ACCELERATOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     version: str
     platform: str
     cores: int
@@ -68,7 +72,24 @@ class Profile(_message.Message):
     accelerator: str
     datasets: _containers.RepeatedCompositeFieldContainer[Dataset]
     task_kinds: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., accelerator: _Optional[str] = ..., datasets: _Optional[_Iterable[_Union[Dataset, _Mapping]]] = ..., task_kinds: _Optional[_Iterable[str]] = ...) -> None: ...
+    speeds: _containers.RepeatedCompositeFieldContainer[Speed]
+    link: _stage_pb2.Measured
+    accelerator_bytes: int
+    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., accelerator: _Optional[str] = ..., datasets: _Optional[_Iterable[_Union[Dataset, _Mapping]]] = ..., task_kinds: _Optional[_Iterable[str]] = ..., speeds: _Optional[_Iterable[_Union[Speed, _Mapping]]] = ..., link: _Optional[_Union[_stage_pb2.Measured, _Mapping]] = ..., accelerator_bytes: _Optional[int] = ...) -> None: ...
+
+class Speed(_message.Message):
+    __slots__ = ("runtime", "weights", "bytes_per_second", "block_seconds", "batch_seconds")
+    RUNTIME_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    runtime: str
+    weights: str
+    bytes_per_second: float
+    block_seconds: float
+    batch_seconds: float
+    def __init__(self, runtime: _Optional[str] = ..., weights: _Optional[str] = ..., bytes_per_second: _Optional[float] = ..., block_seconds: _Optional[float] = ..., batch_seconds: _Optional[float] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ()

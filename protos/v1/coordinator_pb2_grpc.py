@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from protos.v1 import coordinator_pb2 as protos_dot_v1_dot_coordinator__pb2
+from protos.v1 import stage_pb2 as protos_dot_v1_dot_stage__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
 GRPC_VERSION = grpc.__version__
@@ -111,6 +112,11 @@ class CoordinatorStub:
                 request_serializer=protos_dot_v1_dot_coordinator__pb2.DeviceMessage.SerializeToString,
                 response_deserializer=protos_dot_v1_dot_coordinator__pb2.CoordinatorMessage.FromString,
                 _registered_method=True)
+        self.MeasureLink = channel.stream_stream(
+                '/isthmus.v1.Coordinator/MeasureLink',
+                request_serializer=protos_dot_v1_dot_stage__pb2.Probe.SerializeToString,
+                response_deserializer=protos_dot_v1_dot_stage__pb2.Probe.FromString,
+                _registered_method=True)
         self.GetManifest = channel.unary_unary(
                 '/isthmus.v1.Coordinator/GetManifest',
                 request_serializer=protos_dot_v1_dot_coordinator__pb2.ManifestRequest.SerializeToString,
@@ -179,6 +185,12 @@ class CoordinatorServicer:
     def Session(self, request_iterator, context):
         """devices
         """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MeasureLink(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -263,6 +275,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Session,
                     request_deserializer=protos_dot_v1_dot_coordinator__pb2.DeviceMessage.FromString,
                     response_serializer=protos_dot_v1_dot_coordinator__pb2.CoordinatorMessage.SerializeToString,
+            ),
+            'MeasureLink': grpc.stream_stream_rpc_method_handler(
+                    servicer.MeasureLink,
+                    request_deserializer=protos_dot_v1_dot_stage__pb2.Probe.FromString,
+                    response_serializer=protos_dot_v1_dot_stage__pb2.Probe.SerializeToString,
             ),
             'GetManifest': grpc.unary_unary_rpc_method_handler(
                     servicer.GetManifest,
@@ -352,6 +369,33 @@ class Coordinator:
             '/isthmus.v1.Coordinator/Session',
             protos_dot_v1_dot_coordinator__pb2.DeviceMessage.SerializeToString,
             protos_dot_v1_dot_coordinator__pb2.CoordinatorMessage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureLink(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/isthmus.v1.Coordinator/MeasureLink',
+            protos_dot_v1_dot_stage__pb2.Probe.SerializeToString,
+            protos_dot_v1_dot_stage__pb2.Probe.FromString,
             options,
             channel_credentials,
             insecure,

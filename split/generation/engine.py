@@ -59,6 +59,7 @@ class Generator(Protocol):
     """What answers requests, in the event loop where it was started."""
 
     context: int  # most tokens of prompt and answer together
+    capacity: int  # most requests at the same time, those that wait included
 
     def submit(self, request: Request) -> Answer:
         """Raises Busy when the queue is full, BadRequest for a prompt that does not fit or is empty."""
@@ -87,9 +88,11 @@ class Engine:
         self._drafter, self._exits = drafter, exits
         self._cost, self._per_draft = BatchCost(), Mean(0.0, 0.2)
         self._totals = dict.fromkeys(("tokens", "rounds", "drafted", "accepted", "exited"), 0)
-        self.context, self.spans = context, list(spans)
+        self.context, self.spans, self.capacity = context, list(spans), sequences + queue
         self._ends, self._sequences, self._queue, self._chunk = ends, sequences, queue, chunk
         self._waiting: deque[Stream] = deque()
+        self._turns: dict[str, int] = {}  # of the clients that are here: the number of each one's last admission
+        self._admitted = 0
         self._prompts: deque[Stream] = deque()  # ready for their next piece
         self._answers: deque[Stream] = deque()  # ready for their next token
         self._at_work: set[Stream] = set()  # all that have a sequence
@@ -190,13 +193,24 @@ class Engine:
 
     def _admit(self) -> None:
         while self._waiting and (self._free or self._kept):
-            stream = self._waiting.popleft()
+            stream = self._next_waiting()
             if self._given_up(stream):
                 continue
             stream.sequence, stream.fed = self._room_for(stream)
             stream.timing.cached_tokens = stream.fed
             self._at_work.add(stream)
             self._prompts.append(stream)
+
+    def _next_waiting(self) -> Stream:
+        """Clients take turns, one with many requests like one with few; each one's own in their order."""
+        stream = min(self._waiting, key=lambda one: self._turns.get(one.request.client, 0))  # the first of equals
+        self._waiting.remove(stream)
+        if not stream.cancelled:
+            self._admitted += 1
+            self._turns[stream.request.client] = self._admitted
+        here = {one.request.client for one in (stream, *self._at_work, *self._waiting)}
+        self._turns = {client: turn for client, turn in self._turns.items() if client in here}
+        return stream
 
     def _room_for(self, stream: Stream) -> tuple[int, int]:
         """A sequence, and how many of the prompt's tokens it has already."""

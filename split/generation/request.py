@@ -28,6 +28,7 @@ class Request:
 
     max_tokens may be 0 for the prompt's logprobs alone. stop_tokens: end the answer, and belong to it (EOS).
     adapter: 0 for the base model, i for the i-th adapter that is served with it.
+    client: those that wait take turns by it.
     """
 
     prompt: tuple[int, ...]
@@ -37,6 +38,7 @@ class Request:
     prompt_logprobs: bool = False
     stop_tokens: frozenset[int] = frozenset()
     adapter: int = 0
+    client: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""ONNX graphs on disk, each in a folder named by what it was made from, so that a restart makes none again."""
+"""ONNX graphs on disk, each in a folder named by what it was made from, so that a restart makes none again.
+
+Beside each folder NAME are two empty files that processes lock: NAME.lock while the graph is looked at or made, and
+NAME.use, shared, for as long as it is in use; when that was last is the file's time.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,10 @@ from split.errors import BadRequest
 from split.models.source import ModelFolder, TensorSource
 from split.runtime.onnx_graph import VERSION
 
+LIMIT = "ISTHMUS_GRAPH_CACHE_GIB"
+"""The variable that says how much graphs may take on disk."""
+
+_DEFAULT_GIB = 50
 _DIGESTS = "digests.json"
 
 
@@ -25,21 +33,45 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isthmus" / "onnx"
 
 
+def cache_limit() -> int:
+    """Bytes that graphs may take. Raises BadRequest for a setting that is no number."""
+    text = os.environ.get(LIMIT, str(_DEFAULT_GIB))
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = -1.0
+    if not 0 <= limit < 2**40:
+        raise BadRequest(f"{LIMIT}={text!r}: give the GiB that graphs may take on disk, 0 or more")
+    return int(limit * 2**30)
+
+
+class Graph:
+    """A graph that is in use, and is not removed by anybody, for as long as this object lives."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._use = _use_file(folder).open("w")
+        fcntl.flock(self._use, fcntl.LOCK_SH)
+        os.utime(self._use.fileno())
+
+
 def cached_graph(
     cache: Path, source: TensorSource, tensors: Iterable[str], what: object, write: Callable[[Path], None]
-) -> Path:
-    """The folder of a graph; `write` is called with an empty one if there is none yet, or only a damaged one.
+) -> Graph:
+    """A graph; `write` is called with an empty folder if there is none yet, or only a damaged one.
 
     what: besides the model's configuration and the named tensors, whatever the graph depends on, as JSON.
-    Two processes that want the same graph make it once. Raises BadRequest if the cache cannot be written.
+    Two processes that want the same graph make it once. A new graph makes others go, the longest unused first, until
+    all are within `cache_limit`, or in use. Raises BadRequest if the cache cannot be written.
     """
+    limit = cache_limit()
     versions = [VERSION, onnxruntime.__version__]
     key = [versions, what, source.config.to_dict(), [_identity(source, name) for name in sorted(tensors)]]
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
     final, partial = cache / name, cache / f"{name}.part"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f"{name}.lock"):
+        with _locked(_lock_file(final)):
             if not _is_whole(final):
                 for leftover in (final, partial):
                     shutil.rmtree(leftover, ignore_errors=True)
@@ -47,11 +79,44 @@ def cached_graph(
                 write(partial)
                 _seal(partial)
                 os.rename(partial, final)
+            graph = Graph(final)
+        _prune(cache, limit)
     except OSError as error:
         raise BadRequest(
             f"cannot keep ONNX graphs in {cache}: {error.strerror or error}; choose another folder"
         ) from None
-    return final
+    return graph
+
+
+def _prune(cache: Path, limit: int) -> None:
+    sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in _graphs(cache)}
+    total = sum(sizes.values())
+    for folder in sorted(sizes, key=_last_used):
+        if total <= limit:
+            return
+        with _locked(_lock_file(folder), wait=False) as mine, _locked(_use_file(folder), wait=False) as unused:
+            if mine and unused:
+                shutil.rmtree(folder, ignore_errors=True)
+                total -= sizes[folder]
+
+
+def _graphs(cache: Path) -> list[Path]:
+    """What another process removes meanwhile is passed over."""
+    return [path.parent for path in cache.glob(f"*/{_DIGESTS}") if path.parent.suffix != ".part"]
+
+
+def _last_used(folder: Path) -> float:
+    """Seconds since the epoch; of a graph of an earlier version, when it was made."""
+    use = _use_file(folder)
+    return (use if use.exists() else folder).stat().st_mtime if folder.exists() else 0.0
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _use_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.use")
 
 
 def _identity(source: TensorSource, name: str) -> list[object]:
@@ -95,7 +160,12 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Whether it is locked now; False only without `wait`. The file's time stays as it was."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -26,14 +26,14 @@ class OnnxHead:
         cache: Path | None = None,
     ) -> None:
         """weights, threads, spinning, cache: as of OnnxRuntime. Raises UnsupportedModel, BadRequest, BadModelFolder."""
-        folder = cached_graph(
+        self._graph = cached_graph(
             cache or default_cache(),
             source,
             head_tensors(source.config),
             ["head", weights],
             lambda folder: write_head(source, weights, folder),
         )
-        self._session = open_session(folder, threads, spinning)
+        self._session = open_session(self._graph.folder, threads, spinning)
         self._vocabulary: int = source.config.vocab_size
 
     @torch.inference_mode()

@@ -60,14 +60,14 @@ class OnnxRuntime:
         self.sequences, self.tokens, self.adapters = sequences, tokens, len(adapters)
         adapted = frozenset(module for adapter in adapters for module in adapter)
         shape = replace(shape_of(source.config, first, last), adapted=adapted)
-        folder = cached_graph(
+        self._graph = cached_graph(
             cache or default_cache(),
             source,
             shape.tensors,
             ["blocks", first, last, weights, *sorted(adapted)],
             lambda folder: write_blocks(source, shape, weights, folder),
         )
-        self._session = open_session(folder, threads, spinning)
+        self._session = open_session(self._graph.folder, threads, spinning)
         self._hidden = shape.hidden
         self._rotary = RotaryTables(source.config, tokens)
         slots = (sequences, shape.kv_heads, tokens, shape.head_size)

@@ -51,6 +51,10 @@ def find_served(opened: grpc.Channel) -> Any:
     return CoordinatorStub(opened).FindServed(pb.FindServedRequest(), timeout=LIMIT)
 
 
+def measure_link(opened: grpc.Channel) -> Any:
+    return list(CoordinatorStub(opened).MeasureLink(iter([stage_pb2.Probe()]), timeout=LIMIT))
+
+
 def create_token(opened: grpc.Channel) -> Any:
     return CoordinatorStub(opened).CreateToken(pb.CreateTokenRequest(name="mine"), timeout=LIMIT)
 
@@ -89,7 +93,7 @@ def test_each_call_is_for_the_role_that_it_is_for(house: House) -> None:
         error = outcome(house.address, device, call)
         assert isinstance(error, NotAllowed), call
         assert str(error) == "device d0 may not make this call: it is for a user's certificate"
-    for call in (open_session, get_manifest, fetch, find_served):
+    for call in (open_session, measure_link, get_manifest, fetch, find_served):
         error = outcome(house.address, house.user, call)
         assert isinstance(error, NotAllowed), call
         assert "it is for a device's certificate" in str(error)

@@ -41,11 +41,14 @@ def test_a_job_whose_stage_fails_ends_with_one_line(tmp_path: Path, raised: Exce
     async def start_stage(task: StageTask) -> tuple[Any, str]:
         raise raised
 
+    async def measure(quiet: bool) -> pb.Profile:
+        raise AssertionError("a training job needs no measurement")
+
     async def story() -> pb.Job:
         store, sessions = Store(tmp_path / "state.db"), Sessions()
         device = pb.Profile(datasets=[pb.Dataset(name="notes")], task_kinds=["splitlora"])
         await sessions.opened(Session("edge", "1", device))
-        jobs = Jobs(store, sessions, tmp_path, start_stage)
+        jobs = Jobs(store, sessions, tmp_path, start_stage, measure)
         model = make_model(tmp_path / "model", "llama", layers=2)
         training = TrainingConfig(sequence_length=16).to_json()
         spec = pb.JobSpec(method="splitlora", model=str(model), dataset="notes", device_count=1, training=training)

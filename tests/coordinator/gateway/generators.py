@@ -65,7 +65,7 @@ class WholeModel:
 
     def __init__(self, folder: Path | str, context: int) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-        self.context = context
+        self.context, self.capacity = context, 1000
         self.answers: list[RecordedAnswer] = []
 
     def submit(self, request: Request) -> RecordedAnswer:
@@ -115,11 +115,12 @@ class Script:
         ids: Sequence[int],
         *,
         context: int = 64,
+        capacity: int = 1000,
         refuse: Exception | None = None,
         after: Callable[[], Any] | None = None,
     ) -> None:
         self.ids = ids
-        self.context = context
+        self.context, self.capacity = context, capacity
         self.refuse = refuse
         self.after = after
         self.answers: list[RecordedAnswer] = []

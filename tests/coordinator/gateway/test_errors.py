@@ -178,6 +178,27 @@ def test_an_error_of_the_engine_has_its_status_also_when_a_stream_was_asked_for(
     assert answer.headers.get("retry-after") == ("3" if status == 429 else None)
 
 
+@pytest.mark.parametrize("asked", [{"n": 7}, {"prompt": ["a", "b", "c", "d"], "n": 2}, {"prompt": ["a"] * 7}])
+def test_more_answers_than_could_ever_wait_are_refused_with_the_limit(asked: dict[str, Any]) -> None:
+    script = saying("x", capacity=6)
+    error = fault(ask(script, COMPLETIONS, {"prompt": "a"} | asked), 400)
+    assert "answers are more than the 6 that one request may ask for" in error["message"]
+    assert error["param"] == "n"
+    assert not script.answers
+    assert ask(script, COMPLETIONS, {"prompt": ["a", "b"], "n": 3}).status_code == 200
+
+
+def test_requests_are_known_by_address_and_user() -> None:
+    script = saying("x")
+    for user in ({}, {"user": "ann"}, {"user": "ann"}, {"user": 5}):
+        ask(script, COMPLETIONS, {"prompt": "a"} | user)
+    ask(script, CHAT, {"messages": HELLO, "user": "ann"})
+    address, ann, *others = [answer.request.client for answer in script.answers]
+    assert address
+    assert ann == f"{address}/ann"
+    assert others == [ann, address, ann]
+
+
 async def lost() -> None:
     raise LinkLost("device edge went away")
 

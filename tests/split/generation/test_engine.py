@@ -146,6 +146,25 @@ def test_ten_times_the_load_is_refused_beyond_the_queue_and_all_others_are_answe
     run(engine_of(llama, queue=6), work)
 
 
+def test_clients_that_wait_take_turns(llama: Path) -> None:
+    async def work(engine: Engine) -> None:
+        text = prompts([4])[0]
+        ended: list[str] = []
+
+        async def ask(client: str, number: int) -> None:
+            await ids_of(engine.submit(Request(text, 3, GREEDY, client=client)))
+            ended.append(f"{client}{number}")
+
+        many = [asyncio.create_task(ask("a", number)) for number in range(6)]
+        await asyncio.sleep(0)
+        few = [asyncio.create_task(ask(client, number)) for client in ("b", "c") for number in range(2)]
+        await asyncio.gather(*many, *few)
+        # a0 was there alone; who has not had a turn comes first, in the order of coming.
+        assert ended == ["a0", "b0", "c0", "a1", "b1", "c1", "a2", "a3", "a4", "a5"]
+
+    run(engine_of(llama, sequences=1), work)
+
+
 def test_a_queue_of_none_takes_what_there_is_room_for(llama: Path) -> None:
     async def work(engine: Engine) -> None:
         request = Request(prompts([4])[0], 10, GREEDY)

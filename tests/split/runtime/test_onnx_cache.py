@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from split.errors import BadRequest
 from split.models.source import ModelFolder, TensorSource, open_model
 from split.runtime import Row
-from split.runtime.onnx_cache import default_cache
+from split.runtime.onnx_cache import LIMIT, default_cache
 from split.runtime.onnx_graph import write_blocks
 from split.runtime.onnx_runtime import OnnxRuntime
 from split.runtime.onnx_weights import BITS, quantise
@@ -116,6 +118,77 @@ def test_a_cache_that_cannot_be_written_is_an_error(folder: Path, tmp_path: Path
     (tmp_path / "file").write_text("")
     with pytest.raises(BadRequest, match="cannot keep ONNX graphs in"):
         compute(open_model(str(folder)), tmp_path / "file")
+
+
+def held(source: TensorSource, cache: Path, weights: str = "float32") -> OnnxRuntime:
+    return OnnxRuntime(source, 0, 2, sequences=1, tokens=8, threads=1, cache=cache, weights=weights)
+
+
+def test_the_longest_unused_graphs_go_when_there_is_no_room(
+    folder: Path, tmp_path: Path, written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, source = tmp_path / "graphs", open_model(str(folder))
+    for weights in ("int4", "int8"):
+        compute(source, cache, weights=weights)
+    use = {path: path.stat().st_mtime for path in cache.glob("*.use")}
+    for number, path in enumerate(sorted(use, key=lambda one: use[one])):
+        os.utime(path, (1000 + number, 1000 + number))  # int4 first
+    compute(source, cache, weights="int4")  # used again: int8 is the oldest now
+    size = sum(file.stat().st_size for entry in entries(cache) for file in entry.iterdir())
+    monkeypatch.setenv(LIMIT, str((size + 1) / 2**30))
+    compute(source, cache, weights="float32")
+    compute(source, cache, weights="float32")
+    assert len(entries(cache)) == 1  # the new one is larger than both
+    compute(source, cache, weights="int4")
+    assert written == ["int4", "int8", "float32", "int4"]
+    assert len(entries(cache)) == 1
+
+
+def test_a_graph_that_is_in_use_stays(
+    folder: Path, tmp_path: Path, written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LIMIT, "0")
+    cache, source = tmp_path / "graphs", open_model(str(folder))
+    runtimes = [held(source, cache, weights) for weights in ("float32", "int8")]
+    again = held(source, cache)
+    assert written == ["float32", "int8"]
+    assert len(entries(cache)) == 2
+    first, *_ = runtimes
+    del runtimes, _
+    held(source, cache, "int4")
+    assert len(entries(cache)) == 2  # int8 went; int4 was in use while it was looked at
+    assert torch.equal(*(one.compute([Row(0, 0, 3)], torch.ones(3, HIDDEN)) for one in (first, again)))
+
+
+def test_a_graph_that_another_process_uses_stays(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, source = tmp_path / "graphs", open_model(str(folder))
+    compute(source, cache)
+    (entry,) = entries(cache)
+    program = (
+        f"import sys; from pathlib import Path; from split.runtime.onnx_cache import Graph; "
+        f"graph = Graph(Path({str(entry)!r})); print('here', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program]
+    monkeypatch.setenv(LIMIT, "0")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == "here\n"
+        compute(source, cache, weights="int8")
+        assert entry in entries(cache)
+        other.stdin.close()
+        other.wait(60)
+    compute(source, cache, weights="int4")
+    assert entry not in entries(cache)
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "nan"])
+def test_a_limit_that_is_none_is_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv(LIMIT, text)
+    with pytest.raises(BadRequest, match=f"{LIMIT}='{text}': give the GiB"):
+        compute(open_model(str(folder)), tmp_path / "graphs")
 
 
 def test_the_default_place_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""What this device can do for a served model, measured while it has no task: how fast it decodes, once, and its link to
+the coordinator, in every session and now and then again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from client.identity import Identity
+from client.runner import SERVE, DeviceOptions
+from split.errors import IsthmusError
+from split.plan.probing import measure_link
+from split.plan.profile import LinkProfile
+from split.runtime.speed import Stopped, accelerator_bytes, kept_speeds, kinds, measure_speeds, speed_to_proto
+from split.tls import channel
+
+log = logging.getLogger(__name__)
+
+_IDLE = 2.0  # seconds after which a task that was waiting for this device would have come
+_AGAIN = 600.0  # seconds between measurements of the link
+
+
+class Measurements:
+    """Speeds are kept in the state folder. Nothing is measured for an owner who does not allow serving."""
+
+    def __init__(self, identity: Identity, options: DeviceOptions) -> None:
+        self._identity, self._options = identity, options
+        self._path = options.state / "speed.json"
+        self._wanted = SERVE in options.allow
+        self._speeds = kept_speeds(self._path, options.device, options.threads) if self._wanted else []
+        self._link: LinkProfile | None = None
+
+    def told(self) -> dict[str, Any]:
+        """The fields of a Profile for what is known so far."""
+        return {
+            "speeds": map(speed_to_proto, self._speeds),
+            "link": None if self._link is None else self._link.to_proto(),
+            "accelerator_bytes": accelerator_bytes(self._options.device) if self._wanted else 0,
+        }
+
+    async def news(self, busy: Callable[[], bool]) -> AsyncIterator[None]:
+        """Whenever there is something new to tell. Measuring is given up, for now, when the device becomes busy."""
+        while self._wanted:
+            await asyncio.sleep(_IDLE)
+            if busy():
+                continue
+            ended = threading.Event()
+            try:
+                await asyncio.to_thread(self._measure, partial(_any, ended.is_set, busy))
+            except Stopped:
+                continue
+            except (IsthmusError, OSError) as error:  # an older coordinator, a full disk: no task depends on it
+                log.info("not measured: %s", error)
+            except Exception:  # too little memory, a bug
+                log.exception("this device could not be measured")
+            finally:
+                ended.set()  # also where this session has ended, and nobody waits any more
+            yield
+            await asyncio.sleep(_AGAIN)
+
+    def _measure(self, stop: Callable[[], bool]) -> None:
+        options = self._options
+        if len(self._speeds) < len(kinds(options.device)):
+            if options.threads:
+                torch.set_num_threads(options.threads)
+            self._speeds = measure_speeds(self._path, options.device, options.threads, stop=stop)
+            log.info("decoding: %s", "; ".join(map(str, self._speeds)))
+        with channel(self._identity.address, self._identity.credentials) as opened:
+            self._link = measure_link(opened, stop=stop)
+        log.info("the link to the coordinator: %s", self._link)
+
+
+def _any(*conditions: Callable[[], bool]) -> bool:
+    return any(condition() for condition in conditions)

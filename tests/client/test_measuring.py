@@ -1,0 +1,115 @@
+"""A device measures itself while it has nothing else to do, and tells what it knows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client import measuring
+from client.identity import Identity
+from client.measuring import Measurements
+from client.runner import DeviceOptions
+from protos.v1 import coordinator_pb2 as pb
+from split.errors import LinkLost
+from split.plan.profile import LinkProfile
+from split.runtime.speed import Speed, Stopped
+from split.tls import Credentials
+
+SPEED = Speed("torch", "float32", 1e9, 0.001, 0.002)
+LINK = LinkProfile(0.04, 2e6, 3e6)
+
+
+@pytest.fixture
+def identity(monkeypatch: pytest.MonkeyPatch) -> Any:
+    class Here:
+        address = "127.0.0.1:1"
+        credentials = Credentials(b"", b"", b"")
+
+    class Opened:
+        def __enter__(self) -> None: ...
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(measuring, "_IDLE", 0.001)
+    monkeypatch.setattr(measuring, "channel", lambda *_: Opened())
+    monkeypatch.setattr(measuring, "measure_link", lambda *_, **__: LINK)
+    monkeypatch.setattr(measuring, "measure_speeds", lambda *_, **__: [SPEED])
+    return Here()
+
+
+def options(state: Path, **changes: Any) -> DeviceOptions:
+    return replace(DeviceOptions(state=state, data={}, device="cpu"), **changes)
+
+
+def first_news(mine: Measurements, busy: Callable[[], bool] = lambda: False) -> None:
+    async def wait() -> None:
+        async with asyncio.timeout(30):
+            await anext(mine.news(busy))
+
+    asyncio.run(wait())
+
+
+def test_what_is_measured_is_told(identity: Identity, tmp_path: Path) -> None:
+    mine = Measurements(identity, options(tmp_path))
+    assert pb.Profile(**mine.told()) == pb.Profile()
+    first_news(mine)
+    told = pb.Profile(**mine.told())
+    assert [speed.bytes_per_second for speed in told.speeds] == [1e9]
+    assert LinkProfile.from_proto(told.link) == LINK
+    assert told.accelerator_bytes == 0
+
+
+def test_nothing_is_measured_while_there_is_a_task_nor_before_it_has_ended(identity: Identity, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def busy() -> bool:
+        asked.append(1)
+        return len(asked) < 5
+
+    mine = Measurements(identity, options(tmp_path))
+    first_news(mine, busy)
+    assert len(asked) >= 5
+
+
+def test_a_task_that_comes_stops_it_and_it_is_done_later(
+    identity: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    working = [False]
+    tries: list[bool] = []
+
+    def measure(*_: object, stop: Callable[[], bool]) -> list[Speed]:
+        working[0] = not tries  # a task comes during the first time
+        tries.append(stop())
+        if stop():
+            working[0] = False  # and ends
+            raise Stopped
+        return [SPEED]
+
+    monkeypatch.setattr(measuring, "measure_speeds", measure)
+    first_news(Measurements(identity, options(tmp_path)), lambda: working[0])
+    assert tries == [True, False]
+
+
+def test_an_owner_who_does_not_allow_serving_is_not_measured(identity: Identity, tmp_path: Path) -> None:
+    mine = Measurements(identity, options(tmp_path, allow=("splitlora",)))
+    with pytest.raises(StopAsyncIteration):
+        first_news(mine)
+    assert pb.Profile(**mine.told()) == pb.Profile()
+
+
+def test_a_link_that_cannot_be_measured_leaves_the_speeds(
+    identity: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def older(*_: object, **__: object) -> LinkProfile:
+        raise LinkLost("it does not answer")
+
+    monkeypatch.setattr(measuring, "measure_link", older)
+    mine = Measurements(identity, options(tmp_path))
+    first_news(mine)
+    told = pb.Profile(**mine.told())
+    assert len(told.speeds) == 1
+    assert not told.HasField("link")

@@ -1,0 +1,86 @@
+"""Devices and the coordinator measure themselves; `serve` tells what speed is to be expected, and of what one node."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from coordinator.local_cluster import submit
+from protos.v1 import coordinator_pb2 as pb
+from split.serving import ServingConfig
+from tests.cluster.house import LIMIT, House, ended, events_until, wait_for
+
+pytestmark = pytest.mark.cluster
+
+
+def profile_of(house: House, device: str) -> pb.Profile:
+    with house.connect() as connection:
+        listed = connection.stub.ListDevices(pb.ListDevicesRequest()).devices
+    return next(one.profile for one in listed if one.name == device)
+
+
+@pytest.fixture
+def measured(house: House) -> House:
+    """With devices that have told all that they measure."""
+    for name in ("d0", "d1", "d2"):
+        wait_for(lambda name=name: profile_of(house, name).HasField("link"), f"{name} has measured its link")
+    return house
+
+
+def test_a_device_tells_its_speed_and_its_link(measured: House) -> None:
+    profile = profile_of(measured, "d0")
+    assert {(one.runtime, one.weights) for one in profile.speeds} == {
+        ("torch", "float32"),
+        ("onnxruntime", "float32"),
+        ("onnxruntime", "int8"),
+        ("onnxruntime", "int4"),
+    }
+    assert all(one.bytes_per_second > 1e7 for one in profile.speeds)
+    assert 0 < profile.link.round_trip_seconds < 1
+    _, table, _ = measured.cli("devices")
+    assert "GB/s" in table
+    assert "unknown" not in table
+
+
+def test_serve_tells_both_predictions(measured: House) -> None:
+    command = [sys.executable, "-m", "coordinator.cli.main", "serve", "--model", str(measured.model)]
+    command += ["--stages", "d0:0-2,cloud:2-4", "--credentials", str(measured.cluster.credentials)]
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if "is served at" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        assert process.wait(LIMIT) == 130
+    (line,) = [line for line in lines if "is predicted at" in line]
+    found = re.match(
+        r"d0:0-2,cloud:2-4 is predicted at (\S+) tokens/s \(one answer at a time\); (\w+) alone has the memory and "
+        r"would give (\S+?)(: use --stages \w+:0-4)?$",
+        line,
+    )
+    assert found is not None, line
+    assert (float(found[1]) < float(found[3])) == (found[4] is not None)
+
+
+def test_auto_chooses_one_node_where_one_has_the_memory(measured: House) -> None:
+    config = ServingConfig((), "model")
+    spec = pb.JobSpec(method="serve", model=str(measured.model), serving=config.to_json(), wait_seconds=LIMIT)
+    with measured.connect() as connection:
+        job = submit(connection, spec).id
+        plan = events_until(connection, job, lambda event, data: event.kind == "plan")
+        data: dict[str, Any] = json.loads(plan.data)
+        assert data["stages"].endswith(":0-4")
+        assert not data["slower"]
+        events_until(connection, job, lambda event, data: event.kind == "started")
+        holder = data["single"]
+        assert list(connection.stub.GetJob(pb.JobRequest(id=job)).devices) == ([] if holder == "cloud" else [holder])
+        connection.stub.CancelJob(pb.JobRequest(id=job))
+        assert ended(connection, job).state == pb.CANCELLED
