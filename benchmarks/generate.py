@@ -7,6 +7,7 @@ share one machine. What is compared takes turns, `--rounds` times, and a ratio i
     one process        embedding, blocks and head in this process
     two, three         the gateway with embedding and head, and holders of half or a third of the blocks each: device
                        daemons and an actor, over gRPC with mutual TLS
+    drafts             of the default model: a device that is the user itself, over the last of the links (drafting.py)
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM
 
+from benchmarks import drafting
 from benchmarks.common import JsonFile, command, console, describe, machine, quieten, table, write_json
 from benchmarks.llama_cpp import bench, rpc_servers, write_gguf
 from benchmarks.serving import Served, served
@@ -170,6 +172,12 @@ def main(
         half, third = layers // 2, layers // 3
         chains = {f"two, {link}": f"{device}:0-{half},cloud:{half}-{layers}" for link, device in devices.items()}
         chains["three, loopback"] = f"near:0-{third},third:{third}-{2 * third},cloud:{2 * third}-{layers}"
+        if specs:
+            link, device = list(devices.items())[-1]
+            with console.status(f"drafts, {link}"):
+                choice = RuntimeChoice(runtime, cache=cache)
+                drafted = drafting.measure(cluster, device, choice, rounds)
+            measured |= {f"drafts, {link}, {name}": runs for name, runs in drafted.items()}
         again = of_one_process(source, choices["one process"], ())
         for name, stages in chains.items():
             settings = {"sequences": 16, "context": PROMPT + LONG + ANSWER, "runtime": runtime}
@@ -196,6 +204,8 @@ KEYS = (
     "sixteen_requests_over_one",
     "int4_over_float32",
     "int8_over_float32",
+    "tokens_per_round_trip",
+    "drafts_over_none",
 )
 
 
@@ -219,6 +229,10 @@ def ratios(measured: dict[str, list[dict[str, float]]]) -> dict[str, float]:
         "int4_over_float32": over("one process, int4", "one process"),
         "int8_over_float32": over("one process, int8", "one process"),
     }
+    early = next((name for name in measured if name.endswith("temperature 0, early")), None)
+    if early is not None:
+        found["tokens_per_round_trip"] = median(run["tokens_per_round_trip"] for run in measured[early])
+        found["drafts_over_none"] = over(early, early.replace("early", "none"))
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -230,6 +244,7 @@ def show(measured: dict[str, list[dict[str, float]]]) -> None:
         "prefill": "prefill/s",
         "first_token_ms": "first token ms",
         "hop_overhead_ms": "beyond computing ms",
+        "tokens_per_round_trip": "tokens a round trip",
     }
     rows = []
     for name, runs in measured.items():

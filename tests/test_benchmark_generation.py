@@ -46,12 +46,17 @@ def test_ratios_are_of_the_same_round_and_only_of_what_was_measured() -> None:
         ],
         "two, loopback": [{"decode": 18.0, "hop_overhead_ms": 2.0}],
         "one process beside two, loopback": [{"decode": 20.0}],
+        "drafts, slow, temperature 0, none": [{"decode": 10.0, "tokens_per_round_trip": 1.0}],
+        "drafts, slow, temperature 0, early": [{"decode": 25.0, "tokens_per_round_trip": 3.0}],
+        "drafts, slow, temperature 0.8, early": [{"decode": 15.0, "tokens_per_round_trip": 2.0}],
     }
     assert ratios(measured) == {
         "one_process_over_transformers": 3.0,
         "two_processes_over_one": 0.9,
         "hop_overhead_ms": 2.0,
         "sixteen_requests_over_one": 4.0,
+        "tokens_per_round_trip": 3.0,
+        "drafts_over_none": 2.5,
     }
 
 
