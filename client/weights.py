@@ -39,20 +39,23 @@ def device_source(
     folder: the owner's own copy of the model. Raises BadModelFolder when its files are not the coordinator's.
     What is streamed is kept under its digests in the state folder, so the next job of this model fetches nothing.
     """
-    store = BlobStore(state / "blobs")
 
     def part(adapter: str = "") -> pb.ManifestRequest:
         return pb.ManifestRequest(job=job, adapter=adapter, user=user_blocks is not None, blocks=user_blocks or 0)
 
+    def fetched(adapter: str, manifest: Manifest) -> BlobStore:
+        store = BlobStore(state / "blobs")
+        _fetch_missing(stub, address, part(adapter), manifest, store, tell)
+        return store
+
     manifest = _manifest(stub, address, part())
     if folder is None:
-        _fetch_missing(stub, address, part(), manifest, store, tell)
-    source = BlobModel(store, manifest) if folder is None else _own_copy(folder, manifest, state / "digests.json")
-    loras = {name: _manifest(stub, address, part(name)) for name in adapters}
-    for name, lora in loras.items():
-        _fetch_missing(stub, address, part(name), lora, store, tell)
-    digest = with_adapters(holder_digest(manifest, manifest.tensors), list(loras.values()))
-    return source, [Blobs(store, lora) for lora in loras.values()], digest
+        source: TensorSource = BlobModel(fetched("", manifest), manifest)
+    else:
+        source = _own_copy(folder, manifest, state / "digests.json")
+    manifests = {name: _manifest(stub, address, part(name)) for name in adapters}
+    loras = [Blobs(fetched(name, one), one) for name, one in manifests.items()]
+    return source, loras, with_adapters(holder_digest(manifest, manifest.tensors), list(manifests.values()))
 
 
 def _manifest(stub: CoordinatorStub, address: str, part: pb.ManifestRequest) -> Manifest:
