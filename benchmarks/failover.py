@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.common import JsonFile, command, console, describe, machine, table, write_json
-from benchmarks.serving import Served, served, whole_answers
+from benchmarks.serving import Served, served, wait_measured, whole_answers
 from coordinator.local_cluster import LocalCluster
 from split.errors import LinkLost
 from split.models.source import end_tokens, open_model
@@ -193,6 +193,7 @@ def main(
             for name in DEVICES:
                 cluster.start_device(name, {}, arguments=("--threads", "1"))
             cluster.wait_connected(DEVICES)
+            wait_measured(cluster, DEVICES)
         for replacement, (stages, holders) in arrangements.items():
             with served(cluster, model, stages, patience=300) as here:
                 run = Run(cluster, here, wanted, tokens, chance)

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks import drafting
 from benchmarks.common import JsonFile, command, console, describe, machine, quieten, table, write_json
 from benchmarks.llama_cpp import bench, rpc_servers, write_gguf
-from benchmarks.serving import Served, served
-from benchmarks.split_training import write_random_llama
+from benchmarks.serving import Served, served, wait_measured
+from benchmarks.split_training import SIZES, write_random_llama
 from coordinator.emulation import LinkSpec
 from coordinator.local_cluster import LocalCluster
 from split.generation.local import local_engine
@@ -115,7 +115,10 @@ def of_served(model: Served, vocabulary: int, number: int, requests: tuple[int, 
 
 
 def main(
-    model: Annotated[str, typer.Option(help="large (97.5 million random parameters), default, or a folder.")] = "large",
+    model: Annotated[
+        str,
+        typer.Option(help="large, billion (97.5 or 1000 million random parameters), default, or a folder."),
+    ] = "large",
     llama_cpp: Annotated[
         Path | None, typer.Option(help="Folder with llama-bench and ggml-rpc-server (scripts/build_llama_cpp.sh).")
     ] = None,
@@ -143,7 +146,7 @@ def main(
         LocalCluster(Path(temporary)) as cluster,
     ):
         folder = Path(temporary)
-        source = open_model(str(write_random_llama(folder / "llama")) if model == "large" else model)
+        source = open_model(str(write_random_llama(folder / "llama", model)) if model in SIZES else model)
         vocabulary, layers = source.config.vocab_size, source.config.num_hidden_layers
         cache, threads = folder / "onnx", os.cpu_count() or 1
         choices = {"one process": RuntimeChoice(runtime, cache=cache)}
@@ -165,10 +168,13 @@ def main(
         devices = {"loopback": "near", **{link: f"far-{number}" for number, link in enumerate(specs)}}
         with console.status("starting the coordinator and its devices"):
             cluster.start_coordinator(stage_ports=2)
-            cluster.start_device("third", {})
+            copy = ("--model", f"{source.path.name}={source.path}")  # nothing large goes over a slow link
+            cluster.start_device("third", {}, arguments=copy)
             for link, device in devices.items():
-                cluster.start_device(device, {}, link=specs.get(link))
+                cluster.start_device(device, {}, arguments=copy, link=specs.get(link))
             cluster.wait_connected(["third", *devices.values()])
+        with console.status("devices measure themselves"):
+            wait_measured(cluster, ["third", *devices.values()])
         half, third = layers // 2, layers // 3
         chains = {f"two, {link}": f"{device}:0-{half},cloud:{half}-{layers}" for link, device in devices.items()}
         chains["three, loopback"] = f"near:0-{third},third:{third}-{2 * third},cloud:{2 * third}-{layers}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -19,18 +18,16 @@ import typer
 
 from benchmarks.common import JsonFile, command, console, describe, machine, table, write_json
 from benchmarks.generate import ANSWER, LINKS, PROMPT, prompt_of
-from benchmarks.serving import Served, served
+from benchmarks.serving import Served, served, wait_measured
 from benchmarks.split_training import write_random_llama
 from coordinator.emulation import LinkSpec
 from coordinator.local_cluster import LocalCluster
 from protos.v1 import coordinator_pb2 as pb
-from split.errors import LinkLost
 from split.models.source import open_model
 from split.runtime.choose import AUTO
 from split.serving import CLOUD
 
 NEAR, ALONE = "near", "coordinator alone"
-_PATIENCE = 120.0  # seconds for a device to measure itself
 
 
 def chains(links: list[str], layers: int) -> dict[str, str]:
@@ -70,18 +67,6 @@ def measured(model: Served, vocabulary: int) -> float:
     return ANSWER / (seconds(2, ANSWER + 1) - first)
 
 
-def wait_measured(cluster: LocalCluster, device: str) -> None:
-    """Until a device has told its speed and its link. Raises LinkLost."""
-    deadline = time.monotonic() + _PATIENCE
-    with cluster.connect() as connection:
-        while time.monotonic() < deadline:
-            listed = connection.stub.ListDevices(pb.ListDevicesRequest()).devices
-            if any(one.name == device and one.profile.HasField("link") for one in listed):
-                return
-            time.sleep(0.2)
-    raise LinkLost(f"{device} has not measured itself in {_PATIENCE:.0f} s: {cluster.last_line(device)}")
-
-
 def main(
     model: Annotated[str, typer.Option(help="large (97.5 million random parameters), default, or a folder.")] = "large",
     rounds: Annotated[int, typer.Option(help="Starts of every chain.", min=1)] = 3,
@@ -109,7 +94,7 @@ def main(
             with console.status(f"{device} measures itself"):
                 cluster.start_device(device, {}, link=spec)
                 cluster.wait_connected([device])
-                wait_measured(cluster, device)
+                wait_measured(cluster, [device])
         for _ in range(rounds):
             for name, stages in chains(list(specs), layers).items():
                 settings = {"sequences": 4, "context": PROMPT + ANSWER + 1, "runtime": runtime}

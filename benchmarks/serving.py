@@ -23,6 +23,7 @@ from split.errors import LinkLost
 from split.serving import ServingConfig, parse_stages
 
 NAME = "model"
+_PATIENCE = 300.0  # seconds for devices to measure themselves
 
 
 @dataclass
@@ -87,6 +88,20 @@ class Served:
     def stats(self) -> dict[str, Any]:
         result: dict[str, Any] = httpx2.get(f"{self.url}/stats", timeout=60).json()
         return result
+
+
+def wait_measured(cluster: LocalCluster, devices: Sequence[str]) -> None:
+    """Until these have told their speed and their link, and are quiet from then on. Raises LinkLost."""
+    deadline = time.monotonic() + _PATIENCE
+    with cluster.connect() as connection:
+        while time.monotonic() < deadline:
+            listed = connection.stub.ListDevices(pb.ListDevicesRequest()).devices
+            missing = set(devices) - {one.name for one in listed if one.profile.HasField("link")}
+            if not missing:
+                return
+            time.sleep(0.2)
+    first = min(missing)
+    raise LinkLost(f"{first} has not measured itself in {_PATIENCE:.0f} s: {cluster.last_line(first)}")
 
 
 @contextmanager

@@ -67,15 +67,23 @@ class Workload:
         return self.batch_size * self.sequence_length
 
 
-def write_random_llama(folder: Path) -> Path:
-    """A Llama of 97.5 million random parameters and a tokenizer of bytes, in hub format."""
+SIZES = {
+    "large": (768, 2048, 12, 12, 12),  # 97.5 million parameters
+    "billion": (2048, 5632, 22, 32, 4),  # 1.0 thousand million; 4 GB
+}
+"""Widths of hidden states and of the MLP, blocks, heads, heads of keys and values."""
+
+
+def write_random_llama(folder: Path, size: str = "large") -> Path:
+    """A Llama of random parameters (SIZES) and a tokenizer of bytes, in hub format."""
+    hidden, intermediate, layers, heads, kv_heads = SIZES[size]
     config = LlamaConfig(
         vocab_size=8192,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=12,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=512,
         bos_token_id=None,
         eos_token_id=0,
