@@ -134,7 +134,7 @@ class Serving:
     def for_devices(self) -> str:
         """JSON of the configuration, without what is not theirs to know."""
         adapters = tuple(AdapterConfig(one.name) for one in self.config.adapters)
-        return replace(self.config, key_sha256="", adapters=adapters).to_json()
+        return replace(self.config, key_sha256="", http_certificate="", http_key="", adapters=adapters).to_json()
 
     def planned(self, profiles: Mapping[str, pb.Profile]) -> tuple[Serving, dict[str, Any] | None]:
         """With the spans that were asked for or, where none were, the best ones; and what is to be told of them.

@@ -51,6 +51,7 @@ class ServingConfig:
     takes, up to 4096; sequences: at the same time; queue: requests that may wait.
 
     key_sha256: of the API key, hexadecimal; empty: none is needed. patience: seconds that an answer waits for a holder.
+    http_certificate, http_key: PEM files at the coordinator, for TLS; empty: HTTP is not encrypted.
     draft: NONE, LOOKUP, or a model at the coordinator. exit_threshold: as `parse_exit`.
 
     users: devices that may use the chain themselves, beside those that hold the first span; guests: sequences for them,
@@ -69,6 +70,8 @@ class ServingConfig:
     weights: str = "float32"
     http_host: str = "127.0.0.1"
     http_port: int = 0
+    http_certificate: str = ""
+    http_key: str = ""
     key_sha256: str = ""
     patience: float = 60.0
     draft: str = NONE
@@ -95,6 +98,8 @@ class ServingConfig:
                     "none; write --adapter NAME=DIR"
                 )
             names.append(adapter.name)
+        if bool(self.http_certificate) != bool(self.http_key):
+            raise BadRequest("TLS needs both --tls-certificate and --tls-key")
         codec_for_hidden_states(self.codec)
         check_runtime(self.runtime, self.weights)
         if self.draft == EARLY:

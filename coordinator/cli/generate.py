@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -34,7 +36,13 @@ from split.terminal import (
 
 Model = Annotated[str, typer.Option(help="As it is served; with --local a folder in hub format, a hub id, or default.")]
 Local = Annotated[bool, typer.Option("--local", help="Load the model here and answer in this process.")]
-Url = Annotated[str, typer.Option(help="Of the API, as `isthmus serve` prints it.", envvar="ISTHMUS_URL")]
+Url = Annotated[
+    str,
+    typer.Option(
+        help="Of the API, as `isthmus serve` prints it. A PEM file in ISTHMUS_CA is trusted beside the system's.",
+        envvar="ISTHMUS_URL",
+    ),
+]
 Key = Annotated[str, typer.Option(help="Of the API.", envvar="ISTHMUS_API_KEY")]
 Runtime = Annotated[str, typer.Option(help="With --local: auto (the faster one here), torch, or onnxruntime.")]
 Weights = Annotated[str, typer.Option(help="With --local: float32, or in onnxruntime int8 or int4.")]
@@ -129,7 +137,8 @@ class There:
             raise BadRequest("--url is missing: what `isthmus serve` printed; or load the model here with --local")
         self._url, self._model = url.rstrip("/"), model
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._client = httpx2.AsyncClient(headers=headers, timeout=httpx2.Timeout(600, connect=10))
+        trusted = _trusted(os.environ.get("ISTHMUS_CA", ""))
+        self._client = httpx2.AsyncClient(headers=headers, verify=trusted, timeout=httpx2.Timeout(600, connect=10))
 
     async def __aenter__(self) -> There:
         if not self._model:
@@ -294,6 +303,17 @@ def _where(model: str, local: bool, url: str, key: str, loading: Loading) -> Her
     if loading.adapter and not local:
         raise BadRequest("--adapter is for --local; of what is served give the adapter's name as --model")
     return Here(model or "default", loading) if local else There(url, key, model)
+
+
+def _trusted(file: str) -> ssl.SSLContext:
+    """The system's authorities, and those of a PEM file if one is named."""
+    context = ssl.create_default_context()
+    if file:
+        try:
+            context.load_verify_locations(file)
+        except OSError as error:
+            raise BadRequest(f"ISTHMUS_CA {file}: {error.strerror or error}") from None
+    return context
 
 
 def _refusal(status: int, body: bytes) -> IsthmusError:

@@ -70,6 +70,10 @@ def serve(
     exit_threshold: ExitThreshold = "",
     host: Annotated[str, typer.Option(help="Where HTTP listens, at the coordinator.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 0,
+    tls_certificate: Annotated[
+        str, typer.Option(help="PEM file at the coordinator: HTTP is encrypted. With --tls-key.")
+    ] = "",
+    tls_key: Annotated[str, typer.Option(help="Its private key.")] = "",
     api_key: Annotated[
         str, typer.Option(help="That clients have to send; by default one is made.", envvar="ISTHMUS_API_KEY")
     ] = "",
@@ -112,6 +116,8 @@ def serve(
         exit_threshold=exit_threshold,
         http_host=host,
         http_port=port,
+        http_certificate=_full_path(tls_certificate),
+        http_key=_full_path(tls_key),
         key_sha256=hashlib.sha256(key.encode()).hexdigest() if key else "",
         users=tuple(user.strip() for user in users.split(",") if user.strip()),
         guests=guests,
@@ -124,6 +130,8 @@ def serve(
         serving=config.to_json(),
         wait_seconds=wait,
     )
+    if not tls_certificate and host not in ("127.0.0.1", "::1", "localhost") and not json_output:
+        console.print(f"HTTP at {host} is not encrypted: --tls-certificate and --tls-key change that", style="yellow")
     with connected(credentials, coordinator) as connection:
         job = connection.stub.SubmitJob(pb.SubmitJobRequest(spec=spec))
         try:
@@ -137,6 +145,12 @@ def serve(
             raise typer.Exit(130) from None
         ended = connection.stub.GetJob(pb.JobRequest(id=job.id))
     check_ended_well(ended)
+
+
+def _full_path(file: str) -> str:
+    """Of a file here; another one may be at the coordinator."""
+    path = Path(file).expanduser()
+    return str(path.resolve()) if file and path.is_file() else file
 
 
 @contextmanager

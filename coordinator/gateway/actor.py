@@ -127,9 +127,16 @@ class GatewayActor:
             return {**engine.stats(), "guests": self._servicer.guests.load}
 
         app = make_app(models, key_sha256=serving.key_sha256 or None, stats=stats)
-        http = await serve(app, serving.http_host, serving.http_port)
+        http = await serve(
+            app,
+            serving.http_host,
+            serving.http_port,
+            certificate=serving.http_certificate,
+            key=serving.http_key,
+        )
         self._closing.push_async_callback(http.close)
-        self._url = f"http://{join_address(serving.http_host, http.port)}/v1"
+        scheme = "https" if serving.http_certificate else "http"
+        self._url = f"{scheme}://{join_address(serving.http_host, http.port)}/v1"
         self._tasks = [asyncio.create_task(self._tell_events()), asyncio.create_task(self._tell_when_complete())]
         for span in serving.spans:
             for number in range(span.holders.count(CLOUD)):

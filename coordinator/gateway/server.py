@@ -48,8 +48,13 @@ class Serving:
         await asyncio.shield(self._task)
 
 
-async def serve(app: ASGIApp, host: str, port: int, *, grace: float = 5.0) -> Serving:
-    """Returns when requests are answered. port 0: any free one. grace: see Serving.close. Raises BadRequest."""
+async def serve(
+    app: ASGIApp, host: str, port: int, *, grace: float = 5.0, certificate: str = "", key: str = ""
+) -> Serving:
+    """Returns when requests are answered. port 0: any free one. grace: see Serving.close.
+
+    certificate, key: files in PEM form, for TLS; empty: none. Raises BadRequest.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family)
@@ -63,7 +68,14 @@ async def serve(app: ASGIApp, host: str, port: int, *, grace: float = 5.0) -> Se
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=max(1, round(grace)),
+        ssl_certfile=certificate or None,
+        ssl_keyfile=key or None,
     )
+    try:
+        config.load()
+    except OSError as error:  # SSLError is one
+        listener.close()
+        raise BadRequest(f"TLS certificate {certificate} with key {key}: {error.strerror or error}") from None
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     up = asyncio.create_task(server.up.wait())

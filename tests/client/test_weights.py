@@ -52,7 +52,7 @@ def test_what_another_process_fetches_is_waited_for_and_comes_once(tmp_path: Pat
 
     thread = threading.Thread(target=other)
     thread.start()
-    source, _ = device_source(coordinator, "here", "job", tmp_path / "state", None, tell, user_blocks=1)
+    source, _, _ = device_source(coordinator, "here", "job", tmp_path / "state", None, tell, user_blocks=1)
     thread.join(60)
     assert source.tensor_names() == coordinator.folder.tensor_names()
     assert blob.digest not in {request.digest for request in coordinator.fetched}

@@ -102,6 +102,9 @@ def test_a_device_finds_the_models_that_it_may_use(tmp_path: Path, monkeypatch: 
         gateways.append(Gateway())
         return gateways[-1], f":{len(gateways)}"
 
+    async def measure(quiet: bool) -> pb.Profile:
+        return pb.Profile()
+
     async def running(store: Store, job: pb.Job, jobs: Jobs) -> None:
         async for _ in jobs.events(job.id, 0):
             if store.job(job.id).state == pb.RUNNING:
@@ -111,7 +114,7 @@ def test_a_device_finds_the_models_that_it_may_use(tmp_path: Path, monkeypatch: 
         store, sessions = Store(tmp_path / "state.db"), Sessions()
         for name in ("laptop", "phone"):
             store.redeem_token(store.create_token(name)[0], f"serial-{name}")
-        jobs = Jobs(store, sessions, tmp_path, start_stage)
+        jobs = Jobs(store, sessions, tmp_path, start_stage, measure)
         model = make_model(tmp_path / "model", "llama", layers=2)
 
         async def serve(name: str, *users: str) -> pb.Job:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import ssl
+from pathlib import Path
 
 import httpx2
 import pytest
 
+from coordinator.authority import Authority
 from coordinator.gateway import make_app, serve
 from split.errors import BadRequest
 from tests.coordinator.gateway.generators import forever, saying, served_model
@@ -74,3 +77,35 @@ def test_a_client_that_stalls_in_its_body_is_cut_off() -> None:
         return answer
 
     assert asyncio.run(use()).startswith(b"HTTP/1.1 408")
+
+
+def test_http_is_encrypted_with_a_certificate(tmp_path: Path) -> None:
+    authority = Authority.open(tmp_path)
+    for name, content in zip(("certificate", "key", "ca"), (*authority.issue_server(), authority.ca_pem), strict=True):
+        (tmp_path / name).write_bytes(content)
+    files = {"certificate": str(tmp_path / "certificate"), "key": str(tmp_path / "key")}
+
+    async def use() -> None:
+        server = await serve(make_app({}, key_sha256=None), "127.0.0.1", 0, **files)
+        trusting = ssl.create_default_context(cafile=tmp_path / "ca")
+        trusting.check_hostname = False  # these certificates name the coordinator, not an address
+        async with httpx2.AsyncClient(verify=trusting) as client:
+            assert (await client.get(f"https://127.0.0.1:{server.port}/health")).json() == {"status": "ok"}
+        async with httpx2.AsyncClient() as stranger:
+            with pytest.raises(httpx2.ConnectError, match="certificate"):
+                await stranger.get(f"https://127.0.0.1:{server.port}/health")
+        await server.close()
+
+    asyncio.run(use())
+
+
+def test_a_certificate_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "junk").write_text("no certificate")
+
+    async def use() -> None:
+        for name in ("junk", "nothing"):
+            file = str(tmp_path / name)
+            with pytest.raises(BadRequest, match=f"TLS certificate .*/{name} with key"):
+                await serve(make_app({}, key_sha256=None), "127.0.0.1", 0, certificate=file, key=file)
+
+    asyncio.run(use())
