@@ -67,6 +67,7 @@ async def serve(
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # anybody can write them, and clients take turns by their address
         timeout_graceful_shutdown=max(1, round(grace)),
         ssl_certfile=certificate or None,
         ssl_keyfile=key or None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ class Asked:
         length = min(asking.max_tokens, max(1, room))
         request = Request(tuple(ids), length, sampling, stop_tokens=self.ends, adapter=self.adapter)
         before = self.engine.stats()
+        started = time.perf_counter()
         answer = self.engine.submit(request)
         text = TextStream(self.tokenizer, asking.stop, after=ids if continues else ())
         try:
@@ -40,6 +42,7 @@ class Asked:
         finally:
             answer.cancel()
         timing = answer.timing
+        timing.total = timing.total or time.perf_counter() - started  # a stop text came before the answer's own end
         for name in ("first_token", "total", "tokens", "prompt_tokens", "rounds", "drafted", "accepted", "exited"):
             setattr(stat, name, getattr(timing, name))
         stat.hops = hops_between(before["hops"], self.engine.stats()["hops"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -22,6 +22,8 @@ from split.generation.stream import in_common
 from split.runtime.base import Row
 
 _LONGEST, _SHORTEST = 4, 1  # tokens of the text's end that are looked for further up
+_MANY = 16  # tokens that say how long reading takes
+_WINDOW = 2048  # tokens of the text that are looked through
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,13 @@ class Drafter(Protocol):
     def seconds(self) -> float:
         """That one guess takes, lately."""
 
+    @property
+    def reading_seconds(self) -> float:
+        """That a token of the text takes which is new to it, lately."""
+
+    def unread(self, ask: Ask) -> int:
+        """Tokens of the ask that are new to it."""
+
     async def propose(self, asks: Sequence[Ask], enough: Callable[[], bool] = lambda: False) -> list[list[int]]:
         """As many guesses as asked for, or fewer. enough: asked now and then; True: they are not wanted any more."""
 
@@ -54,6 +63,10 @@ class Lookup:
     """What followed the last few tokens where they stood before (prompt lookup; Saxena 2023)."""
 
     seconds = math.inf  # there is nothing to be gained by guessing in advance
+    reading_seconds = 0.0
+
+    def unread(self, ask: Ask) -> int:
+        return 0
 
     async def propose(self, asks: Sequence[Ask], enough: Callable[[], bool] = lambda: False) -> list[list[int]]:
         return [look_up(ask.tokens, ask.count) for ask in asks]
@@ -63,7 +76,8 @@ class Lookup:
 
 
 def look_up(tokens: Sequence[int], count: int) -> list[int]:
-    """The tokens after the latest place where the longest possible end of `tokens` stood before."""
+    """The tokens after the latest place where the longest possible end of `tokens` stood before, not too far back."""
+    tokens = tokens[-_WINDOW:]
     text = torch.as_tensor(tokens)
     for length in range(min(_LONGEST, len(tokens) - 1), _SHORTEST - 1, -1):
         windows = text[:-1].unfold(0, length, 1)
@@ -80,6 +94,7 @@ class _Line:
 
     choose: Chooser
     tokens: list[int]
+    adapter: int
     fed: int = 0
 
 
@@ -105,15 +120,25 @@ class ModelDrafter:
         self._ends, self._blocks, self._context = ends, blocks, context
         self._first, self._chunk = first_sequence, chunk
         self._lines: dict[int, _Line] = {}
-        self._seconds = Mean(0.0, 0.2)
+        self._seconds, self._reading = Mean(0.0, 0.2), Mean(0.0, 0.2)
 
     @property
     def seconds(self) -> float:
         return self._seconds.value
 
+    @property
+    def reading_seconds(self) -> float:
+        return self._reading.value
+
+    def unread(self, ask: Ask) -> int:
+        line = self._lines.get(ask.sequence)
+        known = 0 if line is None or line.adapter != ask.adapter else min(line.fed, in_common(line.tokens, ask.tokens))
+        return len(ask.tokens) - known
+
     async def propose(self, asks: Sequence[Ask], enough: Callable[[], bool] = lambda: False) -> list[list[int]]:
         """Goes on from what it has guessed already where that begins with the tokens of the ask."""
-        due = [(ask, self._line(ask)) for ask in asks if self._can(ask)]
+        asks = [replace(ask, count=min(ask.count, self._context - len(ask.tokens))) for ask in asks]
+        due = [(ask, self._line(ask)) for ask in asks if ask.count > 0 and max(ask.tokens) < self._ends.vocabulary]
         lines = {ask.sequence: line for ask, line in due}
         while not enough() and (due := [(a, line) for a, line in due if len(line.tokens) < len(a.tokens) + a.count]):
             await self._step(due)
@@ -125,11 +150,10 @@ class ModelDrafter:
         if self._lines.pop(sequence, None) is not None:
             self._blocks.forget([self._first + sequence])
 
-    def _can(self, ask: Ask) -> bool:
-        return len(ask.tokens) + ask.count <= self._context and max(ask.tokens) < self._ends.vocabulary
-
     def _line(self, ask: Ask) -> _Line:
-        line = self._lines.setdefault(ask.sequence, _Line(ask.choose, []))
+        line = self._lines.get(ask.sequence)
+        if line is None or line.adapter != ask.adapter:
+            line = self._lines[ask.sequence] = _Line(ask.choose, [], ask.adapter)
         known = in_common(line.tokens, ask.tokens)
         if line.choose is not ask.choose or known < len(ask.tokens):  # another answer, or a wrong guess
             line.choose = ask.choose
@@ -154,5 +178,8 @@ class ModelDrafter:
             line.fed += row.count
             if line.fed == len(line.tokens):
                 line.tokens.append(line.choose(logits, ask.place + len(line.tokens) - len(ask.tokens)))
-        if all(row.count == 1 for row in rows):
-            self._seconds.add(time.perf_counter() - started)
+        seconds, fed = time.perf_counter() - started, sum(row.count for row in rows)
+        if fed == len(rows):
+            self._seconds.add(seconds)
+        elif fed > _MANY:
+            self._reading.add(seconds / fed)

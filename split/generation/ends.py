@@ -36,6 +36,10 @@ class Ends:
             self._head = head
         self.vocabulary, self.hidden_size, self._device = config.vocab_size, config.hidden_size, device
         self._embedding = front.get_submodule(parts.embedding)
+        rope = getattr(config, "rope_parameters", None) or {}
+        longrope = rope.get("rope_type") == "longrope"
+        self.rotary_boundary: int | None = rope.get("original_max_position_embeddings") if longrope else None
+        """Tokens of a sequence beyond which another table rotates its keys (longrope)."""
         self._positions = None if parts.positions is None else front.get_submodule(parts.positions)
 
     @torch.inference_mode()

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from split.errors import BadRequest, IsthmusError
 from split.generation.chain import Span
-from split.generation.drafts import Ask, Drafter
+from split.generation.drafting import Drafting
+from split.generation.drafts import Drafter
 from split.generation.ends import Ends
 from split.generation.exits import ExitRule
-from split.generation.pace import BatchCost, Mean
 from split.generation.request import Busy, Logprob, Request, Timing, Token
 from split.generation.sampling import check_sampling
 from split.generation.stream import Stream, in_common
@@ -38,8 +38,6 @@ from split.runtime.base import Row
 log = logging.getLogger(__name__)
 
 _MAX_LOGPROBS = 20
-_MOST_DRAFTS = 10  # of an answer in a batch
-_MOST_OWED = 128  # tokens that the other spans may lack of an answer
 
 
 class Answer(Protocol):
@@ -85,13 +83,13 @@ class Engine:
         """Raises BadRequest for a drafter and exits at the same time, and for exits from a chain of one span."""
         if exits is not None and (drafter is not None or len(spans) < 2):
             raise BadRequest("an early exit needs two spans at least, and no drafts")
-        self._drafter, self._exits = drafter, exits
-        self._cost, self._per_draft = BatchCost(), Mean(0.0, 0.2)
+        self._exits = exits
+        self._drafting = None if drafter is None else Drafting(drafter, ends, self._waiting_time)
         self._totals = dict.fromkeys(("tokens", "rounds", "drafted", "accepted", "exited"), 0)
         self.context, self.spans, self.capacity = context, list(spans), sequences + queue
         self._ends, self._sequences, self._queue, self._chunk = ends, sequences, queue, chunk
         self._waiting: deque[Stream] = deque()
-        self._turns: dict[str, int] = {}  # of the clients that are here: the number of each one's last admission
+        self._turns: dict[str, float] = {}  # of the clients that are here: the number of each one's last admission
         self._admitted = 0
         self._prompts: deque[Stream] = deque()  # ready for their next piece
         self._answers: deque[Stream] = deque()  # ready for their next token
@@ -105,7 +103,9 @@ class Engine:
         self._seconds = 1.0  # of recent answers, for Retry-After
 
     async def __aenter__(self) -> Engine:
-        self._lanes = [asyncio.create_task(self._lane()) for _ in self.spans]
+        # With early exits one more for each span: an answer that need not wait finds one that does not.
+        lanes = len(self.spans) * (1 if self._exits is None else 2)
+        self._lanes = [asyncio.create_task(self._lane()) for _ in range(lanes)]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -149,6 +149,7 @@ class Engine:
             )
         self._waiting = deque(stream for stream in self._waiting if not self._given_up(stream))
         stream = Stream(request)
+        self._turns.setdefault(request.client, self._admitted - 0.5)  # after those that wait, before who had a turn now
         self._waiting.append(stream)
         self._admit()
         if len(self._waiting) > self._queue:  # it is the last of them
@@ -197,7 +198,9 @@ class Engine:
             if self._given_up(stream):
                 continue
             stream.sequence, stream.fed = self._room_for(stream)
-            stream.timing.cached_tokens = stream.fed
+            stream.sent = stream.timing.cached_tokens = stream.fed
+            if self._drafting is not None:
+                self._drafting.begin(stream)
             self._at_work.add(stream)
             self._prompts.append(stream)
 
@@ -243,10 +246,11 @@ class Engine:
         return [self._answers.popleft() for _ in range(min(share, len(self._answers)))]
 
     async def _advance(self, batch: list[Stream]) -> None:
-        """Those that go on without the whole chain are taken out of the batch."""
+        """Answers that go on without the whole chain are taken out of the list: what becomes of it is not theirs."""
         prompts = batch[0].prefilling  # then all are
-        if not prompts and self._drafter is not None:
-            await self._draft(self._drafter, batch)
+        drafting = None if prompts else self._drafting
+        if drafting is not None:
+            await drafting.prepare(batch)
         rows: list[Row] = []
         ids: list[int] = []
         positions: list[int] = []
@@ -260,7 +264,7 @@ class Engine:
             ids += due
             positions += range(stream.fed, stream.fed + len(due))
         started = time.perf_counter()
-        async with self._drafting_on(batch):
+        async with contextlib.nullcontext() if drafting is None else drafting.going_on(batch):
             hidden = await self.spans[0].compute(rows, self._ends.embed(ids, positions))
             if self._exits is not None and not prompts:
                 batch[:], rows, hidden = self._exit(self._exits, batch, rows, hidden)
@@ -269,57 +273,20 @@ class Engine:
                     hidden = await span.compute(rows, hidden)
         if batch:
             self._hear(batch, rows, hidden)
-        if not prompts:
-            self._cost.add(len(ids), time.perf_counter() - started)
-
-    async def _draft(self, drafter: Drafter, batch: Sequence[Stream]) -> None:
-        """Gives the streams as many drafts as are worth it."""
-        asks: dict[Stream, Ask] = {}
-        for stream in batch:
-            most = min(_MOST_DRAFTS, stream.left - 1)
-            count = stream.pace.length(most, len(batch) - 1, self._cost, self._per_draft.value)
-            if count:
-                asks[stream] = _ask(stream, count)
-        if not asks:
-            return
-        started = time.perf_counter()
-        proposed = await drafter.propose(list(asks.values()))
-        if all(stream.timing.drafted for stream in asks):  # else the drafter has read the prompt first
-            self._per_draft.add((time.perf_counter() - started) / max(ask.count for ask in asks.values()))
-        for stream, drafts in zip(asks, proposed, strict=True):
-            known = (place for place, token in enumerate(drafts) if token >= self._ends.vocabulary)
-            stream.drafts = drafts[: next(known, len(drafts))]  # two models' tables may be padded differently
-
-    @contextlib.asynccontextmanager
-    async def _drafting_on(self, batch: Sequence[Stream]) -> AsyncIterator[None]:
-        """Meanwhile what follows is guessed, as if the drafts under way were right, if there is time for it."""
-        asks = [
-            _ask(stream, count)
-            for stream in batch
-            if stream.drafts and (count := min(len(stream.drafts) + 1, stream.left - len(stream.drafts) - 1)) > 0
-        ]
-        waiting = sum(span.waiting for span in self.spans)
-        if self._drafter is None or not asks or waiting < self._drafter.seconds:
-            yield
-            return
-        enough = asyncio.Event()
-        task = asyncio.create_task(self._drafter.propose(asks, enough.is_set))
-        try:
-            yield
-        finally:
-            enough.set()
-            await task
+        if drafting is not None:
+            drafting.took(len(ids), time.perf_counter() - started)
 
     def _exit(
         self, exits: ExitRule, batch: Sequence[Stream], rows: Sequence[Row], hidden: Tensor
     ) -> tuple[list[Stream], list[Row], Tensor]:
         """Of a batch after the first span: those that have to go on, with what they owe the other spans."""
         logits = self._ends.logits(hidden)
+        owing = sum(len(stream.owed) for stream in self._at_work) + len(batch)  # which may all come in one batch
         going: list[Stream] = []
         owed: list[Tensor] = []
         for stream, sure, x, scores in zip(batch, exits.sure(logits), hidden[:, None], logits[:, None], strict=True):
             stream.owed.append(x)
-            if sure and len(stream.owed) < _MOST_OWED and not stream.cancelled:
+            if sure and owing < self._chunk and not stream.cancelled:
                 stream.timing.exited += 1
                 self._go_on(stream, stream.decoded(scores))
             else:
@@ -375,12 +342,8 @@ class Engine:
     def _forget(self, sequence: int) -> None:
         for span in self.spans:
             span.forget([sequence])
-        if self._drafter is not None:
-            self._drafter.forget(sequence)
+        if self._drafting is not None:
+            self._drafting.forget(sequence)
 
-
-def _ask(stream: Stream, count: int) -> Ask:
-    """For what follows, if the drafts that it has already are right."""
-    place = stream.place + len(stream.drafts)
-    tokens = [*stream.tokens, *stream.drafts]
-    return Ask(stream.sequence, tokens, place, count, stream.choose, stream.request.adapter)
+    def _waiting_time(self) -> float:
+        return sum(span.waiting for span in self.spans)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from split.errors import BadRequest
@@ -30,9 +31,12 @@ class ExitRule:
         """logits: (tokens, vocabulary), of the model's head after the first span."""
         scores = logits.double().log_softmax(-1)
         if self.by == ENTROPY:
-            return (-(scores.exp() * scores).nansum(-1) <= self.threshold).tolist()
-        best = scores.topk(min(2, scores.shape[-1])).values.exp()
-        return (best[:, 0] - best[:, 1:].sum(-1) >= self.threshold).tolist()
+            sure = torch.special.entr(scores.exp()).sum(-1) <= self.threshold
+        else:
+            best = scores.topk(min(2, scores.shape[-1])).values.exp()
+            sure = best[:, 0] - best[:, 1:].sum(-1) >= self.threshold
+        found: list[bool] = sure.tolist()
+        return found
 
 
 def parse_exit(text: str) -> ExitRule | None:

@@ -1,17 +1,12 @@
-"""How many drafts are worth verifying: from what they have cost, and how often they were right.
-
-With drafts that are right with probability a, k of them give (1 - a^(k+1)) / (1 - a) tokens a batch in expectation
-(Leviathan et al. 2023, section 3.1). The k with the most tokens a second is taken, 0 included.
-"""
+"""What drafts cost, and how often they are right: what is known of it lately."""
 
 from __future__ import annotations
 
 _WEIGHT = 0.1  # of a new draft in the estimate of how many are right
+_SHARED_WEIGHT = 0.03  # the same, of all answers
 _FADE = 0.97  # of what was measured, with every new batch
 _OUTLIER = 4.0  # a batch of so many times what was expected counts as that: somebody died, say
-_WORTH = 1.03  # drafting has to promise so much more
-_FIRST_REST, _LONGEST_REST = 8, 256  # batches without drafts until some are tried again, doubled each time in vain
-_TRIAL = 2  # drafts of such a try
+_LONGEST_PAUSE = 16  # batches
 
 
 class BatchCost:
@@ -28,7 +23,7 @@ class BatchCost:
 
     def add(self, tokens: int, seconds: float) -> None:
         if self._sums[0] > 1:
-            seconds = min(seconds, _OUTLIER * self(tokens))
+            seconds = min(seconds, _OUTLIER * max(self(tokens), self._sums[3] / self._sums[0]))
         values = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
         self._sums = [_FADE * total + value for total, value in zip(self._sums, values, strict=True)]
         count, x, xx, y, xy = self._sums
@@ -54,44 +49,39 @@ class Mean:
         self.value += self._weight * (value - self.value)
 
 
-class Pace:
-    """Of one answer."""
+def shared_mean() -> Mean:
+    """Of the drafts of all answers: what a new answer begins with."""
+    return Mean(0.6, _SHARED_WEIGHT)
 
-    def __init__(self) -> None:
-        self.right = Mean(0.6, _WEIGHT)  # share of tested drafts that were right
-        self._rest = _FIRST_REST
-        self._until_trial = 0
+
+class Pace:
+    """Of one answer. shared: `shared_mean`, which hears of this answer, too."""
+
+    def __init__(self, shared: Mean) -> None:
+        self._shared, self._right = shared, Mean(shared.value, _WEIGHT)
+        self._vain = self._pause = 0
+
+    @property
+    def right(self) -> float:
+        """Share of the drafts that are tested and are right."""
+        return min(self._right.value, 0.99)
+
+    def expected(self, drafts: int) -> float:
+        """Tokens that a batch with so many drafts gives: (1 - a^(k+1)) / (1 - a) (Leviathan et al. 2023, 3.1)."""
+        return (1 - self.right ** (drafts + 1)) / (1 - self.right)
 
     def heard(self, right: int, wrong: bool) -> None:
         """right: drafts that were; wrong: whether one more was tested and was not."""
-        for _ in range(right):
-            self.right.add(1.0)
-        if wrong:
-            self.right.add(0.0)
+        for value in [1.0] * right + [0.0] * wrong:
+            self._right.add(value)
+            self._shared.add(value)
 
-    def length(self, most: int, others: int, cost: BatchCost, per_draft: float) -> int:
-        """Drafts for the next batch, 0 to most.
+    def proposed(self, count: int) -> None:
+        """So many drafts came when some were asked for. After none there is a pause, longer each time."""
+        self._vain = 0 if count else self._vain + 1
+        self._pause = 0 if count else min(2**self._vain, _LONGEST_PAUSE)
 
-        others: further tokens in it. per_draft: seconds that whoever drafts makes it wait, a draft.
-        """
-        if most < 1:
-            return 0
-        if not cost.known:
-            self._until_trial ^= 1
-            return self._until_trial * min(_TRIAL, most)
-        best = max(range(most + 1), key=lambda k: self._rate(k, others, cost, per_draft))
-        if best and self._rate(best, others, cost, per_draft) < _WORTH * self._rate(0, others, cost, per_draft):
-            best = 0
-        if best:
-            self._rest, self._until_trial = _FIRST_REST, 0
-            return best
-        self._until_trial += 1
-        if self._until_trial <= self._rest:
-            return 0
-        self._rest, self._until_trial = min(2 * self._rest, _LONGEST_REST), 0
-        return min(_TRIAL, most)
-
-    def _rate(self, k: int, others: int, cost: BatchCost, per_draft: float) -> float:
-        """Expected tokens of this answer a second."""
-        a = min(self.right.value, 0.99)
-        return (1 - a ** (k + 1)) / (1 - a) / max(1e-9, cost(others + 1 + k) + k * per_draft)
+    def pauses(self) -> bool:
+        """Asked once for each batch."""
+        self._pause = max(0, self._pause - 1)
+        return self._pause > 0

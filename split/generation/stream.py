@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from torch import Tensor
 
 from split.errors import IsthmusError
-from split.generation.pace import Pace
+from split.generation.pace import Pace, shared_mean
 from split.generation.request import Logprob, Request, Timing, Token
 from split.generation.sampling import Chooser, logprob_of
 
@@ -26,7 +26,7 @@ class Stream:
         self.sent = 0  # of these, in the other spans, too
         self.owed: list[Tensor] = []  # what the first span made of the others, each (tokens, hidden)
         self.choose = Chooser(request.sampling)
-        self.pace = Pace()
+        self.pace = Pace(shared_mean())
         self.timing = Timing(prompt_tokens=len(request.prompt))
         self.cancelled = False
         self._came = time.perf_counter()

@@ -68,8 +68,7 @@ def engine(folder: Path, spans: Sequence[Span], **options: Any) -> Engine:
         spans,
         context=CONTEXT,
         sequences=SEQUENCES,
-        chunk=16,
-        **options,
+        **({"chunk": 16} | options),
     )
 
 
