@@ -73,6 +73,7 @@ def run(
     _log_to_stderr(json_output)
     from client.daemon import Daemon  # torch and gRPC: not for --help
     from client.runner import TASK_KINDS, DeviceOptions
+    from split.precision import pick_device
 
     state = state_dir.expanduser()
     options = DeviceOptions(
@@ -83,6 +84,7 @@ def run(
         device=device,
         threads=threads,
     )
+    pick_device(device)  # one that is not there is known now, and not with the first task
     token = token or _read_token(token_file)
     can_enrol = bool(coordinator and token)
 

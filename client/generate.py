@@ -111,17 +111,22 @@ def generate(
         import torch
 
         from split.generation.exits import parse_exit
-        from split.runtime.choose import RuntimeChoice
+        from split.runtime.choose import RuntimeChoice, check_runtime
 
         identity = _identity(state_dir.expanduser(), coordinator)
         if threads:
             torch.set_num_threads(threads)
         name, equals, folder = model.partition("=")
+        exits = parse_exit(exit_threshold)
+        if exits is not None and draft not in ("auto", "none"):
+            raise BadRequest("--exit-threshold and --draft exclude each other")
+        check_runtime(runtime or "auto", weights or "float32")  # before anything is fetched
         found = find(identity, name, blocks, Path(folder).expanduser() if equals else None)
         choice = RuntimeChoice(
             runtime or found.serving.runtime, weights or found.serving.weights, device, identity.state / "onnx"
         )
-        exits = parse_exit(exit_threshold)
+        if exits is not None and not found.blocks:
+            raise BadRequest("--exit-threshold: no block is on this device; see --blocks")
 
         async def work() -> None:
             stat = Stat()

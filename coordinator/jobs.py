@@ -141,7 +141,7 @@ class Jobs:
         with contextlib.suppress(RayActorError):  # the job's own waiting sees that its gateway has died
             await run.stage.allow.remote(device, serial)
         served = mine[run.job]
-        return pb.Served(job=run.job, model=run.spec.model, gateway=run.stage_address, serving=served.for_devices())
+        return pb.Served(job=run.job, gateway=run.stage_address, serving=served.for_devices())
 
     def user_weights_for(self, identifier: str, device: str, blocks: int) -> DeviceWeights:
         for run, served in self._serving():
@@ -176,6 +176,9 @@ class Jobs:
         run = self._runs.get(self.job_of(session.name))
         if run is not None and run.stage_address:
             await self._hand_out(run, session)
+        for used, served in self._serving():
+            if used is not run and used.stage is not None and session.name in served.config.may_use:
+                await used.stage.allow.remote(session.name, session.serial)  # and not the certificate before it
 
     async def task_state(self, session: Session, state: pb.TaskState) -> None:
         run = next((run for run in self._runs.values() if run.task_id == state.task), None)

@@ -21,7 +21,7 @@ from split.generation.using import user_parts
 from split.models.source import ModelFolder, open_model
 from split.models.stage import StageSpec
 from split.parts import parts_of
-from split.serving import CLOUD, AdapterConfig, ServingConfig, SpanConfig, check_spans, memory_of
+from split.serving import CLOUD, AdapterConfig, ServingConfig, SpanConfig, adapter_bytes, check_spans, memory_of
 
 
 class Method(Protocol):
@@ -95,8 +95,8 @@ class Serving:
         check_spans(spans, layers)
         self.asked = replace(asked, context=context_of(self.folder, asked.context or None))
         self.config = replace(self.asked, spans=spans)
-        if asked.exit_threshold and len(asked.spans) == 1:
-            raise BadRequest("--exit-threshold: all blocks are in one place, so there is no way to be saved")
+        if asked.exit_threshold and len(asked.spans) < 2:
+            raise BadRequest("--exit-threshold: name --stages with two spans at least: with one no way is saved")
         if asked.draft not in (NONE, LOOKUP):
             open_draft_model(asked.draft, self.folder)
         if sorted(self.config.devices) != sorted(spec.devices):
@@ -134,14 +134,18 @@ class Serving:
     def for_devices(self) -> str:
         """JSON of the configuration, without what is not theirs to know."""
         adapters = tuple(AdapterConfig(one.name) for one in self.config.adapters)
-        return replace(self.config, key_sha256="", http_certificate="", http_key="", adapters=adapters).to_json()
+        return replace(
+            self.config, key_sha256="", http_certificate="", http_key="", draft=NONE, adapters=adapters
+        ).to_json()
 
     def planned(self, profiles: Mapping[str, pb.Profile]) -> tuple[Serving, dict[str, Any] | None]:
         """With the spans that were asked for or, where none were, the best ones; and what is to be told of them.
 
         profiles: of CLOUD and of the devices that may be used. Raises BadRequest if nobody has the memory.
         """
-        plan = plan_serving(self.folder, self.asked, profiles)
+        layers = self.folder.config.num_hidden_layers
+        adapters = max(adapter_bytes(self._adapters, block, block + 1) for block in range(layers))
+        plan = plan_serving(self.folder, self.asked, profiles, adapters)
         if self.asked.spans:
             return self, plan.data
         config = replace(self.asked, spans=plan.spans)

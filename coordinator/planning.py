@@ -28,14 +28,17 @@ class Plan:
     data: dict[str, Any] | None = None
 
 
-def plan_serving(source: TensorSource, serving: ServingConfig, profiles: Mapping[str, pb.Profile]) -> Plan:
+def plan_serving(
+    source: TensorSource, serving: ServingConfig, profiles: Mapping[str, pb.Profile], adapter_bytes: float = 0.0
+) -> Plan:
     """serving: as asked for; without spans they are chosen here. profiles: of CLOUD, and of the devices in question.
 
+    adapter_bytes: of all adapters for one block, at most.
     Raises BadRequest if spans are to be chosen and the memory of all is not enough.
     """
     nodes = {name: _node(name, profile, source, serving) for name, profile in profiles.items()}
     order = [nodes[CLOUD], *(nodes[name] for name in sorted(nodes) if name != CLOUD)]
-    served = _served(source, serving, profiles[CLOUD])
+    served = _served(source, serving, profiles[CLOUD], adapter_bytes)
     if serving.spans:
         spans = serving.spans
         away = {name: Node(name, math.inf, None) for name in serving.devices}
@@ -50,7 +53,7 @@ def plan_serving(source: TensorSource, serving: ServingConfig, profiles: Mapping
 
 def _choose(nodes: Sequence[Node], served: Served, serving: ServingConfig) -> list[Part]:
     here = nodes[0]
-    if not here.rate and served.room(here) == served.blocks:
+    if served.room(here) == served.blocks:  # hidden states go to devices because somebody asked for it, or needs them
         return [Part(here, served.blocks)]
     chain = best_chain(nodes, served)
     if chain is None:
@@ -60,7 +63,7 @@ def _choose(nodes: Sequence[Node], served: Served, serving: ServingConfig) -> li
         )
         raise BadRequest(
             f"nobody has the memory: {served.blocks} blocks take {needed / _GIB:.1f} GiB with room for "
-            f"{serving.sequences} sequences of {serving.context} tokens, and free for them are: {have}; serve fewer "
+            f"{serving.room} sequences of {serving.context} tokens, and free for them are: {have}; serve fewer "
             "sequences, a shorter context, or --weights int4, or connect more devices"
         )
     return chain
@@ -117,7 +120,7 @@ def _node(name: str, profile: pb.Profile, source: TensorSource, serving: Serving
     return Node(name, memory, speed.bytes_per_second, speed.block_seconds, speed.batch_seconds, link)
 
 
-def _served(source: TensorSource, serving: ServingConfig, here: pb.Profile) -> Served:
+def _served(source: TensorSource, serving: ServingConfig, here: pb.Profile, adapter_bytes: float) -> Served:
     config = source.config
     one = SpanConfig(0, 1, (CLOUD,))
     values = config.vocab_size * config.hidden_size
@@ -125,7 +128,7 @@ def _served(source: TensorSource, serving: ServingConfig, here: pb.Profile) -> S
     head = _speed(here, source, serving, weights)
     return Served(
         blocks=config.num_hidden_layers,
-        block_bytes=weight_bytes(source, one, serving),
+        block_bytes=weight_bytes(source, one, serving) + adapter_bytes,
         cache_bytes=cache_bytes(source, one, serving),
         hidden_bytes=parse(serving.codec).wire_bytes((1, config.hidden_size)),
         gateway_seconds=0.0 if head is None else head.batch_seconds + values * BYTES[weights] / head.bytes_per_second,

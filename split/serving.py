@@ -127,7 +127,7 @@ class ServingConfig:
     @property
     def room(self) -> int:
         """Sequences that every holder has to have room for: the API's, and after them the guests'."""
-        if not self.may_use:
+        if self.guests == 0 or (self.spans and not self.may_use):  # without spans a device may still get the first
             return self.sequences
         return self.sequences + (_GUESTS if self.guests is None else self.guests)
 
@@ -216,8 +216,14 @@ def memory_of(
 ) -> int:
     """Bytes of a span's weights and of its adapters, with keys and values (float32) of as many sequences and tokens as
     are served."""
-    loras = 4 * sum(adapter.values(span.first, span.last) for adapter in adapters)
+    loras = adapter_bytes(adapters, span.first, span.last)
     return weight_bytes(source, span, serving) + cache_bytes(source, span, serving) + loras
+
+
+def adapter_bytes(adapters: Sequence[LoraAdapter], first: int, last: int) -> int:
+    """Of A and B for these blocks; as a graph has them, filled up to the largest, with one of zeros for the base."""
+    largest = max((adapter.values(first, last) for adapter in adapters), default=0)
+    return 4 * (1 + len(adapters)) * largest
 
 
 def weight_bytes(source: TensorSource, span: SpanConfig, serving: ServingConfig) -> int:

@@ -66,12 +66,12 @@ _KEPT = 20  # turns of a conversation that are sent again at most
 class Loading:
     """How a model in this process is computed."""
 
-    runtime: str
-    weights: str
-    draft: str
-    early_blocks: int
-    exit_threshold: str
-    adapter: str  # a folder; empty: none
+    runtime: str = "auto"
+    weights: str = "float32"
+    draft: str = "none"
+    early_blocks: int = 0
+    exit_threshold: str = ""
+    adapter: str = ""  # a folder; empty: none
 
 
 class Here:
@@ -302,6 +302,8 @@ def _ask() -> str:
 def _where(model: str, local: bool, url: str, key: str, loading: Loading) -> Here | There:
     if loading.adapter and not local:
         raise BadRequest("--adapter is for --local; of what is served give the adapter's name as --model")
+    if not local and loading != Loading():
+        raise BadRequest("--runtime, --weights, --draft, --early-blocks and --exit-threshold are for --local")
     return Here(model or "default", loading) if local else There(url, key, model)
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import grpc.aio
 
-from coordinator.gateway.guests import Guests
+from coordinator.gateway.guests import LAST_WORD, Guests
 from protos.v1 import chain_pb2 as pb
 from protos.v1 import chain_pb2_grpc
 from split.codecs import parse
@@ -45,7 +45,7 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
         self._job, self._serving, self._hidden_size = job, serving, hidden_size
         self._spans = {str(span): span for span in spans}
         self._digests, self._allowed, self._tell = digests, allowed, tell
-        self._open: dict[str, set[RemoteHolder]] = {}
+        self._open: dict[str, dict[RemoteHolder, asyncio.Task[Any] | None]] = {}  # by who holds; with what serves it
         self.guests = Guests(job, serving, spans, hidden_size, user_digests)
 
     async def Hold(
@@ -60,11 +60,11 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
         span = self._span_of(peer, first)
         name = f"{CLOUD}-{first.hello.process}" if peer.role == "stage" else peer.name
         holder = RemoteHolder(name, self._serving.codec, secrets.randbits(48), self._hidden_size)
-        mine = self._open.setdefault(peer.name, set())
+        mine = self._open.setdefault(peer.name, {})
         if peer.role == "device":  # which has dialled again
-            for earlier in mine:
-                earlier.end(LinkLost("it has come by another stream"))
-        mine.add(holder)
+            for earlier in list(mine):
+                _end(earlier, mine[earlier], LinkLost("it has come by another stream"))
+        mine[holder] = asyncio.current_task()
         reading = asyncio.create_task(_read(holder, requests))
         await span.add(holder, self._rank(peer, span))
         self._tell("joined", _device(peer), {"span": str(span), "holder": name, "runtime": first.hello.runtime[:32]})
@@ -79,7 +79,7 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError, IsthmusError):
                 await reading
-            self._open[peer.name].discard(holder)
+            self._open[peer.name].pop(holder, None)
             self._tell("left", _device(peer), {"span": str(span), "holder": name, "done": False, "step": 0})
 
     async def Use(
@@ -92,6 +92,7 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
             return
         async with self.guests.admitted(_device(peer), first) as guest:
             self._check(peer)
+            guest.task = asyncio.current_task()
             reading = asyncio.create_task(guest.read(requests))
             try:
                 async for message in guest.messages():
@@ -104,8 +105,8 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
     def drop(self, device: str) -> None:
         """Ends a device's streams: its certificate does not count any more."""
         error = NotAllowed(f"device {device} was revoked, or enrolled anew")
-        for holder in list(self._open.get(device, ())):
-            holder.end(error)
+        for holder, task in list(self._open.get(device, {}).items()):
+            _end(holder, task, error)
         self.guests.drop(device, error)
 
     def close(self) -> None:
@@ -170,3 +171,10 @@ async def _read(holder: RemoteHolder, requests: AsyncIterator[pb.FromHolder]) ->
 
 def _device(peer: Peer) -> str:
     return peer.name if peer.role == "device" else ""
+
+
+def _end(holder: RemoteHolder, task: asyncio.Task[Any] | None, error: IsthmusError) -> None:
+    """And with it the stream, also of one who does not read what it is sent."""
+    holder.end(error)
+    if task is not None:
+        asyncio.get_running_loop().call_later(LAST_WORD, task.cancel)

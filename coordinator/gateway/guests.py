@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 _GREATEST = 1e15  # of a hidden state: its square, summed up over any width, is still a float32
 _STEP = 32  # tokens of one sequence that may come at once, however small the served model's own batches are
 _SESSION = 64  # characters
+LAST_WORD = 2.0  # seconds in which whoever is sent away may read why
+_IDLE = 600.0  # seconds without a message after which a stream ends, and its sequences are free; it may dial again
 _RETRY = 5.0  # seconds after which it is worth asking again for a sequence
 
 
@@ -119,6 +122,7 @@ class Guest:
         """sequences: their numbers in the chain. most: tokens of a batch."""
         self.error: IsthmusError | None = None
         self.closed = asyncio.Event()
+        self.task: asyncio.Task[Any] | None = None  # that serves the stream
         self._spans, self._sequences, self._most = spans, sequences, most
         self._serving, self._hidden_size = serving, hidden_size
         self._coder: HiddenCoder | None = None
@@ -132,9 +136,15 @@ class Guest:
     async def read(self, requests: AsyncIterator[pb.ToHolder]) -> None:
         """Until the device closes its side, or something is wrong: then `messages` end, and `error` says why."""
         try:
-            async for message in requests:
+            while self.error is None:
+                async with asyncio.timeout(_IDLE):
+                    message = await anext(requests, None)
+                if message is None:
+                    break
                 self._take(message)
             self.end(None)
+        except TimeoutError:
+            self.end(LinkLost(f"nothing came for {_IDLE:.0f} s"))
         except asyncio.CancelledError:
             raise
         except IsthmusError as error:
@@ -151,6 +161,8 @@ class Guest:
     def end(self, error: IsthmusError | None) -> None:
         self.error = self.error or error
         self._outbox.put_nowait(None)
+        if error is not None and self.task is not None:  # it may be waiting for somebody who does not read
+            asyncio.get_running_loop().call_later(LAST_WORD, self.task.cancel)
 
     def close(self) -> None:
         """Nothing of this stream stays in the chain."""

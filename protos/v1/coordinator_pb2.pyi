@@ -246,16 +246,14 @@ class FindServedRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class Served(_message.Message):
-    __slots__ = ("job", "model", "gateway", "serving")
+    __slots__ = ("job", "gateway", "serving")
     JOB_FIELD_NUMBER: _ClassVar[int]
-    MODEL_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_FIELD_NUMBER: _ClassVar[int]
     SERVING_FIELD_NUMBER: _ClassVar[int]
     job: str
-    model: str
     gateway: str
     serving: str
-    def __init__(self, job: _Optional[str] = ..., model: _Optional[str] = ..., gateway: _Optional[str] = ..., serving: _Optional[str] = ...) -> None: ...
+    def __init__(self, job: _Optional[str] = ..., gateway: _Optional[str] = ..., serving: _Optional[str] = ...) -> None: ...
 
 class JobSpec(_message.Message):
     __slots__ = ("method", "model", "dataset", "devices", "device_count", "training", "wait_seconds", "serving")

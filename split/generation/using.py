@@ -196,6 +196,9 @@ class Using:
                         taken.set_result(None)
                 raise LinkLost("the gateway closed the stream")
             except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and taken.done():
+                    # Somebody has the sequence that this stream had: one may be free before the span's patience ends.
+                    raise LinkLost(error.details() or "the gateway has no sequence free") from None
                 raise error_of(error, f"{self._address} (the model's gateway)") from None
             finally:
                 if holder is None:

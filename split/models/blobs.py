@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from split.errors import BadModelFolder, BadRequest, BadTensor, LinkLost, WrongState
+from split.errors import BadModelFolder, BadTensor, LinkLost, WrongState
 from split.models.architectures import parse_config
 from split.models.manifest import CHUNK_BYTES, DTYPES_BY_NAME, Blob, Manifest, TensorEntry, check_digest
 from split.models.safetensors_file import byte_size
@@ -85,7 +85,7 @@ class BlobWriter:
         self.received = self._file.seek(0, os.SEEK_END)
         if offset != self.received:
             self._file.close()
-            raise BadRequest(f"blob {blob.digest}: {self.received} bytes are here, the next ones start at {offset}")
+            raise WrongState(f"blob {blob.digest}: {self.received} bytes are here, the next ones start at {offset}")
         self._hasher = hashlib.sha256()
         self._file.seek(0)
         while chunk := self._file.read(CHUNK_BYTES):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,8 @@ import torch
 from split.errors import BadRequest
 from split.models.source import ModelFolder, TensorSource
 from split.runtime.onnx_graph import VERSION
+
+log = logging.getLogger(__name__)
 
 LIMIT = "ISTHMUS_GRAPH_CACHE_GIB"
 """The variable that says how much graphs may take on disk."""
@@ -80,16 +83,19 @@ def cached_graph(
                 _seal(partial)
                 os.rename(partial, final)
             graph = Graph(final)
-        _prune(cache, limit)
     except OSError as error:
         raise BadRequest(
             f"cannot keep ONNX graphs in {cache}: {error.strerror or error}; choose another folder"
         ) from None
+    try:
+        _prune(cache, limit)
+    except OSError as error:  # this graph is there all the same
+        log.warning("old graphs in %s could not be removed: %s", cache, error)
     return graph
 
 
 def _prune(cache: Path, limit: int) -> None:
-    sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for folder in _graphs(cache)}
+    sizes = {folder: _size(folder) for folder in _graphs(cache)}
     total = sum(sizes.values())
     for folder in sorted(sizes, key=_last_used):
         if total <= limit:
@@ -105,10 +111,22 @@ def _graphs(cache: Path) -> list[Path]:
     return [path.parent for path in cache.glob(f"*/{_DIGESTS}") if path.parent.suffix != ".part"]
 
 
+def _size(folder: Path) -> int:
+    """Bytes; 0 of one that another process has just removed."""
+    try:
+        return sum(file.stat().st_size for file in folder.iterdir())
+    except FileNotFoundError:
+        return 0
+
+
 def _last_used(folder: Path) -> float:
-    """Seconds since the epoch; of a graph of an earlier version, when it was made."""
-    use = _use_file(folder)
-    return (use if use.exists() else folder).stat().st_mtime if folder.exists() else 0.0
+    """Seconds since the epoch; of a graph of an earlier version, when it was made; 0 of one that is not there."""
+    for path in (_use_file(folder), folder):
+        try:
+            return path.stat().st_mtime
+        except FileNotFoundError:
+            continue
+    return 0.0
 
 
 def _lock_file(folder: Path) -> Path:

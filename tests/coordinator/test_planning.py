@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -130,6 +131,31 @@ def test_auto_takes_the_coordinator_where_it_has_the_memory(model: ModelFolder) 
     assert not made.data["slower"]
 
 
+def test_auto_keeps_blocks_at_the_coordinator_whatever_a_device_says_of_itself(model: ModelFolder) -> None:
+    boaster = profile(1e13, 2**62, trip=0.0)
+    found = plan(model, "auto", {CLOUD: profile(1e9), "boaster": boaster})
+    assert found.spans == parse_stages("cloud:0-6")
+    assert found.data is not None
+    assert "boaster alone has the memory and would give" in found.data["message"]
+    beyond = plan(model, "cloud:0-3,boaster:3-6", {CLOUD: profile(1e9), "boaster": profile(1e300)}).data
+    assert beyond is not None
+    assert "speed and link of boaster are not known yet" in beyond["message"]
+
+
+def test_what_auto_chooses_has_room_for_guests_and_adapters(model: ModelFolder) -> None:
+    serving = ServingConfig((), "m", context=64, sequences=2)
+    adapter = 10_000
+    enough = blocks(model, 6) + 6 * adapter
+    nodes = {CLOUD: profile(1e9, ends(model)), "laptop": profile(1e9, enough)}
+    planned = plan_serving(model, serving, nodes, adapter).spans
+    assert planned == parse_stages("laptop:0-6")
+    config = dataclasses.replace(serving, spans=planned)
+    assert memory_of(model, planned[0], config) + 6 * adapter <= enough
+    nodes["laptop"] = profile(1e9, enough - 1)
+    with pytest.raises(BadRequest, match="nobody has the memory"):
+        plan_serving(model, serving, nodes, adapter)
+
+
 def test_auto_splits_where_nobody_has_the_memory_alone(model: ModelFolder) -> None:
     nodes = {
         CLOUD: profile(1e9, ends(model) + blocks(model, 3)),
@@ -155,7 +181,7 @@ def test_memory_that_nobody_has_is_one_line_with_the_figures(model: ModelFolder)
     with pytest.raises(BadRequest) as refused:
         plan(model, "auto", nodes)
     line = str(refused.value)
-    assert "6 blocks take 0.0 GiB with room for 2 sequences of 64 tokens" in line
+    assert "6 blocks take 0.0 GiB with room for 6 sequences of 64 tokens" in line
     assert "cloud 0.0 GiB, laptop 0.0 GiB, new 1024.0 GiB (not measured yet)" in line
     assert "\n" not in line
 

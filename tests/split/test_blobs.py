@@ -247,7 +247,7 @@ def test_a_partial_file_that_was_changed_on_the_disk_is_found_out(store: BlobSto
 
 def test_a_writer_starts_where_the_partial_file_ends(store: BlobStore) -> None:
     blob = blob_of(b"0123456789")
-    with pytest.raises(BadRequest, match="0 bytes are here, the next ones start at 4"):
+    with pytest.raises(WrongState, match="0 bytes are here, the next ones start at 4"):
         store.writer(blob, 4)
 
 
