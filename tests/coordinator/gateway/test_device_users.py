@@ -607,6 +607,47 @@ def test_a_device_that_is_revoked_in_the_middle_gets_no_further_token(llama: Pat
     story(llama, authority, tell)
 
 
+def test_a_device_that_does_not_read_loses_its_sequences_when_it_is_sent_away(
+    llama: Path, authority: Authority
+) -> None:
+    async def tell(it: Served) -> None:
+        async with it.stub() as stub:
+            call = stub.Use()
+            for message in (hello(sequences=3), AGREED):
+                await call.write(message)
+            await until(lambda: bool(it.servicer.guests._open), "the stream")
+            (guest,) = it.servicer.guests._open.values()
+            hop = it.spans[-1].holders[0].cost
+            for number in range(1, 5000):  # until what is not read fills the way, and a sequence stays under way
+                before = hop.batches
+                await call.write(batch([(number % 3, 0, 60)], id=number))
+                await until(lambda before=before: hop.batches > before or guest.error is not None, "a batch")
+                if guest.error is not None:
+                    break
+            assert guest.error is not None
+            assert it.load["streams"] == 1  # the way is full: it has not heard of it
+            await until(lambda: it.load == {"streams": 0, "free": 3}, "its sequences are free")
+        async with it.user(0) as engine:
+            assert await answers(engine, requests()) == wanted(llama)
+
+    story(llama, authority, tell)
+
+
+def test_a_stream_that_is_silent_ends(llama: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.gateway.guests._IDLE", 0.2)
+
+    async def tell(it: Served) -> None:
+        async with it.stub() as stub:
+            call = stub.Use()
+            await call.write(hello(sequences=3))
+            assert (await call.read()).HasField("hello")
+            with pytest.raises(grpc.aio.AioRpcError, match="nothing came for"):
+                await call.read()
+            assert it.load == {"streams": 0, "free": 3}
+
+    story(llama, authority, tell)
+
+
 def test_a_model_that_is_not_served_any_more_says_so(llama: Path, authority: Authority) -> None:
     async def tell(it: Served) -> None:
         async with it.user(0) as engine:
