@@ -320,6 +320,7 @@ class Engine:
             self._leave(stream)
         else:
             (self._prompts if stream.prefilling else self._answers).append(stream)
+            self._news.set()  # for lanes that have nothing to do: this one may still be on its way
 
     def _leave(self, stream: Stream, error: IsthmusError | None = None) -> None:
         if stream not in self._at_work:

@@ -18,6 +18,7 @@ from split.generation.exits import ExitRule, parse_exit
 from split.generation.local import LOOKUP, local_engine
 from split.generation.request import Request, Sampling
 from split.models.source import open_model
+from split.runtime.base import Row
 from tests.split.generation.test_failover import CONTEXT, Mortal, runtime
 from tests.split.generation.test_failover import engine as engine_over
 from tests.split.generation.whole import answers, greedy, ids_of, prompts, run, whole_model
@@ -113,6 +114,31 @@ def test_the_other_spans_never_lack_more_than_they_may(llama: Path) -> None:
         assert (answer.timing.exited, answer.timing.rounds) == (24, 6)
 
     run(engine_of(llama, exits=ExitRule(0.0), chunk=5), work)
+
+
+def test_a_token_that_came_early_does_not_wait_for_others_of_its_batch(llama: Path) -> None:
+    class FirstIsSure(ExitRule):
+        def sure(self, logits: Tensor) -> list[bool]:
+            return [place == 0 for place in range(len(logits))]
+
+    async def work(engine: Engine) -> None:
+        far = engine.spans[1].holders[0]
+        compute, free = far.compute, asyncio.Event()
+
+        async def held_up(rows: Sequence[Row], hidden: Tensor) -> Tensor:
+            if rows[0].position:  # not the prompts
+                await free.wait()
+            return await compute(rows, hidden)
+
+        far.compute = held_up  # type: ignore[method-assign]
+        running = [asyncio.create_task(ids_of(engine.submit(Request(p, 20, GREEDY)))) for p in prompts([5, 6, 7, 8])]
+        done, waiting = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED, timeout=60)
+        assert done
+        assert waiting
+        free.set()
+        assert [len(ids) for ids in await asyncio.gather(*running)] == [20] * 4
+
+    run(engine_of(llama, exits=FirstIsSure(0.5)), work)
 
 
 def test_deaths_change_no_answer_with_early_exits(llama: Path) -> None:
