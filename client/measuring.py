@@ -4,10 +4,16 @@ the coordinator, in every session and now and then again."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +23,13 @@ from client.runner import SERVE, DeviceOptions
 from split.errors import IsthmusError
 from split.plan.probing import measure_link
 from split.plan.profile import LinkProfile
-from split.runtime.speed import Stopped, accelerator_bytes, kept_speeds, kinds, measure_speeds, speed_to_proto
+from split.runtime.speed import Speed, Stopped, accelerator_bytes, kept_speeds, kinds, measure_speeds, speed_to_proto
 from split.tls import channel
 
 log = logging.getLogger(__name__)
 
 _IDLE = 2.0  # seconds after which a task that was waiting for this device would have come
+_POLL = 0.1  # seconds between looks at a process that measures
 _AGAIN = 600.0  # seconds between measurements of the link
 
 
@@ -67,14 +74,46 @@ class Measurements:
     def _measure(self, stop: Callable[[], bool]) -> None:
         options = self._options
         if len(self._speeds) < len(kinds(options.device)):
-            if options.threads:
-                torch.set_num_threads(options.threads)
-            self._speeds = measure_speeds(self._path, options.device, options.threads, stop=stop)
+            self._speeds = measure_apart(self._path, options.device, options.threads, stop=stop)
             log.info("decoding: %s", "; ".join(map(str, self._speeds)))
         with channel(self._identity.address, self._identity.credentials) as opened:
             self._link = measure_link(opened, stop=stop)
         log.info("the link to the coordinator: %s", self._link)
 
 
+def measure_apart(path: Path, device: str, threads: int, *, stop: Callable[[], bool]) -> list[Speed]:
+    """As `measure_speeds`, in a process of its own: the memory that it takes goes with it, and is no task's.
+
+    Raises Stopped, IsthmusError when the process fails.
+    """
+    command = [sys.executable, "-m", "client.measuring", str(path), device, str(threads)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        try:
+            while process.poll() is None:
+                if stop():
+                    raise Stopped
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL)
+        finally:
+            process.terminate()  # it removes what it has on disk
+    if process.returncode:
+        raise IsthmusError(f"the process that measures ended with status {process.returncode}")
+    return kept_speeds(path, device, threads)
+
+
 def _any(*conditions: Callable[[], bool]) -> bool:
     return any(condition() for condition in conditions)
+
+
+def main(path: str, device: str, threads: str) -> None:
+    """What `measure_apart` starts. It ends with whoever has started it."""
+    ended, parent = threading.Event(), os.getppid()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    if int(threads):
+        torch.set_num_threads(int(threads))
+    with contextlib.suppress(Stopped):
+        measure_speeds(Path(path), device, int(threads), stop=lambda: ended.is_set() or os.getppid() != parent)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from client import measuring
@@ -15,7 +16,7 @@ from client.identity import Identity
 from client.measuring import Measurements
 from client.runner import DeviceOptions
 from protos.v1 import coordinator_pb2 as pb
-from split.errors import LinkLost
+from split.errors import IsthmusError, LinkLost
 from split.plan.profile import LinkProfile
 from split.runtime.speed import Speed, Stopped
 from split.tls import Credentials
@@ -37,7 +38,7 @@ def identity(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(measuring, "_IDLE", 0.001)
     monkeypatch.setattr(measuring, "channel", lambda *_: Opened())
     monkeypatch.setattr(measuring, "measure_link", lambda *_, **__: LINK)
-    monkeypatch.setattr(measuring, "measure_speeds", lambda *_, **__: [SPEED])
+    monkeypatch.setattr(measuring, "measure_apart", lambda *_, **__: [SPEED])
     return Here()
 
 
@@ -89,7 +90,7 @@ def test_a_task_that_comes_stops_it_and_it_is_done_later(
             raise Stopped
         return [SPEED]
 
-    monkeypatch.setattr(measuring, "measure_speeds", measure)
+    monkeypatch.setattr(measuring, "measure_apart", measure)
     first_news(Measurements(identity, options(tmp_path)), lambda: working[0])
     assert tries == [True, False]
 
@@ -113,3 +114,25 @@ def test_a_link_that_cannot_be_measured_leaves_the_speeds(
     told = pb.Profile(**mine.told())
     assert len(told.speeds) == 1
     assert not told.HasField("link")
+
+
+def test_speeds_are_measured_in_a_process_that_ends_when_it_is_stopped(tmp_path: Path) -> None:
+    def children() -> list[psutil.Process]:
+        return psutil.Process().children(recursive=True)
+
+    before = {child.pid for child in children()}
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(len({child.pid for child in children()} - before))
+        return len(asked) > 3
+
+    with pytest.raises(Stopped):
+        measuring.measure_apart(tmp_path / "speed.json", "cpu", 1, stop=stop)
+    assert max(asked) == 1
+    assert {child.pid for child in children()} <= before
+
+
+def test_a_process_that_cannot_measure_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(IsthmusError, match="the process that measures ended with status"):
+        measuring.measure_apart(tmp_path / "speed.json", "nothing", 1, stop=lambda: False)

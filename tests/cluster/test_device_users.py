@@ -137,17 +137,18 @@ def test_a_holder_that_is_killed_in_the_middle_changes_no_answer(house: House, w
 
 
 def test_a_user_that_is_killed_frees_its_sequences_and_ctrl_c_ends_the_command(house: House) -> None:
-    with served(house, "cloud:0-4", users=("d1", "d2"), guests=1, context=128) as model:
+    with served(house, "d0:0-4", users=("d1", "d2"), guests=1, context=128) as model:
+        holder = house.cluster.processes["d0"]
         for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-            with generating(house, "d1", "--max-tokens", "100", "--temperature", "1", "--seed", "3") as process:
+            with generating(house, "d1", "--max-tokens", "100", "--draft", "none") as process:
                 assert process.stdout is not None
                 process.stdout.read(1)
-                process.send_signal(signal.SIGSTOP)
+                holder.send_signal(signal.SIGSTOP)  # the answer cannot end
                 assert guests_of(model) == {"streams": 1, "free": 0}
                 assert "too few sequences for devices are free (0; 1 asked for)" in generate(house, "d2").line
                 process.send_signal(number)
-                process.send_signal(signal.SIGCONT)
                 assert process.wait(LIMIT) == status
+            holder.send_signal(signal.SIGCONT)
             wait_for(lambda: guests_of(model) == {"streams": 0, "free": 1}, "the sequence is free")
 
 
