@@ -356,7 +356,7 @@ def test_stages_that_cannot_be_are_one_line(house: House, stages: str, line: str
     [
         (("--draft", "early"), "the gateway holds no blocks"),
         (("--draft", "nowhere/model"), "nowhere/model"),
-        (("--exit-threshold", "0.5"), "all blocks are in one place"),
+        (("--exit-threshold", "0.5"), "two spans at least"),
         (("--exit-threshold", "1.5"), "choose 0 to 1"),
     ],
 )
