@@ -22,6 +22,7 @@ from coordinator.local_cluster import submit
 from protos.v1 import coordinator_pb2 as pb
 from split.config import TrainingConfig
 from split.errors import IsthmusError
+from split.runtime.speed import processor
 
 console = Console()
 if not console.is_terminal:
@@ -42,7 +43,7 @@ JsonFile = Annotated[
 def machine() -> dict[str, Any]:
     """What a figure has to be read with: processor, cores, memory, load at the start, versions."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "load_at_start": round(os.getloadavg()[0], 2),  # the mean of the last minute: above 0.5, it was not quiet
@@ -52,15 +53,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def describe(machine: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import grpc
 import typer
@@ -38,6 +38,7 @@ from split.tls import channel, error_of, join_address, split_address
 if TYPE_CHECKING:  # torch: not for --help
     from split.adapters.served import LoraAdapter
     from split.generation.asking import Asked
+    from split.generation.exits import ExitRule
     from split.models.source import TensorSource
     from split.runtime.choose import RuntimeChoice
     from split.serving import ServingConfig
@@ -189,13 +190,17 @@ def find(identity: Identity, name: str = "", blocks: int | None = None, folder: 
 
 
 @asynccontextmanager
-async def start(identity: Identity, found: Found, choice: RuntimeChoice, **speed: Any) -> AsyncIterator[Asked]:
-    """An engine that is at work, with a stream to the gateway. speed: drafts and exits, as `user_engine`."""
+async def start(
+    identity: Identity, found: Found, choice: RuntimeChoice, *, draft: str, exits: ExitRule | None = None
+) -> AsyncIterator[Asked]:
+    """An engine that is at work, with a stream to the gateway. draft, exits: as `user_engine`."""
     from split.generation.asking import Asked
     from split.generation.using import Using, user_engine
     from split.models.source import end_tokens
 
-    engine, far = await user_engine(found.source, found.serving, found.blocks, choice, adapters=found.adapters, **speed)
+    engine, far = await user_engine(
+        found.source, found.serving, found.blocks, choice, adapters=found.adapters, draft=draft, exits=exits
+    )
     tokenizer = found.source.tokenizer()
     using = Using(
         found.gateway,

@@ -150,7 +150,7 @@ class Drafting:
 
     def _reading(self, stream: Stream) -> float:
         """Seconds until the drafter knows what there is of this answer."""
-        if self._drafter is None:
+        if self._drafter is None or not self._drafter.reading_seconds:
             return 0.0
         return self._drafter.reading_seconds * self._drafter.unread(_ask(stream, 1))
 

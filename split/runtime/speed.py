@@ -211,13 +211,14 @@ def _conditions(device: str, threads: int) -> dict[str, object]:
     return {
         "measurement": _VERSION,
         "versions": {name: version(name) for name in ("isthmus", "torch", "onnxruntime", "transformers")},
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else processor(),
         "cores": os.cpu_count(),
         "threads": threads,
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its model, as Linux knows it; elsewhere its kind."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
