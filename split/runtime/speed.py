@@ -12,10 +12,12 @@ import os
 import platform
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 
 import psutil
 import torch
@@ -32,15 +34,15 @@ from split.runtime.choose import ONNX, TORCH, WEIGHTS, RuntimeChoice, make_runti
 BYTES = {"float32": 4, "int8": 1.125, "int4": 0.625}
 """Of a weight, with its share of a block's scale."""
 
-_VERSION = 1  # of this measurement
+_VERSION = 2  # of this measurement
 _NARROW, _FEW, _MANY = 64, 1, 9  # width, and numbers of blocks
 _WIDE = 1024
 _WIDE_ON_ACCELERATORS = 4096
 _CACHES = 8  # times their size is read for a token: a machine's other half may have some of it
 _LEAST, _MOST = 2**26, 2**29  # bytes of float32 weights that are read for a token
-_WARM_UP, _TOKENS = 3, 9
+_PROMPT, _WARM_UP, _TOKENS = 64, 3, 32
 _LONG = 3600.0  # seconds: what is told to take longer has not been measured
-_SECONDS = 0.15  # of one series of tokens, about
+_SECONDS = 0.5  # of one series of tokens, about
 
 
 @dataclass(frozen=True)
@@ -148,12 +150,14 @@ def _wide_blocks(choice: RuntimeChoice) -> _Blocks:
 
 
 def _seconds(blocks: _Blocks, choice: RuntimeChoice, stop: Callable[[], bool]) -> float:
-    """Of a token: the lower quartile of some, since what else the machine does by chance only ever adds."""
+    """Of a token after a prompt: the median of some, as an answer has slow ones, too."""
     if stop():
         raise Stopped
-    runtime: Runtime = make_runtime(blocks, 0, blocks.count, choice, sequences=1, tokens=_WARM_UP + _TOKENS)
+    room = _PROMPT + _WARM_UP + _TOKENS
+    runtime: Runtime = make_runtime(blocks, 0, blocks.count, choice, sequences=1, tokens=room)
+    runtime.compute([Row(0, 0, _PROMPT)], torch.ones(_PROMPT, blocks.config.hidden_size))
     hidden, times = torch.ones(1, blocks.config.hidden_size), list[float]()
-    for position in range(_WARM_UP + _TOKENS):
+    for position in range(_PROMPT, room):
         if stop():
             raise Stopped
         start = time.perf_counter()
@@ -161,11 +165,11 @@ def _seconds(blocks: _Blocks, choice: RuntimeChoice, stop: Callable[[], bool]) -
         times.append(time.perf_counter() - start)
         if sum(times) > _SECONDS and len(times) >= 2 * _WARM_UP:
             break
-    return sorted(times[_WARM_UP:])[(len(times) - _WARM_UP) // 4]
+    return median(times[_WARM_UP:])
 
 
 class _Blocks:
-    """Alike blocks of a Llama as a TensorSource. What their weights are does not matter for time."""
+    """Blocks of a Llama as a TensorSource, all of one shape."""
 
     def __init__(self, width: int, count: int) -> None:
         self.count = count
@@ -176,7 +180,7 @@ class _Blocks:
             num_hidden_layers=count,
             num_attention_heads=width // 64,
             num_key_value_heads=width // 64,
-            max_position_embeddings=64,
+            max_position_embeddings=_PROMPT + _WARM_UP + _TOKENS,
         )
         spec = StageSpec(0, count, embeds=False, head=False)
         shapes = [tuple(tensor.shape) for tensor in skeleton(self.config, spec).state_dict().values()]
@@ -193,7 +197,9 @@ class _Blocks:
         return frozenset(self._shapes)
 
     def read(self, name: str) -> Tensor:
-        return torch.full(self._shapes[name], 0.01)
+        """No two alike: ONNX Runtime keeps equal tensors once, which are then in the caches whatever their number."""
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        return torch.empty(self._shapes[name]).uniform_(-0.02, 0.02, generator=generator)
 
 
 def _cache_bytes() -> int:

@@ -69,5 +69,12 @@ def test_speeds_that_cannot_be_count_as_not_measured() -> None:
     assert speeds_of(pb.Profile()) == []
 
 
+def test_no_two_matrices_are_alike_for_equal_ones_would_be_read_once() -> None:
+    blocks = speed._Blocks(128, 2)
+    matrices = [tensor for tensor in map(blocks.read, sorted(blocks.tensor_names())) if tensor.ndim == 2]
+    assert len({tensor.numpy().tobytes() for tensor in matrices}) == len(matrices) == 2 * 7
+    assert all(tensor.unique().numel() > tensor.numel() // 2 for tensor in matrices)  # nor are they in few bits
+
+
 def test_a_block_takes_its_weights_and_a_fixed_time() -> None:
     assert Speed("torch", "float32", 1000.0, 0.5, 9.0).seconds(250.0) == 0.75
