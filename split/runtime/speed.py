@@ -107,7 +107,7 @@ def kept_speeds(path: Path, device: str, threads: int) -> list[Speed]:
 def measure_speeds(
     path: Path, device: str, threads: int, *, keep: bool = True, stop: Callable[[], bool] = lambda: False
 ) -> list[Speed]:
-    """Measures what is not kept at `path` yet, and keeps it. Takes some seconds, of which a second computes tokens.
+    """Measures what is not kept at `path` yet, and keeps it. Takes some seconds, of which two decode.
 
     device: torch's name; threads: 0: as many as torch has. stop: asked between tokens; raises Stopped where it is true,
     and what was complete by then is kept.
