@@ -17,7 +17,6 @@ from client.identity import Identity
 from client.weights import device_source
 from protos.v1 import coordinator_pb2 as pb
 from protos.v1.coordinator_pb2_grpc import CoordinatorStub
-from split.adapters.lora import add_lora, lora_config
 from split.adapters.served import LoraAdapter
 from split.checkpoint import OptimizerRecord
 from split.config import TrainingConfig
@@ -28,11 +27,12 @@ from split.ledger import Ledger
 from split.link import GrpcLink
 from split.models.blobs import Blobs
 from split.models.source import TensorSource
-from split.models.stage import StageSpec, build_stages
-from split.parts import parts_of
+from split.models.stage import StageSpec
+from split.parts import device_stages
 from split.precision import pick_device, pick_precision
 from split.runtime.choose import RuntimeChoice, make_runtime
 from split.serving import ServingConfig
+from split.shapes import Shape
 from split.tls import channel, join_address, split_address
 from split.train import Cancelled, DeviceTrainer, Progress
 
@@ -184,8 +184,7 @@ class Runner(threading.Thread):
         self, source: TensorSource, digest: str, config: TrainingConfig, train: Sequences, validation: Sequences | None
     ) -> DeviceTrainer:
         device = pick_device(self._options.device)
-        stages = build_stages(source, parts_of(source.config, config).device, device=device)
-        add_lora(stages[0], lora_config(config, source.config), config.seed)
+        stages = device_stages(source, config, self._shape(config), device)
         return DeviceTrainer(
             stages,
             config,
@@ -196,6 +195,12 @@ class Runner(threading.Thread):
             record=OptimizerRecord(self._options.state / "jobs" / self.task.job),
             stage_digest=digest,
         )
+
+    def _shape(self, config: TrainingConfig) -> Shape:
+        """What this device holds and trains; a coordinator of an older version does not say."""
+        if not self.task.HasField("shape"):
+            return Shape(config.cut_layer, config.rank)
+        return Shape(self.task.shape.cut, self.task.shape.rank)
 
     def _stoppable(self, stop: Callable[[], None]) -> None:
         self._stop = stop

@@ -75,6 +75,8 @@ class _Stream:
     """One device's stream. Frames are decoded and encoded in threads: the loop has other devices to serve."""
 
     def __init__(self, host: StageHost, rules: Rules, device: str, traffic: Traffic, address: str) -> None:
+        adapter = host.adapter_shapes(device)
+        rules = rules if adapter is None else replace(rules, adapter=adapter)
         self._host, self._rules, self._device = host, rules, device
         self._traffic = traffic
         self._wire = Watch(traffic.connections, peer=address)

@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from coordinator.gateway.actor import GatewayTask
-from coordinator.methods import Method, Serving, method_of
+from coordinator.methods import Method, Serving, Training, method_of
 from coordinator.report import finite, job_report
 from coordinator.sessions import Session, Sessions
 from coordinator.stage_actor import StageTask
@@ -28,6 +28,7 @@ from coordinator.weights import DeviceWeights
 from protos.v1 import coordinator_pb2 as pb
 from split.errors import BadRequest, IsthmusError, NotAllowed, NotEnrolled, NotFound, WrongState
 from split.serving import CLOUD
+from split.shapes import fixed_shapes
 
 log = logging.getLogger(__name__)
 
@@ -233,6 +234,8 @@ class Jobs:
             await self._gather(run)
             if isinstance(run.method, Serving):
                 await self._plan(run, run.method)
+            elif isinstance(run.method, Training):
+                await self._shape(run, run.method)
             await self._state_is(run, pb.PREPARING, "starting the stage")
             await self._start(run)
             finished = await self._wait(run)
@@ -306,6 +309,16 @@ class Jobs:
             raise WrongState(f"device {taken} was taken by job {self.job_of(taken)} meanwhile: serve the model again")
         run.method, run.devices = planned, chosen
         self._store.update_job(run.job, devices=chosen)
+
+    async def _shape(self, run: Run, method: Training) -> None:
+        """Decides what each device holds and trains, and says so where the user left it open or they differ."""
+        shapes = fixed_shapes(method.config, run.devices)
+        await asyncio.to_thread(method.shaped, shapes)
+        if len(set(shapes.values())) == 1:
+            return
+        for device, shape in shapes.items():
+            data = {"cut": shape.cut, "rank": shape.rank, "message": f"{device}: {shape}"}
+            await self._tell(run, "shape", data, device)
 
     def _check_resumable(self, identifier: str) -> None:
         if self._store.job(identifier).state == pb.SUCCEEDED:

@@ -22,6 +22,7 @@ from split.models.source import ModelFolder, open_model
 from split.models.stage import StageSpec
 from split.parts import parts_of
 from split.serving import CLOUD, AdapterConfig, ServingConfig, SpanConfig, adapter_bytes, check_spans, memory_of
+from split.shapes import Shape, aggregation_of, as_plain, asked, check_named
 
 
 class Method(Protocol):
@@ -30,8 +31,8 @@ class Method(Protocol):
     folder: ModelFolder
     steps: int
 
-    def weights(self, device: str) -> DeviceWeights:
-        """The device's part of the model."""
+    def weights(self, device: str, blocks: int = 0) -> DeviceWeights:
+        """The device's part of the model. blocks: of one whose cut moves, the cut that it is to have."""
 
     def check_device(self, name: str, profile: pb.Profile) -> None:
         """Raises BadRequest for a device that cannot do it."""
@@ -47,18 +48,32 @@ class Method(Protocol):
 
 
 class Training:
-    """splitlora: every device holds the same part."""
+    """splitlora: a device holds the blocks below its cut."""
 
     def __init__(self, spec: pb.JobSpec, cache: Path) -> None:
         self.config = TrainingConfig.from_json(spec.training)
         self.steps = self.config.steps
         self.folder = open_model(spec.model)
-        self._spec = spec
-        names = parts_of(self.folder.config, self.config).device_tensors(self.folder.config)
-        self._weights = weights_of(self.folder, names, cache)
+        self._spec, self._cache = spec, cache
+        self._weights: dict[int, DeviceWeights] = {}  # by cut
+        self.shapes: dict[str, Shape] = {}  # of the devices, once they are here
+        if spec.devices:
+            check_named(self.config, spec.devices)
+        cuts = asked(self.config)[0]
+        for cut in sorted(set(cuts.numbers)):  # what is wrong with one, and reading its weights, comes now
+            self._weights_of(cut)
 
-    def weights(self, device: str) -> DeviceWeights:
-        return self._weights
+    def shaped(self, shapes: Mapping[str, Shape]) -> None:
+        """Takes up what the devices are to hold. Raises BadRequest for what cannot be."""
+        check_named(self.config, shapes)
+        aggregation_of(self.config, shapes)
+        for shape in shapes.values():
+            parts_of(self.folder.config, self.config, shape)
+            self._weights_of(shape.cut)
+        self.shapes = dict(shapes)
+
+    def weights(self, device: str, blocks: int = 0) -> DeviceWeights:
+        return self._weights_of(self.shapes[device].cut)
 
     def check_device(self, name: str, profile: pb.Profile) -> None:
         pass  # what does not fit fails at the device, whose owner's text decides
@@ -70,16 +85,24 @@ class Training:
             base_model=self._spec.model,
             training=self._spec.training,
             devices=dict(devices),
-            stage_digest=self._weights.digest,
+            stage_digests={device: self.weights(device).digest for device in devices},
+            shapes=as_plain(self.shapes),
             folder=str(folder),
             resume=resume,
         )
 
     def device_task(self, task: pb.Task, device: str) -> None:
-        pass
+        shape = self.shapes[device]
+        task.shape.cut, task.shape.rank = shape.cut, shape.rank
 
     def is_lost(self, devices: Collection[str], failed: Collection[str], started: bool) -> bool:
         return set(devices) <= set(failed) if started else bool(failed)
+
+    def _weights_of(self, cut: int) -> DeviceWeights:
+        if cut not in self._weights:
+            parts = parts_of(self.folder.config, self.config, Shape(cut, self.config.rank))
+            self._weights[cut] = weights_of(self.folder, parts.device_tensors(self.folder.config), self._cache)
+        return self._weights[cut]
 
 
 class Serving:
@@ -155,7 +178,7 @@ class Serving:
         spec.devices[:] = config.devices
         return Serving(spec, self._cache), plan.data
 
-    def weights(self, device: str) -> DeviceWeights:
+    def weights(self, device: str, blocks: int = 0) -> DeviceWeights:
         return self._weights[str(self.config.span_of(device))]
 
     def check_device(self, name: str, profile: pb.Profile) -> None:

@@ -16,10 +16,17 @@ def job_report(
     """events: all of the job's, for the evaluations of its earlier runs. finished: what its stage knows at the end."""
     training = json.loads(spec.training)
     perplexities = {}
+    shapes: dict[str, dict[str, Any]] = {}
+    errors, method = {}, ""
     for event in events:
         if event.kind == "evaluation":
             data = json.loads(event.data)
             perplexities[str(data["step"])] = data["perplexity"]
+        elif event.kind == "aggregation":
+            data = json.loads(event.data)
+            method, errors[str(data["step"])] = data["method"], data["aggregation_error"]
+        elif event.kind == "shape":  # the last one: cuts move
+            shapes[event.device] = {key: value for key, value in json.loads(event.data).items() if key != "message"}
     return {
         "job": job,
         "method": spec.method,
@@ -30,7 +37,8 @@ def job_report(
         "perplexity_after": perplexities.get(str(training["steps"])),
         "perplexities": perplexities,
         "losses": finished["losses"],
-        "devices": [_device_row(name, finished) for name in devices],
+        "aggregation": {"method": method, "aggregation_error": errors},
+        "devices": [{**_device_row(name, finished), **shapes.get(name, {})} for name in devices],
         "coordinator": finished["coordinator"],
     }
 

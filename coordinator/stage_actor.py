@@ -18,19 +18,19 @@ import torch
 from coordinator.exchange import ExchangeServicer
 from coordinator.interceptors import ErrorInterceptor
 from protos.v1 import stage_pb2_grpc
-from split.adapters.lora import add_lora, initial_adapter, lora_config, save_adapter, shapes_of, unflatten
+from split.adapters.lora import initial_adapter, lora_config, save_adapter, shapes_of, unflatten
 from split.checkpoint import CheckpointFolder
 from split.config import TrainingConfig
 from split.errors import IsthmusError
 from split.host import StageHost
 from split.ledger import Ledger, Traffic
 from split.models.source import open_model
-from split.models.stage import build_stages
-from split.parts import Parts, parts_of
+from split.parts import Parts, merging_of, parts_of, server_stages
 from split.precision import pick_device, pick_precision
 from split.protocol import Rules
+from split.server import ServerTrainer
+from split.shapes import from_plain
 from split.tls import SERVER_OPTIONS, Peer, bind_one_of, server_credentials
-from split.train import ServerTrainer
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,8 @@ class StageTask:
     base_model: str  # as the user named it
     training: str  # JSON of TrainingConfig
     devices: dict[str, str]  # name -> serial of its certificate
-    stage_digest: str  # of what a device holds
+    stage_digests: dict[str, str]  # of what each device holds
+    shapes: dict[str, list[int]]  # cut and rank of each device
     folder: str  # of the job: checkpoints and the adapter go there
     resume: bool
 
@@ -93,13 +94,15 @@ class StageActor:
 
         checkpoints = CheckpointFolder(Path(self._task.folder) / "checkpoints")
         self._device_adapter = parts.adapter
+        digests = set(self._task.stage_digests.values())
         self._host = await asyncio.to_thread(
             StageHost,
             self._trainer,
             self._config,
             set(self._task.devices),
             initial_adapter=initial_adapter(self._device_adapter, self._config.seed),
-            stage_digest=self._task.stage_digest,
+            merging=self._merging,
+            stage_digest=digests.pop() if len(digests) == 1 else self._task.stage_digests,
             checkpoints=checkpoints,
             resume=await asyncio.to_thread(checkpoints.last) if self._task.resume else None,
             tell=tell,
@@ -144,13 +147,15 @@ class StageActor:
 
     def _build(self) -> tuple[ServerTrainer, Parts, Any]:
         source = open_model(self._task.model)
-        parts = parts_of(source.config, self._config)
+        shapes = from_plain(self._task.shapes)
+        parts = parts_of(source.config, self._config, next(iter(shapes.values())))
         device = pick_device(self._serving.device)
-        stage = build_stages(source, [parts.server], device=device)[0]
+        segments = server_stages(source, self._config, shapes, device)
         lora = lora_config(self._config, source.config)
-        add_lora(stage, lora, self._config.seed)
         dtype = pick_precision(self._config.precision, device)
-        return ServerTrainer(stage, self._config, Ledger(), dtype=dtype), parts, lora
+        self._merging = merging_of(source.config, self._config, shapes)
+        cuts = {name: shape.cut for name, shape in shapes.items()}
+        return ServerTrainer(segments, self._config, Ledger(), dtype=dtype, cuts=cuts), parts, lora
 
     def _allowed(self, peer: Peer) -> bool:
         return self._devices.get(peer.name) == peer.serial
@@ -178,7 +183,10 @@ class StageActor:
         """Writes the adapter; the report's parts that only this side knows."""
         assert self._host is not None
         outcome = self._host.outcome()
-        tensors = {**unflatten(self._device_adapter, outcome.device_adapter), **outcome.server}
+        tensors = outcome.merged or {
+            **unflatten(self._device_adapter, outcome.device_adapter),
+            **outcome.server,
+        }
         folder = Path(self._task.folder) / "adapter"
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, which ended before it could say so
         save_adapter(folder, dict(sorted(tensors.items())), self._lora, self._task.base_model)

@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from protos.v1 import stage_pb2
-from split.adapters.lora import flatten, shapes_of
+from split.adapters.frozen import Frozen
+from split.adapters.lora import A, B, flatten, shapes_of, unflatten
+from split.aggregation.average import Average
+from split.aggregation.base import Factors, difference_squared, norm_squared, stacked
 from split.codecs import CodecState, for_matrices, parse
 from split.coding import stream_seed
 from split.config import TrainingConfig
 from split.streams import choices
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a device sent to an aggregation: (values,). samples: its training sequences."""
+
+    values: Tensor
+    samples: int
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What an aggregation gives. answers: a message for each device; frozen: what becomes a frozen part of its model.
+
+    server: values that the server's adapter takes, by name; server_frozen: all of its frozen part, by module.
+    error: of the result's products against the exact average of the products, relative (Frobenius).
+    """
+
+    answers: Mapping[str, stage_pb2.Tensor]
+    frozen: Mapping[str, Frozen] = field(default_factory=dict)
+    server: Mapping[str, Tensor] = field(default_factory=dict)
+    server_frozen: Mapping[str, Factors] = field(default_factory=dict)
+    error: float = 0.0
 
 
 class Averager:
@@ -31,6 +58,19 @@ class Averager:
         seed = stream_seed(config.seed, "adapters_down")
         self._encoder, self._decoder = CodecState(seed), CodecState(seed)
         self._initial = flatten(initial)
+        self._like = dict(initial)
+
+    def error(self, shares: Sequence[tuple[Tensor, float]], last: Tensor | None) -> float:
+        """Of averaging A and B each for itself (see Merged), for these shares."""
+        base = self._initial if last is None else last
+        own = [(unflatten(self._like, v if self._up.exact else base + v), weight) for v, weight in shares]
+        lost = norm = 0.0
+        for name in [name.removesuffix(A) for name in self._like if name.endswith(A)] if len(own) > 1 else []:
+            parts = [(Factors(values[name + A], values[name + B]), weight) for values, weight in own]
+            exact = stacked(parts)
+            lost += difference_squared(Average().merge(parts, exact.rank), exact)
+            norm += norm_squared(exact)
+        return float((lost / norm) ** 0.5) if norm else 0.0
 
     def average(self, shares: Sequence[tuple[Tensor, float]], last: Tensor | None) -> tuple[Tensor, stage_pb2.Tensor]:
         """shares: what each device sent, (values,), and its weight; last: the average before.

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Checkpoint:
     device_adapter: Tensor | None  # flat, (values,); None before the first aggregation
     losses: list[float]
     stage_digest: str = ""  # of the model files that the devices hold
+    merged: dict[str, Tensor] = field(default_factory=dict)  # where devices differ: what split/merging.py keeps
+    shapes: dict[str, list[int]] = field(default_factory=dict)  # of the devices: cut and rank, where they differ
 
 
 class CheckpointFolder:
@@ -42,6 +44,7 @@ class CheckpointFolder:
         tensors = {
             **{f"server/{name}": value for name, value in checkpoint.server.items()},
             **{f"optimizer/{name}": value for name, value in checkpoint.optimizer.items()},
+            **{f"merged/{name}": value for name, value in checkpoint.merged.items()},
         }
         if checkpoint.device_adapter is not None:
             tensors["device_adapter"] = checkpoint.device_adapter
@@ -49,6 +52,7 @@ class CheckpointFolder:
             "step": checkpoint.step,
             "losses": checkpoint.losses,
             "stage_digest": checkpoint.stage_digest,
+            "shapes": checkpoint.shapes,
         }
         return _save(self.folder, checkpoint.step, tensors, described)
 
@@ -65,6 +69,8 @@ class CheckpointFolder:
             tensors.get("device_adapter"),
             described["losses"],
             described["stage_digest"],
+            _part(tensors, "merged/"),
+            described.get("shapes", {}),
         )
 
 

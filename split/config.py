@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from split.documents import DataConfig
 from split.errors import BadRequest
+from split.shapes import AGGREGATIONS, STACKING, parse_by_name
 
 LABELS = ("device", "server")
 OPTIMIZERS = ("adamw", "sgd")
@@ -22,8 +23,11 @@ class TrainingConfig:
     """A split fine-tuning job. Steps, batches and sequences are counted for each device."""
 
     cut_layer: int = 1  # a device holds blocks 0..cut_layer-1
+    cuts: str = ""  # `auto`, or other cuts for devices by name; empty: cut_layer for all (see split/shapes.py)
     labels: str = "device"  # who computes the loss: the device (U-shaped), or the server (which then reads the text)
-    rank: int = 8
+    rank: int = 8  # of the job: the scale of all adapters is alpha / rank
+    ranks: str = ""  # `auto`, or other ranks for devices by name; empty: rank for all
+    aggregation: str = ""  # empty: average where all ranks are equal, else svd
     alpha: float = 16.0
     target_modules: tuple[str, ...] = ()  # empty: the architecture's usual ones
     steps: int = 100
@@ -56,6 +60,11 @@ class TrainingConfig:
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("overlap", self.overlap, OVERLAPS)
+        _one_of("aggregation", self.aggregation, ("", *AGGREGATIONS))
+        for option, text in (("cuts", self.cuts), ("ranks", self.ranks)):
+            numbers = parse_by_name(option, text, 0).numbers if text else []
+            if option == "ranks" and max(numbers, default=0) > self.rank:
+                raise BadRequest(f"ranks {text}: no device can have more than the job's rank, {self.rank}")
         for name in ("rank", "steps", "batch_size", "aggregate_every", "checkpoint_every"):
             _at_least(name, getattr(self, name), 1)
         for name in (
@@ -98,6 +107,11 @@ class TrainingConfig:
     @property
     def stale(self) -> bool:
         return self.overlap == "stale"
+
+    @property
+    def starts_anew(self) -> bool:
+        """Whether a device begins anew after an aggregation, its optimiser included."""
+        return self.aggregation == STACKING
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step 0..steps-1: linear warm-up, then the schedule down to 0."""

@@ -14,14 +14,17 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from protos.v1 import stage_pb2
-from split.adapters.lora import flatten
-from split.averaging import Averager
+from split.adapters.frozen import Frozen
+from split.adapters.lora import A, flatten, shapes_of
+from split.aggregation.base import Factors
+from split.averaging import Averager, Share
 from split.checkpoint import Checkpoint, CheckpointFolder
 from split.coding import Plan
 from split.config import TrainingConfig
@@ -29,11 +32,14 @@ from split.errors import BadFrame, BadRequest, IsthmusError, LinkLost, WrongStat
 from split.evaluate import nll
 from split.link import Frame, Phase
 from split.members import Deliver, Member
+from split.merging import Merging
 from split.perplexity import perplexity
 from split.plan.choose import Planner, View
 from split.plan.profile import LinkProfile
+from split.server import ServerTrainer
+from split.shapes import AVERAGE, as_plain
 from split.streams import missing_families, remembers_samples, stream_of
-from split.train import ServerTrainer, tensor_of
+from split.train import tensor_of
 
 Tell = Callable[[str, str, dict[str, Any]], None]  # kind, device, data
 _Group = tuple[int, stage_pb2.Phase, int]  # step, phase, micro-batch
@@ -45,19 +51,25 @@ PATIENCE = 300.0  # seconds that a connected device may owe a frame before the o
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished job leaves: the server's adapter, the devices' averaged one (flat), and each device's report."""
+    """What a finished job leaves: the server's adapter, the devices' averaged one (flat), and each device's report.
+
+    merged: where devices differ, the whole adapter, by name.
+    """
 
     server: dict[str, Tensor]
     device_adapter: Tensor
     losses: list[float]
     perplexities: dict[int, float]
     resources: dict[str, dict[str, float]]
+    merged: dict[str, Tensor] | None = None
 
 
 class StageHost:
-    """initial_adapter: what every device's adapter is at the start, by name.
+    """initial_adapter: what every device's adapter is at the start, by name; merging: instead, where devices differ.
 
-    tell(kind, device, data) is called in the host's thread, with kind one of: joined, left, started, step,
+    stage_digest: of what a device holds; by device where they differ.
+
+    tell(kind, device, data) is called in the host's thread, with kind one of: joined, left, started, step, aggregation,
     evaluation, checkpoint, log, finished, failed."""
 
     def __init__(
@@ -66,8 +78,9 @@ class StageHost:
         config: TrainingConfig,
         devices: set[str],
         *,
-        initial_adapter: Mapping[str, Tensor],
-        stage_digest: str = "",
+        initial_adapter: Mapping[str, Tensor] = MappingProxyType({}),
+        merging: Merging | None = None,
+        stage_digest: str | Mapping[str, str] = "",
         checkpoints: CheckpointFolder | None = None,
         resume: Checkpoint | None = None,
         patience: float = PATIENCE,
@@ -77,7 +90,7 @@ class StageHost:
         self._devices = frozenset(devices)  # that may take part
         self._awaited = set(devices)  # that the first step waits for
         self._initial_adapter = flatten(initial_adapter)
-        self._adapter_values = self._initial_adapter.numel()
+        self._merging = merging
         self._stage_digest = stage_digest
         self._checkpoints, self._patience = checkpoints, patience
         self._members: dict[str, Member] = {}
@@ -133,7 +146,14 @@ class StageHost:
         average = self._point.device_adapter
         if average is None:  # no device trains anything, or the job had no step
             average = self._initial_adapter
-        return Outcome(server, average, self._losses, self._perplexities, self._resources)
+        merged = self._merging.result(server) if self._merging else None
+        return Outcome(server, average, self._losses, self._perplexities, self._resources, merged)
+
+    def adapter_shapes(self, device: str) -> tuple[tuple[int, ...], ...] | None:
+        """Of the matrices of a device's adapter; None where they are the same for all."""
+        if self._merging is None or device not in self._devices:
+            return None
+        return shapes_of(self._merging.like_of(self._merging.shapes[device]))
 
     # ---- in the host's thread ----
 
@@ -196,15 +216,24 @@ class StageHost:
         missing = missing_families(self.config.codec, opened.codecs)
         if missing:
             return f"the device lacks codecs of this job: {', '.join(missing)}; update its software, or choose others"
-        if opened.adapter_values != self._adapter_values:
-            return f"an adapter of {opened.adapter_values} values; this job's devices have {self._adapter_values}"
-        if self._stage_digest and opened.stage_digest != self._stage_digest:
+        values = self._adapter_values(device)
+        if opened.adapter_values != values:
+            whose = f"{device} has" if self._merging else "this job's devices have"
+            return f"an adapter of {opened.adapter_values} values; {whose} {values}"
+        digest = self._digest_of(device)
+        if digest and opened.stage_digest != digest:
             return "the device's model files differ from the coordinator's: their digests are not the same"
         if opened.samples > _MOST_KEYS and remembers_samples(self.config.codec):
             return f"{opened.samples} training sequences are more than the {_MOST_KEYS} that ef and delta keep apart"
         if not 0 < opened.samples < 2**40:
             return f"{opened.samples} training sequences; at least one is needed"
         return ""
+
+    def _adapter_values(self, device: str) -> int:
+        return self._merging.values_of(device) if self._merging else self._initial_adapter.numel()
+
+    def _digest_of(self, device: str) -> str:
+        return self._stage_digest if isinstance(self._stage_digest, str) else self._stage_digest[device]
 
     def _admit(self) -> None:
         """Lets devices in: all together at the start; later at an aggregation, or at once when none is at work."""
@@ -225,10 +254,11 @@ class StageHost:
                 batch_size=self.config.batch_size,
                 sequence_length=self.config.sequence_length,
                 hidden_size=self.trainer.stage.model.config.hidden_size,
-                adapter_values=self._adapter_values,
+                adapter_values=self._adapter_values(device),
             )
-            tensor = self._point.device_adapter
-            member.answer(Frame(Phase.OPEN, agreement=agreement, tensor=tensor, plan=plans[device]))
+            tensor, frozen = self._merging.start(device) if self._merging else (self._point.device_adapter, None)
+            message = None if frozen is None else frozen.to_proto()
+            member.answer(Frame(Phase.OPEN, agreement=agreement, tensor=tensor, plan=plans[device], frozen=message))
 
     def _plan(self, members: Mapping[str, Member], micro_batches: int | None = None) -> dict[str, Plan]:
         """How each device's tensors cross from now on; watchers are told what changes and why."""
@@ -259,7 +289,7 @@ class StageHost:
             raise BadFrame(f"{Phase.Name(frame.phase)} before the session was agreed")
         if frame.phase == Phase.EVALUATE:
             member.check_evaluates(frame, self.config)
-            member.answer(self._evaluated(frame))
+            member.answer(self._evaluated(device, frame))
         elif frame.phase == Phase.REPORT:
             self._report(device, member, frame)
         elif frame.phase == Phase.CLOSE:
@@ -316,8 +346,9 @@ class StageHost:
         return micro_batch + 1 == self._members[next(iter(frames))].plan.micro_batches
 
     def _answer_gradient(self, device: str, frame: Frame) -> None:
-        tensor = tensor_of(frame).float() if self._adapter_values else None  # of use where a device trains something
-        values = {**frame.values, "norm_squared": self.trainer.norm_squared}
+        trains = self._adapter_values(device) > 0  # else the gradient is of no use there
+        tensor = tensor_of(frame).float() if trains else None
+        values = {**frame.values, "norm_squared": self.trainer.norm_squared(device)}
         self._answer(device, replace(frame, tensor=tensor, values=values))
 
     def _answer(self, device: str, frame: Frame) -> None:
@@ -357,9 +388,8 @@ class StageHost:
 
     def _aggregate(self, step: int, frames: Mapping[str, Frame]) -> None:
         """The devices' adapters, averaged by their numbers of training sequences, on disk before anyone has it."""
-        total = sum(self._members[device].samples for device in frames)
-        shares = [(tensor_of(frame), self._members[device].samples / total) for device, frame in frames.items()]
-        average, encoded = self._averager.average(shares, self._point.device_adapter)
+        shares = {device: Share(tensor_of(frame), self._members[device].samples) for device, frame in frames.items()}
+        average, answers = self._merge(step, shares)
         self._point = self._snapshot(average)
         if self.config.checkpoints_after(self.step) and self._checkpoints:
             self._checkpoints.save(self._point)
@@ -372,23 +402,69 @@ class StageHost:
             plans = self._plan({device: self._members[device] for device in frames})
         self._aggregations += 1
         for device in frames:
-            self._members[device].answer(Frame(Phase.AGGREGATE, step, encoded=encoded, plan=plans.get(device)))
+            self._members[device].answer(replace(answers[device], plan=plans.get(device)))
         self._admit()
+
+    def _merge(self, step: int, shares: Mapping[str, Share]) -> tuple[Tensor | None, dict[str, Frame]]:
+        """The average, where all have one and the same, and the answers. Watchers learn how exact it is."""
+        if self._merging is None:
+            total = sum(share.samples for share in shares.values())
+            weighted = [(share.values, share.samples / total) for share in shares.values()]
+            error = self._averager.error(weighted, self._point.device_adapter)
+            average, encoded = self._averager.average(weighted, self._point.device_adapter)
+            method, answers = AVERAGE, dict.fromkeys(shares, Frame(Phase.AGGREGATE, step, encoded=encoded))
+        else:
+            merged = self._merging.merge(shares, self.trainer.stepper.parameters)
+            method, error, average = self._merging.name, merged.error, None
+            self._take(merged.server, merged.server_frozen)
+            answers = {
+                device: Frame(
+                    Phase.AGGREGATE,
+                    step,
+                    encoded=encoded,
+                    frozen=merged.frozen[device].to_proto() if device in merged.frozen else None,
+                )
+                for device, encoded in merged.answers.items()
+            }
+        self.tell("aggregation", "", {"step": self.step, "method": method, "aggregation_error": error})
+        return average, answers
+
+    def _take(self, values: Mapping[str, Tensor], frozen: Mapping[str, Factors]) -> None:
+        """The server's copies of blocks that devices hold get the global adapter."""
+        assert self._merging is not None
+        self.trainer.take(values, anew=self.config.starts_anew)
+        here = {module: factors for module, factors in frozen.items() if module + A in values}
+        self.trainer.frozen.take(Frozen(True, here))
 
     def _snapshot(self, average: Tensor | None) -> Checkpoint:
         stepper = self.trainer.stepper
         server = {name: value.detach().to("cpu", copy=True) for name, value in stepper.parameters.items()}
-        return Checkpoint(self.step, server, stepper.state(), average, list(self._losses), self._stage_digest)
+        point = Checkpoint(self.step, server, stepper.state(), average, list(self._losses), self._all_digests())
+        if self._merging is None:
+            return point
+        return replace(point, merged=self._merging.state(), shapes=as_plain(self._merging.shapes))
+
+    def _all_digests(self) -> str:
+        """Of the model files, for a checkpoint: cuts may move, and a digest with them, so there is none then."""
+        return self._stage_digest if isinstance(self._stage_digest, str) else ""
 
     def _go_back_to(self, point: Checkpoint) -> None:
         """Raises WrongState for a checkpoint of another model or of other options."""
-        if point.stage_digest != self._stage_digest:
+        if point.stage_digest != self._all_digests():
             raise WrongState("the model's files have changed since the checkpoint was written: put the old ones back")
-        self.trainer.restore(point.server, point.optimizer)
+        adapter, optimizer = point.server, point.optimizer
+        if self._merging is not None:
+            self._merging.load(point.merged)
+            names = self.trainer.stepper.parameters.keys()
+            adapter = {n: v for n, v in {**self._merging.server_values(), **adapter}.items() if n in names}
+            optimizer = {key: value for key, value in optimizer.items() if key.rpartition("|")[0] in names}
+        self.trainer.restore(adapter, optimizer)
+        if self._merging is not None:
+            self.trainer.frozen.take(Frozen(True, self._merging.frozen_of_server(adapter)))
         self.step, self._losses = point.step, list(point.losses)
 
-    def _evaluated(self, frame: Frame) -> Frame:
-        outputs = self.trainer.evaluate(tensor_of(frame))
+    def _evaluated(self, device: str, frame: Frame) -> Frame:
+        outputs = self.trainer.evaluate(tensor_of(frame), device)
         if frame.labels is None:
             return Frame(Phase.EVALUATE, frame.step, tensor=_of_use(outputs.float(), frame))
         loss, tokens = nll(outputs, frame.labels.to(outputs.device))

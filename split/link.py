@@ -24,6 +24,7 @@ from split.errors import BadFrame, IsthmusError, LinkLost
 from split.ledger import Ledger
 from split.plan.choose import check_agreed
 from split.plan.profile import LinkProfile, probe
+from split.shapes import Shape
 from split.streams import stream_of
 from split.tcp import Watch
 from split.tls import error_of
@@ -61,6 +62,8 @@ class Frame:
     plan: Plan | None = None
     measured: stage_pb2.Measured | None = None
     probe: stage_pb2.Probe | None = None
+    frozen: stage_pb2.Frozen | None = None
+    shape: Shape | None = None
 
 
 class Link(Protocol):
@@ -269,6 +272,8 @@ class GrpcLink:
             agreement=message.agreement if message.HasField("agreement") else None,
             plan=plan,
             probe=message.probe if message.HasField("probe") else None,
+            frozen=message.frozen if message.HasField("frozen") else None,
+            shape=Shape(message.shape.cut, message.shape.rank) if message.HasField("shape") else None,
         )
 
 
@@ -324,6 +329,8 @@ def frame_to_proto(frame: Frame, job: str, session: str, coder: Coder, labels: s
         plan=None if frame.plan is None else frame.plan.to_proto(),
         measured=frame.measured,
         probe=frame.probe,
+        frozen=frame.frozen,
+        shape=None if frame.shape is None else stage_pb2.Shape(cut=frame.shape.cut, rank=frame.shape.rank),
     )
     if frame.encoded is not None:
         message.tensor.CopyFrom(frame.encoded)

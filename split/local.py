@@ -6,14 +6,14 @@ No network and no processes, the same algorithm: what tests compare with and ben
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from split.adapters.lora import add_lora, initial_adapter, lora_config, unflatten
+from split.adapters.lora import initial_adapter, unflatten
 from split.checkpoint import CheckpointFolder, OptimizerRecord
 from split.config import TrainingConfig
 from split.data import Sequences
@@ -22,11 +22,12 @@ from split.host import Outcome, StageHost
 from split.ledger import Ledger
 from split.link import LocalLink
 from split.models.source import TensorSource
-from split.models.stage import build_stages
-from split.parts import parts_of
+from split.parts import device_stages, merging_of, parts_of, server_stages
 from split.plan.profile import LinkProfile
 from split.precision import pick_device, pick_precision
-from split.train import DeviceTrainer, ServerTrainer
+from split.server import ServerTrainer
+from split.shapes import Shape, fixed_shapes
+from split.train import DeviceTrainer
 
 Text = tuple[Sequences, Sequences | None]  # to train on, and held out
 
@@ -49,28 +50,27 @@ def train_split_locally(
     profile: LinkProfile = LinkProfile(),
     checkpoints: Path | None = None,
     resume: bool = False,
+    shapes: Mapping[str, Shape] | None = None,
     tell: Callable[[str, str, dict[str, Any]], None] = lambda kind, device, data: None,
 ) -> LocalRun:
     """Trains the devices d0, d1, ... on their texts, each in a thread with stages of its own.
 
     device: torch device of all stages. profile: of the network that the links stand for, for `auto`. checkpoints: a
-    folder for the server's and the devices' records; `resume` goes on from the last. tell(kind, device, data): the
-    host's events, in its thread (see StageHost).
+    folder for the server's and the devices' records; `resume` goes on from the last. shapes: of the devices by name;
+    None: as the configuration says. tell(kind, device, data): the host's events, in its thread (see StageHost).
     Raises the first error of a device or of the stage.
     """
     where = pick_device(device)
     dtype = pick_precision(config.precision, where)
-    parts = parts_of(source.config, config)
-    lora = lora_config(config, source.config)
+    names = [f"d{index}" for index in range(len(texts))]
+    shapes = dict(shapes) if shapes else fixed_shapes(config, names)
+    parts = parts_of(source.config, config, shapes["d0"])
     devices: dict[str, DeviceTrainer] = {}
-    for index, (train, validation) in enumerate(texts):
-        name = f"d{index}"
-        stages = build_stages(source, parts.device, device=where)
-        add_lora(stages[0], lora, config.seed)
+    for name, (train, validation) in zip(names, texts, strict=True):
+        stages = device_stages(source, config, shapes[name], where)
         record = OptimizerRecord(checkpoints / name) if checkpoints else None
         devices[name] = DeviceTrainer(stages, config, train, validation, Ledger(), dtype=dtype, record=record)
-    stage = build_stages(source, [parts.server], device=where)[0]
-    add_lora(stage, lora, config.seed)
+    segments = server_stages(source, config, shapes, where)
     kept = CheckpointFolder(checkpoints / "server") if checkpoints else None
     ended = threading.Event()
     errors: list[BaseException] = []
@@ -82,11 +82,13 @@ def train_split_locally(
         if kind in ("finished", "failed"):
             ended.set()
 
+    cuts = {name: shape.cut for name, shape in shapes.items()}
     host = StageHost(
-        ServerTrainer(stage, config, Ledger(), dtype=dtype),
+        ServerTrainer(segments, config, Ledger(), dtype=dtype, cuts=cuts),
         config,
         set(devices),
         initial_adapter=initial_adapter(parts.adapter, config.seed),
+        merging=merging_of(source.config, config, shapes),
         checkpoints=kept,
         resume=kept.last() if kept and resume else None,
         tell=told,
@@ -111,5 +113,5 @@ def train_split_locally(
     if errors:
         raise errors[0]
     outcome = host.outcome()
-    adapter = {**unflatten(parts.adapter, outcome.device_adapter), **outcome.server}
+    adapter = outcome.merged or {**unflatten(parts.adapter, outcome.device_adapter), **outcome.server}
     return LocalRun(outcome, dict(sorted(adapter.items())), {name: one.ledger for name, one in devices.items()})

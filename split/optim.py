@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,10 @@ class Stepper:
             else:
                 self._optimizer = torch.optim.AdamW(values, lr=config.learning_rate, weight_decay=config.weight_decay)
 
-    def gradient_norm_squared(self) -> float:
-        """The sum of squares of this side's gradients."""
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+    def gradient_norm_squared(self, names: Iterable[str] | None = None) -> float:
+        """The sum of squares of this side's gradients, or of those of these parameters."""
+        chosen = self.parameters.values() if names is None else [self.parameters[name] for name in names]
+        gradients = [p.grad for p in chosen if p.grad is not None]
         if not gradients:
             return 0.0
         return float(torch.stack([gradient.double().square().sum() for gradient in gradients]).sum())
@@ -51,6 +52,12 @@ class Stepper:
     def drop_gradients(self) -> None:
         if self._optimizer is not None:
             self._optimizer.zero_grad(set_to_none=True)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """What the optimiser remembers of these parameters: they begin anew."""
+        for name in names:
+            if self._optimizer is not None:
+                self._optimizer.state.pop(self.parameters[name], None)
 
     def state(self) -> dict[str, Tensor]:
         """The optimiser's tensors, named `NAME|PART`; empty for plain SGD and before the first step."""

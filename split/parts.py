@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from peft import inject_adapter_in_model
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from split.adapters.lora import lora_config, lora_parameters
+from split.adapters.lora import A, add_lora, lora_config, lora_parameters
 from split.config import TrainingConfig
 from split.errors import BadRequest
+from split.merging import Merging
 from split.models.architectures import architecture_of
-from split.models.stage import Stage, StageSpec, cut_in_two, cut_u_shaped, skeleton
+from split.models.source import TensorSource
+from split.models.stage import Stage, StageSpec, build_stages, cut_in_two, cut_u_shaped, skeleton
+from split.shapes import AVERAGE, Shape, aggregation_of, asked
 from split.tls import MAX_MESSAGE_BYTES
 
 _LARGEST_FRAME = 0.9 * MAX_MESSAGE_BYTES  # bytes of one tensor: the rest is for labels, values and the envelope
@@ -21,7 +26,10 @@ _LARGEST_FRAME = 0.9 * MAX_MESSAGE_BYTES  # bytes of one tensor: the rest is for
 
 @dataclass(frozen=True)
 class Parts:
-    """device: (front,), or (front, tail) in the U-shape. adapter: the device's LoRA, as empty tensors (meta device)."""
+    """device: (front,), or (front, tail) in the U-shape. server: all that the device has not.
+
+    adapter: the device's LoRA, as empty tensors (meta device).
+    """
 
     device: tuple[StageSpec, ...]
     server: StageSpec
@@ -32,13 +40,17 @@ class Parts:
         return tuple(dict.fromkeys(name for spec in self.device for name in spec.tensor_names(config)))
 
 
-def parts_of(config: PretrainedConfig, training: TrainingConfig) -> Parts:
-    """Cuts the model as the job says. Raises BadRequest for a cut, modules, a batch or an adapter that cannot be."""
+def parts_of(config: PretrainedConfig, training: TrainingConfig, shape: Shape | None = None) -> Parts:
+    """Cuts the model as the job says, for a device of this shape; None: the job's own cut and rank.
+
+    Raises BadRequest for a cut, modules, a batch or an adapter that cannot be.
+    """
+    cut, rank = (training.cut_layer, training.rank) if shape is None else (shape.cut, shape.rank)
     if training.labels == "device":
-        front, server, tail = cut_u_shaped(config, training.cut_layer)
+        front, server, tail = cut_u_shaped(config, cut)
         device: tuple[StageSpec, ...] = (front, tail)
     else:
-        front, server = cut_in_two(config, training.cut_layer)
+        front, server = cut_in_two(config, cut)
         device = (front,)
     limit = getattr(config, "max_position_embeddings", None)
     if limit and training.sequence_length > limit:
@@ -49,13 +61,7 @@ def parts_of(config: PretrainedConfig, training: TrainingConfig) -> Parts:
             f"hidden states of {frame / 2**20:.0f} MiB a step do not fit a message of "
             f"{MAX_MESSAGE_BYTES / 2**20:.0f} MiB; choose a smaller batch_size or sequence_length"
         )
-    lora = lora_config(training, config)  # checks the target modules for every cut
-    model = skeleton(config, front)
-    if front.last > front.first:
-        with torch.device("meta"):
-            inject_adapter_in_model(lora, model)
-    stage = Stage(front, model, architecture_of(config))
-    adapter = {name: value.detach() for name, value in lora_parameters([stage]).items()}
+    adapter = _adapter_of(config, training, front, rank)  # checks the target modules for every cut
     size = 4 * sum(value.numel() for value in adapter.values())
     if size > _LARGEST_FRAME:
         raise BadRequest(
@@ -63,3 +69,57 @@ def parts_of(config: PretrainedConfig, training: TrainingConfig) -> Parts:
             "MiB; choose a smaller rank or cut_layer, or fewer target_modules"
         )
     return Parts(device, server, adapter)
+
+
+def segments_of(config: PretrainedConfig, training: TrainingConfig, cuts: Iterable[int]) -> list[StageSpec]:
+    """The server's blocks, from the smallest cut on, as consecutive stages between the cuts: devices enter where theirs
+    is. The head is on the last one where labels are at the server."""
+    edges = [*sorted(set(cuts)), config.num_hidden_layers]
+    head = training.labels == "server"
+    return [StageSpec(first, last, embeds=False, head=head and last == edges[-1]) for first, last in pairwise(edges)]
+
+
+def device_stages(
+    source: TensorSource, training: TrainingConfig, shape: Shape, where: torch.device | str
+) -> list[Stage]:
+    """What a device of this shape holds, with its LoRA."""
+    stages = build_stages(source, parts_of(source.config, training, shape).device, device=where)
+    if shape.rank:
+        add_lora(stages[0], lora_config(training, source.config, shape.rank), training.seed)
+    return stages
+
+
+def server_stages(
+    source: TensorSource, training: TrainingConfig, shapes: Mapping[str, Shape], where: torch.device | str
+) -> list[Stage]:
+    """The server's segments, with LoRA of the job's rank."""
+    cuts = [shape.cut for shape in shapes.values()]
+    segments = build_stages(source, segments_of(source.config, training, cuts), device=where)
+    for segment in segments:
+        add_lora(segment, lora_config(training, source.config), training.seed)
+    return segments
+
+
+def merging_of(config: PretrainedConfig, training: TrainingConfig, shapes: Mapping[str, Shape]) -> Merging | None:
+    """What merges the adapters of devices that differ; None where all are alike and A and B are averaged."""
+    alike = len(set(shapes.values())) == 1 and all(shape.rank == training.rank for shape in shapes.values())
+    moves = asked(training)[0].automatic
+    if alike and not moves and aggregation_of(training, shapes) == AVERAGE:
+        return None
+    deepest = config.num_hidden_layers - 1
+    adapter = _adapter_of(config, training, StageSpec(0, deepest, embeds=True, head=False), training.rank)
+    prefix = architecture_of(config).layers + "."
+    modules = [name.removesuffix(A) for name in adapter if name.endswith(A)]
+    blocks = {module: int(module.removeprefix(prefix).partition(".")[0]) for module in modules}
+    return Merging(training, blocks, adapter, dict(shapes))
+
+
+def _adapter_of(config: PretrainedConfig, training: TrainingConfig, front: StageSpec, rank: int) -> dict[str, Tensor]:
+    """As empty tensors (meta device), by their names in the whole model."""
+    lora = lora_config(training, config, rank or None)
+    model = skeleton(config, front)
+    if front.last > front.first and rank:
+        with torch.device("meta"):
+            inject_adapter_in_model(lora, model)
+    stage = Stage(front, model, architecture_of(config))
+    return {name: value.detach() for name, value in lora_parameters([stage]).items()}

@@ -1,4 +1,4 @@
-"""The split training step, both sides of it. Tensors in, tensors out: nothing here knows of a network.
+"""The split training step, the device's side of it (server.py has the other). Nothing here knows of a network.
 
 A step's batch is cut into micro-batches, which are under way at the same time: while one is on the link, another is
 computed (as GPipe does, Huang et al. 2019, arXiv 1811.06965). Gradients add up, so the step is that of the whole batch.
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from protos.v1 import stage_pb2
+from split.adapters.frozen import FrozenPart
 from split.adapters.lora import flatten, load_flat, lora_parameters, shapes_of
 from split.checkpoint import OptimizerRecord
 from split.codecs import FAMILIES
@@ -38,6 +39,7 @@ from split.optim import Stepper
 from split.plan.choose import DEVICE_WORK, FRONT, FRONT_BACKWARD, TAIL, candidates
 from split.plan.profile import LinkProfile, codec_seconds
 from split.precision import autocast
+from split.server import ServerTrainer as ServerTrainer  # the other half
 
 log = logging.getLogger(__name__)
 
@@ -49,136 +51,6 @@ _EVALUATIONS_AHEAD = 2  # held-out batches that are sent before the first one's 
 
 class Cancelled(WrongState):
     """The task was told to stop."""
-
-
-@dataclass
-class _Graph:
-    """What a micro-batch under way holds until its backward pass. inputs: (sum of rows, sequence, hidden), a leaf."""
-
-    inputs: Tensor
-    outputs: Tensor
-    rows: dict[str, slice]
-
-
-class ServerTrainer:
-    """The coordinator's blocks and their LoRA: all devices' micro-batches of one number run through them as one."""
-
-    def __init__(self, stage: Stage, config: TrainingConfig, ledger: Ledger, *, dtype: torch.dtype) -> None:
-        self.stage, self.config, self.ledger = stage, config, ledger
-        self.stepper = Stepper(lora_parameters([stage]), config)
-        self._device = next(stage.parameters()).device
-        self._dtype = dtype
-        self._graphs: dict[int, _Graph] = {}  # by micro-batch
-        self._total = 0  # predicted tokens of the step, of all devices that take part in its first backward pass
-        self._norm_squared = 0.0
-
-    def forward(self, batches: Mapping[str, Tensor], *, micro_batch: int = 0) -> dict[str, Tensor]:
-        """Each device's hidden states at the cut (rows, sequence, hidden) -> its last hidden states, same shape."""
-        graph = self._forward(batches, micro_batch)
-        return {device: graph.outputs[rows].detach() for device, rows in graph.rows.items()}
-
-    def backward(
-        self, gradients: Mapping[str, tuple[Tensor, int]], *, micro_batch: int = 0, last: bool = True
-    ) -> dict[str, Tensor]:
-        """Each device's gradient of its own mean loss by its last hidden states, and the predicted tokens of its whole
-        batch -> the gradient by its hidden states at the cut. A device that has gone since the forward has no part.
-
-        last: it is the step's last micro-batch, after which `norm_squared` is that of the whole step.
-        """
-        graph = self._graphs.pop(micro_batch)
-        joint = torch.zeros_like(graph.outputs)
-        weights = self._weights({device: tokens for device, (_, tokens) in gradients.items()}, micro_batch)
-        for device, (gradient, _) in gradients.items():
-            joint[graph.rows[device]] = gradient.to(self._device) * weights[device]
-        with self.ledger.computing(("backward", graph.outputs.shape)):
-            graph.outputs.backward(joint)
-        return self._gradients_at_cut(graph, weights, last)
-
-    def forward_backward(
-        self,
-        batches: Mapping[str, Tensor],
-        labels: Mapping[str, Tensor],
-        tokens: Mapping[str, int],
-        *,
-        micro_batch: int = 0,
-        last: bool = True,
-    ) -> tuple[dict[str, Tensor], dict[str, tuple[float, int]]]:
-        """With labels at the server: hidden states and labels (rows, sequence), and the predicted tokens of each
-        device's whole batch -> gradients at the cut, and each device's summed loss and predicted tokens in it."""
-        graph = self._forward(batches, micro_batch)
-        del self._graphs[micro_batch]
-        sums = {
-            device: nll(graph.outputs[rows], labels[device].to(self._device)) for device, rows in graph.rows.items()
-        }
-        weights = self._weights(tokens, micro_batch)
-        with self.ledger.computing(("backward", graph.outputs.shape)):
-            (torch.stack([loss for loss, _ in sums.values()]).sum() / max(1, self._total)).backward()
-        gradients = self._gradients_at_cut(graph, weights, last)
-        return gradients, {device: (float(loss.detach()), count) for device, (loss, count) in sums.items()}
-
-    def step(self, step: int, device_norms_squared: Mapping[str, tuple[float, int]]) -> None:
-        """Applies optimiser step `step`. The whole gradient's norm is this side's and the devices' mean, by tokens."""
-        total = max(1, sum(tokens for _, tokens in device_norms_squared.values()))
-        of_devices = sum(norm * tokens / total for norm, tokens in device_norms_squared.values())
-        self.stepper.step(step, self._norm_squared + of_devices)
-        self._norm_squared = 0.0
-
-    @torch.no_grad()
-    def evaluate(self, hidden_states: Tensor) -> Tensor:
-        """(batch, sequence, hidden) -> the last hidden states, or logits where the head is here."""
-        work = ("evaluate", hidden_states.shape)
-        with self.ledger.computing(work):  # in float32 whatever training computes in: what is reported is exact
-            outputs: Tensor = self.stage(hidden_states.to(self._device))
-            return outputs
-
-    def restore(self, adapter: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
-        """Puts back what `stepper` had. Raises WrongState when it is not of this stage."""
-        parameters = self.stepper.parameters
-        shapes = {name: value.shape for name, value in parameters.items()}
-        if {name: value.shape for name, value in adapter.items()} != shapes:
-            raise WrongState("the checkpoint is of another model, cut or rank than this job's")
-        self.drop()
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(adapter[name])
-        self.stepper = Stepper(parameters, self.config)
-        self.stepper.load_state(optimizer)
-
-    @property
-    def norm_squared(self) -> float:
-        """Of this side's gradient in the step under way, once its last micro-batch is through."""
-        return self._norm_squared
-
-    def drop(self) -> None:
-        """Forgets a step under way: its graphs and its gradients."""
-        self._graphs.clear()
-        self._norm_squared = 0.0
-        self.stepper.drop_gradients()
-
-    def _forward(self, batches: Mapping[str, Tensor], micro_batch: int) -> _Graph:
-        rows, end = {}, 0
-        for device, batch in batches.items():
-            rows[device] = slice(end, end + len(batch))
-            end += len(batch)
-        inputs = torch.cat([batch.to(self._device) for batch in batches.values()]).requires_grad_()
-        with self.ledger.computing(("forward", inputs.shape)), autocast(self._dtype, self._device):
-            outputs: Tensor = self.stage(inputs)
-        graph = self._graphs[micro_batch] = _Graph(inputs, outputs, rows)
-        return graph
-
-    def _weights(self, tokens: Mapping[str, int], micro_batch: int) -> dict[str, float]:
-        """Each device's share of the step's tokens: the same through all micro-batches, whoever goes meanwhile."""
-        if micro_batch == 0:
-            self._total = sum(tokens.values())
-        return {device: count / max(1, self._total) for device, count in tokens.items()}
-
-    def _gradients_at_cut(self, graph: _Graph, weights: Mapping[str, float], last: bool) -> dict[str, Tensor]:
-        gradient = graph.inputs.grad
-        assert gradient is not None
-        if last:
-            self._norm_squared = self.stepper.gradient_norm_squared()
-        # A batch without a predicted token has weight 0 and no gradient; there is nothing to free it of.
-        return {device: gradient[graph.rows[device]] / (weight or 1.0) for device, weight in weights.items()}
 
 
 @dataclass(frozen=True)
@@ -238,6 +110,7 @@ class DeviceTrainer:
         self._front_lora = {
             name: parameter for name, parameter in self.front.named_parameters() if parameter.requires_grad
         }
+        self.frozen = FrozenPart([self.front], config)
         self._profile, self._probed_at = LinkProfile(), -math.inf
         self._steps_done = 0
         self._looked_at = (0, 0.0)  # steps, and seconds of waiting for the link, at the last aggregation
@@ -293,6 +166,8 @@ class DeviceTrainer:
             return None
         if answer.phase != Phase.OPEN or answer.agreement is None or answer.agreement.adapter_values != adapter_values:
             raise BadTensor("the coordinator's answer to OPEN does not fit this device's stage")
+        if answer.frozen is not None:
+            self.frozen.take(self.frozen.decode(answer.frozen))
         self._average = answer.tensor if answer.tensor is not None else self._initial
         load_flat(self.parameters, self._average)
         start = answer.agreement.start_step
@@ -332,7 +207,8 @@ class DeviceTrainer:
             return {}
         self._record.drop_after(step)
         state = self._record.load(step)
-        if not state and self.config.optimizer != "sgd" and self.parameters:
+        moments = self.config.optimizer != "sgd" and not self.config.starts_anew
+        if not state and moments and self.parameters:
             log.warning("no optimiser state of step %d on this device: its moments start anew", step)
         return state
 
@@ -427,7 +303,7 @@ class DeviceTrainer:
 
     def _aggregate(self, link: Link, step: int, done: int) -> None:
         # On disk before the coordinator can have a checkpoint of this step, so that the two always meet.
-        state = self.stepper.state()
+        state = {} if self.config.starts_anew else self.stepper.state()
         if self._record and self.config.checkpoints_after(done):
             self._record.save(done, state)
         self._points = {max(self._points): self._points[max(self._points)], done: state}
@@ -435,9 +311,13 @@ class DeviceTrainer:
         gain = mine - self._average if link.coder.adapters_differ("adapters_up") else mine
         differs = link.coder.adapters_differ("adapters_down")
         link.send(Frame(Phase.AGGREGATE, step, tensor=gain, measured=self._measured(link)))
-        average = _tensor(_answer(link, Phase.AGGREGATE, step), mine.shape)
+        answer = _answer(link, Phase.AGGREGATE, step)
+        average = _tensor(answer, mine.shape)
         self._average = self._average + average if differs else average
         load_flat(self.parameters, self._average)
+        if answer.frozen is not None:  # what was trained is in it, and training begins anew
+            self.frozen.take(self.frozen.decode(answer.frozen))
+            self.stepper.forget(self.parameters)
 
     @torch.no_grad()
     def _evaluate(self, link: Link, done: int) -> None:

@@ -24,6 +24,7 @@ from coordinator.cli.watch import check_ended_well, follow, print_report
 from protos.v1 import coordinator_pb2 as pb
 from split.config import TrainingConfig
 from split.errors import BadRequest
+from split.shapes import options_of
 
 _DEFAULTS = TrainingConfig()
 _TEXT = "Text"
@@ -51,14 +52,34 @@ def finetune(
             "READ THE TEXT."
         ),
     ] = _DEFAULTS.labels,
-    cut_layer: Annotated[
-        int,
+    cut: Annotated[
+        str,
         typer.Option(
+            "--cut",
+            "--cut-layer",
             help="A device holds blocks 0..CUT-1. 0: only the embedding: it trains nothing, and what it sends is as "
-            "good as the text, for the embedding can be looked up."
+            "good as the text, for the embedding can be looked up. auto: as its speed, memory and link allow. For "
+            "single devices: NAME=CUT,NAME=auto,CUT (the last is for the rest).",
         ),
-    ] = _DEFAULTS.cut_layer,
-    rank: Annotated[int, typer.Option(help="Of LoRA.", rich_help_panel=_TRAINING)] = _DEFAULTS.rank,
+    ] = str(_DEFAULTS.cut_layer),
+    rank: Annotated[
+        str,
+        typer.Option(
+            help="Of LoRA; auto: as a device's speed and link allow. For single devices: NAME=RANK,NAME=auto,RANK. "
+            "0: such a device trains nothing. The largest number is the job's, and that of the coordinator's blocks.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = str(_DEFAULTS.rank),
+    aggregation: Annotated[
+        str,
+        typer.Option(
+            help="How the devices' adapters become one. average: A and B each for itself, an approximation, for equal "
+            "ranks. padding: the same, with zeros in the place of ranks that a device does not have. stacking: "
+            "exact; the sum of all rounds is kept frozen and grows. svd: the exact average, factorised anew to the "
+            "job's rank. Empty: average where all ranks are equal, else svd.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = _DEFAULTS.aggregation,
     alpha: Annotated[
         float, typer.Option(help="Of LoRA: its output is scaled by ALPHA/RANK.", rich_help_panel=_TRAINING)
     ] = _DEFAULTS.alpha,
@@ -162,9 +183,9 @@ def finetune(
     Example: isthmus finetune --model default --dataset notes --devices phone,laptop --steps 200
     """
     training = TrainingConfig(
-        cut_layer=cut_layer,
+        **options_of(cut, rank, _DEFAULTS),
         labels=labels,
-        rank=rank,
+        aggregation=aggregation,
         alpha=alpha,
         target_modules=tuple(part.strip() for part in target_modules.split(",") if part.strip()),
         steps=steps,

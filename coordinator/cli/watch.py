@@ -32,6 +32,7 @@ class _View:
     devices: dict[str, _DeviceLine] = field(default_factory=dict)
     state: str = "waiting"
     notes: list[str] = field(default_factory=list)
+    aggregation: str = ""  # the method, and the last one's error against the exact average
 
     def __post_init__(self) -> None:
         self.bar = Progress(
@@ -69,11 +70,17 @@ class _View:
             self.notes.append(f"checkpoint at step {data['step']}")
         elif event.kind == "started" and "url" in data:
             self.notes.append(f"{data['model']} is served at {data['url']}")
-        elif event.kind in ("log", "plan"):
+        elif event.kind == "aggregation":
+            self.aggregation = f", {data['method']} (error {data['aggregation_error'] or 0.0:.2g})"
+        elif event.kind in ("log", "plan", "shape"):
             self.notes.append(data["message"])
 
+    @property
+    def _title(self) -> str:
+        return f"job {self.job}: {self.state}{self.aggregation}"
+
     def draw(self) -> Group:
-        table = Table("device", "state", "step", "its held-out perplexity", title=f"job {self.job}: {self.state}")
+        table = Table("device", "state", "step", "its held-out perplexity", title=self._title)
         for name, line in sorted(self.devices.items()):
             table.add_row(name, line.state, str(line.step), "" if line.perplexity is None else f"{line.perplexity:.3f}")
         return Group(table, self.bar, *self.notes[-4:])
@@ -123,3 +130,7 @@ def print_report(report: dict[str, Any]) -> None:
             f"{device.get('wait_seconds', 0) - device.get('link_seconds', 0):.1f} s",
         )
     console.print(table)
+    errors = [error for error in report["aggregation"]["aggregation_error"].values() if error is not None]
+    if len(report["devices"]) > 1 and errors:
+        method = report["aggregation"]["method"]
+        console.print(f"aggregation: {method}, up to {max(errors):.2g} off the exact average of the products")

@@ -130,20 +130,22 @@ class DeviceMessage(_message.Message):
     def __init__(self, profile: _Optional[_Union[Profile, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., task: _Optional[_Union[TaskState, _Mapping]] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("id", "job", "spec", "stage_address", "first_block", "last_block")
+    __slots__ = ("id", "job", "spec", "stage_address", "first_block", "last_block", "shape")
     ID_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     STAGE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     LAST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
     id: str
     job: str
     spec: JobSpec
     stage_address: str
     first_block: int
     last_block: int
-    def __init__(self, id: _Optional[str] = ..., job: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., stage_address: _Optional[str] = ..., first_block: _Optional[int] = ..., last_block: _Optional[int] = ...) -> None: ...
+    shape: _stage_pb2.Shape
+    def __init__(self, id: _Optional[str] = ..., job: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., stage_address: _Optional[str] = ..., first_block: _Optional[int] = ..., last_block: _Optional[int] = ..., shape: _Optional[_Union[_stage_pb2.Shape, _Mapping]] = ...) -> None: ...
 
 class CancelTask(_message.Message):
     __slots__ = ("id", "reason")

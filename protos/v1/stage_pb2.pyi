@@ -43,7 +43,7 @@ class Tensor(_message.Message):
     def __init__(self, codec: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("job", "session", "step", "micro_batch", "phase", "tensor", "labels", "values", "open", "agreement", "plan", "measured", "probe", "wanted")
+    __slots__ = ("job", "session", "step", "micro_batch", "phase", "tensor", "labels", "values", "open", "agreement", "plan", "measured", "probe", "wanted", "frozen", "shape")
     class ValuesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,8 @@ class Frame(_message.Message):
     MEASURED_FIELD_NUMBER: _ClassVar[int]
     PROBE_FIELD_NUMBER: _ClassVar[int]
     WANTED_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
     job: str
     session: str
     step: int
@@ -79,7 +81,34 @@ class Frame(_message.Message):
     measured: Measured
     probe: Probe
     wanted: bytes
-    def __init__(self, job: _Optional[str] = ..., session: _Optional[str] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., labels: _Optional[_Union[Tensor, _Mapping]] = ..., values: _Optional[_Mapping[str, float]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., agreement: _Optional[_Union[Agreement, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., wanted: _Optional[bytes] = ...) -> None: ...
+    frozen: Frozen
+    shape: Shape
+    def __init__(self, job: _Optional[str] = ..., session: _Optional[str] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., labels: _Optional[_Union[Tensor, _Mapping]] = ..., values: _Optional[_Mapping[str, float]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., agreement: _Optional[_Union[Agreement, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., wanted: _Optional[bytes] = ..., frozen: _Optional[_Union[Frozen, _Mapping]] = ..., shape: _Optional[_Union[Shape, _Mapping]] = ...) -> None: ...
+
+class Shape(_message.Message):
+    __slots__ = ("cut", "rank")
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    cut: int
+    rank: int
+    def __init__(self, cut: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
+
+class Frozen(_message.Message):
+    __slots__ = ("replaces", "ranks", "values")
+    class RanksEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    REPLACES_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    replaces: bool
+    ranks: _containers.ScalarMap[str, int]
+    values: Tensor
+    def __init__(self, replaces: _Optional[bool] = ..., ranks: _Optional[_Mapping[str, int]] = ..., values: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Measured(_message.Message):
     __slots__ = ("round_trip_seconds", "up_bytes_per_second", "down_bytes_per_second", "codec_seconds", "compute_seconds")

@@ -27,20 +27,24 @@ from split.errors import BadRequest, BadTensor
 from split.models.architectures import architecture_of
 from split.models.stage import Stage
 
-_A = ".lora_A.weight"
+A, B = ".lora_A.weight", ".lora_B.weight"
 
 
-def lora_config(training: TrainingConfig, model: PretrainedConfig) -> LoraConfig:
-    """The peft configuration that both sides, the yardstick and the exported folder share."""
+def lora_config(training: TrainingConfig, model: PretrainedConfig, rank: int | None = None) -> LoraConfig:
+    """The peft configuration that both sides, the yardstick and the exported folder share.
+
+    rank: of a device that has another than the job's; the scale is the job's, so that products can be added up.
+    """
     architecture = architecture_of(model)
     targets = training.target_modules or architecture.default_targets
     unknown = sorted(set(targets) - set(architecture.linear_modules))
     if unknown:
         choices = ", ".join(architecture.linear_modules)
         raise BadRequest(f"target modules {', '.join(unknown)} are not in a {model.model_type} block; it has {choices}")
+    alpha = training.alpha if rank in (None, training.rank) else training.alpha * (rank or 0) / training.rank
     return LoraConfig(
-        r=training.rank,
-        lora_alpha=training.alpha,  # type: ignore[arg-type]  # peft divides by it; its annotation says int
+        r=rank or training.rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides it by r; its annotation says int
         target_modules=list(targets),
         lora_dropout=0.0,
         bias="none",
@@ -50,7 +54,10 @@ def lora_config(training: TrainingConfig, model: PretrainedConfig) -> LoraConfig
 
 
 def add_lora(stage: Stage, config: LoraConfig, seed: int) -> None:
-    """Puts LoRA modules into the stage's blocks, in place, with their values drawn from the seed."""
+    """Puts LoRA modules into the stage's blocks, in place, with their values drawn from the seed.
+
+    Those of a lower rank are the first rows of those of a higher one: the draw goes row by row.
+    """
     if stage.spec.first == stage.spec.last:
         return
     inject_adapter_in_model(config, stage.model)
@@ -72,7 +79,7 @@ def draw_initial_values(modules: Iterable[tuple[str, nn.Module]], seed: int) -> 
 def initial_adapter(like: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     """What `draw_initial_values` gives parameters of these names (in the whole model) and shapes, without the model."""
     return {
-        name: _initial_a(name.removesuffix(_A), value.shape, seed) if name.endswith(_A) else torch.zeros(value.shape)
+        name: _initial_a(name.removesuffix(A), value.shape, seed) if name.endswith(A) else torch.zeros(value.shape)
         for name, value in like.items()
     }
 
@@ -126,6 +133,8 @@ def unflatten(like: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig, base_model: str) -> None:
     """Writes what `PeftModel.from_pretrained(base, folder)` loads. `folder` appears whole or not at all.
 
+    Modules may have other ranks than the configuration's; the scale is that of the configuration for all.
+
     Raises OSError where `folder` is there already and not empty.
     """
     partial = folder.with_name(folder.name + ".partial")
@@ -138,5 +147,10 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig
         config.save_pretrained(str(partial))
     described = json.loads((partial / "adapter_config.json").read_text())
     described.update(base_model_name_or_path=base_model, inference_mode=True)
+    ranks = {name.removesuffix(A): value.shape[0] for name, value in tensors.items() if name.endswith(A)}
+    others = {module: rank for module, rank in sorted(ranks.items()) if rank != config.r}
+    if others:
+        described["rank_pattern"] = others
+        described["alpha_pattern"] = {module: config.lora_alpha * rank / config.r for module, rank in others.items()}
     (partial / "adapter_config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
     os.rename(partial, folder)  # over an empty folder, too; never over a file or what a folder holds

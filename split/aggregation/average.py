@@ -1,0 +1,21 @@
+"""A and B averaged each for itself, as SplitLoRA does: an approximation, for the average of products is another matrix
+than the product of averages. Only for adapters of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from split.aggregation.base import Aggregation, Factors, Part
+from split.shapes import AVERAGE
+
+
+class Average(Aggregation):
+    name = AVERAGE
+
+    def merge(self, parts: Sequence[Part], rank: int) -> Factors:
+        return Factors(
+            torch.stack([factors.a * weight for factors, weight in parts]).sum(0),
+            torch.stack([factors.b * weight for factors, weight in parts]).sum(0),
+        )

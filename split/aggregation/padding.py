@@ -1,0 +1,18 @@
+"""Zero padding (HetLoRA, Cho et al. 2024, arXiv 2401.06432): adapters of lower rank are filled up with zeros, then A
+and B are averaged each for itself: an approximation, and what only some holders have is thinned out by the zeros of
+the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from split.aggregation.average import Average
+from split.aggregation.base import Aggregation, Factors, Part
+from split.shapes import PADDING
+
+
+class Padding(Aggregation):
+    name = PADDING
+
+    def merge(self, parts: Sequence[Part], rank: int) -> Factors:
+        return Average().merge([(factors.padded(rank), weight) for factors, weight in parts], rank)
