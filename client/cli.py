@@ -60,6 +60,14 @@ def run(
     ] = "splitlora,labels-leave,serve",
     device: Annotated[str, typer.Option(help="torch device: auto, cpu, cuda, cuda:1, ...")] = "auto",
     threads: Annotated[int, typer.Option(help="Processor threads for computing; 0: all cores.", min=0)] = 0,
+    slow_down: Annotated[
+        float,
+        typer.Option(
+            help="Emulate a device so many times slower: in training, after each piece of computing, it waits for the "
+            "rest of the time. For trials and benchmarks; its log says so.",
+            min=1,
+        ),
+    ] = 1.0,
     json_output: Annotated[bool, typer.Option("--json", help="Log as JSON lines.")] = False,
 ) -> None:
     """Enrol (the first time), connect, and work until stopped by Ctrl-C or SIGTERM.
@@ -83,6 +91,7 @@ def run(
         allow=_kinds(allow, TASK_KINDS),
         device=device,
         threads=threads,
+        slow_down=slow_down,
     )
     pick_device(device)  # one that is not there is known now, and not with the first task
     token = token or _read_token(token_file)

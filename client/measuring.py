@@ -1,5 +1,5 @@
-"""What this device can do for a served model, measured while it has no task: how fast it decodes, once, and its link to
-the coordinator, in every session and now and then again."""
+"""What this device can do, measured while it has no task: how fast it trains, and its link to the coordinator, in every
+session and now and then again; and, for a served model, how fast it decodes, once."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from client.identity import Identity
-from client.runner import SERVE, DeviceOptions
+from client.runner import SERVE, TRAINING, DeviceOptions
 from split.errors import IsthmusError
 from split.plan.probing import measure_link
 from split.plan.profile import LinkProfile
 from split.runtime.speed import Speed, Stopped, accelerator_bytes, kept_speeds, kinds, measure_speeds, speed_to_proto
+from split.runtime.training_speed import measure_training
 from split.tls import channel
 
 log = logging.getLogger(__name__)
@@ -34,13 +35,14 @@ _AGAIN = 600.0  # seconds between measurements of the link
 
 
 class Measurements:
-    """Speeds are kept in the state folder. Nothing is measured for an owner who does not allow serving."""
+    """Of what the owner allows. Speeds of decoding are kept in the state folder."""
 
     def __init__(self, identity: Identity, options: DeviceOptions) -> None:
         self._identity, self._options = identity, options
         self._path = options.state / "speed.json"
-        self._wanted = SERVE in options.allow
-        self._speeds = kept_speeds(self._path, options.device, options.threads) if self._wanted else []
+        self._serves, self._trains = SERVE in options.allow, TRAINING in options.allow
+        self._speeds = kept_speeds(self._path, options.device, options.threads) if self._serves else []
+        self._training = 0.0  # FLOP/s; 0: not measured yet
         self._link: LinkProfile | None = None
 
     def told(self) -> dict[str, Any]:
@@ -48,12 +50,13 @@ class Measurements:
         return {
             "speeds": map(speed_to_proto, self._speeds),
             "link": None if self._link is None else self._link.to_proto(),
-            "accelerator_bytes": accelerator_bytes(self._options.device) if self._wanted else 0,
+            "accelerator_bytes": accelerator_bytes(self._options.device) if self._serves or self._trains else 0,
+            "training_flops": self._training,
         }
 
     async def news(self, busy: Callable[[], bool]) -> AsyncIterator[None]:
         """Whenever there is something new to tell. Measuring is given up, for now, when the device becomes busy."""
-        while self._wanted:
+        while self._serves or self._trains:
             await asyncio.sleep(_IDLE)
             if busy():
                 continue
@@ -73,7 +76,10 @@ class Measurements:
 
     def _measure(self, stop: Callable[[], bool]) -> None:
         options = self._options
-        if len(self._speeds) < len(kinds(options.device)):
+        if self._trains:
+            self._training = measure_training(options.device, slow_down=options.slow_down, stop=stop)
+            log.info("training: %.3g GFLOP/s", self._training / 1e9)
+        if self._serves and len(self._speeds) < len(kinds(options.device)):
             self._speeds = measure_apart(self._path, options.device, options.threads, stop=stop)
             log.info("decoding: %s", "; ".join(map(str, self._speeds)))
         with channel(self._identity.address, self._identity.credentials) as opened:

@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 
 State = pb.TaskState
 LABELS_LEAVE = "labels-leave"  # a permission: jobs whose labels, which are the text, go to the coordinator
-SERVE = "serve"
-TASK_KINDS = ("splitlora", LABELS_LEAVE, SERVE)
+SERVE, TRAINING = "serve", "splitlora"
+TASK_KINDS = (TRAINING, LABELS_LEAVE, SERVE)
 _FIRST_RETRY, _LAST_RETRY = 0.5, 15.0  # seconds between attempts to reach the stage again
 
 
@@ -55,6 +55,7 @@ class DeviceOptions:
     allow: tuple[str, ...] = TASK_KINDS
     device: str = "auto"  # torch device
     threads: int = 0  # 0: all cores
+    slow_down: float = 1.0  # in training: emulates a device that is so many times slower
 
 
 Tell = Callable[[pb.TaskState], None]
@@ -98,6 +99,8 @@ class Runner(threading.Thread):
             raise NotAllowed(f"the owner of this device does not allow {spec.method} tasks")
         if self._options.threads:
             torch.set_num_threads(self._options.threads)
+        if self._options.slow_down > 1:
+            log.warning("job %s: emulating a device %g times slower", self.task.job, self._options.slow_down)
         if spec.method == SERVE:
             self._hold(ServingConfig.from_json(spec.serving))
         else:
@@ -190,7 +193,7 @@ class Runner(threading.Thread):
             config,
             train,
             validation,
-            Ledger(),
+            Ledger(slow_down=self._options.slow_down),
             dtype=pick_precision(config.precision, device),
             record=OptimizerRecord(self._options.state / "jobs" / self.task.job),
             stage_digest=digest,

@@ -16,7 +16,7 @@ from coordinator.enrolment import start_enrolment
 from coordinator.gateway.actor import GatewayActor, GatewayTask
 from coordinator.interceptors import ErrorInterceptor
 from coordinator.jobs import Jobs
-from coordinator.measure import MeasureTask, measure_node
+from coordinator.measure import MeasureTask, measure_node, measure_training_here
 from coordinator.servicer import CoordinatorServicer
 from coordinator.sessions import Sessions
 from coordinator.stage_actor import ServingOptions, StageActor, StageTask
@@ -48,6 +48,7 @@ class ControlActor:
         self._options = options
         self._servers: list[grpc.aio.Server] = []
         self._profile: pb.Profile | None = None  # of the node where a model is served
+        self._training = 0.0  # FLOP/s of a stage
 
     async def start(self) -> dict[str, Any]:
         """Opens the state folder, listens, and says where: {"port", "enrolment_port", "admin", "interrupted"}.
@@ -59,7 +60,7 @@ class ControlActor:
         self._authority = Authority.open(state)
         self._store = Store(state / "state.db")
         self._sessions = Sessions()
-        self._jobs = Jobs(self._store, self._sessions, state, self._start_stage, self._measure)
+        self._jobs = Jobs(self._store, self._sessions, state, self._start_stage, self._measure, self._measure_training)
         server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
         port = bind(server, options.host, options.port, self._authority.control_credentials())
         enrolment, enrolment_port = await start_enrolment(
@@ -119,6 +120,13 @@ class ControlActor:
         if quiet:
             self._profile = profile
         return profile
+
+    async def _measure_training(self) -> float:
+        """FLOP/s of a node that a stage may get; measured when it is first asked for. Raises RayError."""
+        if not self._training:
+            where: Any = ray.remote(measure_training_here).options(num_cpus=0, max_retries=0)
+            self._training = await where.remote(self._options.threads, self._options.device)
+        return self._training
 
     async def _start_stage(self, task: StageTask | GatewayTask) -> tuple[Any, str]:
         """A stage or gateway actor, and where devices reach it. On this node the host is the one that they know."""

@@ -28,11 +28,11 @@ from coordinator.weights import DeviceWeights
 from protos.v1 import coordinator_pb2 as pb
 from split.errors import BadRequest, IsthmusError, NotAllowed, NotEnrolled, NotFound, WrongState
 from split.serving import CLOUD
-from split.shapes import fixed_shapes
 
 log = logging.getLogger(__name__)
 
 ALIVE = (pb.WAITING, pb.PREPARING, pb.RUNNING)
+_MEASURED, _LOOK = 180.0, 0.25  # seconds for devices to measure themselves, and between looks
 _STOP = 30.0  # seconds for a stage to end by itself
 _DEFAULT_WAIT = 300.0  # seconds for devices that are missing
 Measure = Callable[[bool], Awaitable[pb.Profile]]
@@ -61,10 +61,16 @@ class Jobs:
     """start_stage(task) makes a stage actor and returns (handle, HOST:PORT; an empty host: the coordinator's)."""
 
     def __init__(
-        self, store: Store, sessions: Sessions, state: Path, start_stage: StartStage, measure: Measure
+        self,
+        store: Store,
+        sessions: Sessions,
+        state: Path,
+        start_stage: StartStage,
+        measure: Measure,
+        measure_training: Callable[[], Awaitable[float]],
     ) -> None:
         self._store, self._sessions, self._state = store, sessions, state
-        self._start_stage, self._measure = start_stage, measure
+        self._start_stage, self._measure, self._measure_training = start_stage, measure, measure_training
         self._runs: dict[str, Run] = {}
         self._news = asyncio.Condition()
 
@@ -312,13 +318,33 @@ class Jobs:
 
     async def _shape(self, run: Run, method: Training) -> None:
         """Decides what each device holds and trains, and says so where the user left it open or they differ."""
-        shapes = fixed_shapes(method.config, run.devices)
-        await asyncio.to_thread(method.shaped, shapes)
-        if len(set(shapes.values())) == 1:
-            return
-        for device, shape in shapes.items():
-            data = {"cut": shape.cut, "rank": shape.rank, "message": f"{device}: {shape}"}
+        kept = method.kept_shapes(self._state / "jobs" / run.job) if run.resume else {}
+        server, profiles = 0.0, {}
+        if method.automatic:
+            profiles = await self._measured_profiles(run)
+            server = await self._measure_training()
+        else:
+            profiles = {name: self._session(name).profile for name in run.devices}
+        for device, data in (await asyncio.to_thread(method.choose, profiles, server, kept)).items():
             await self._tell(run, "shape", data, device)
+
+    async def _measured_profiles(self, run: Run) -> dict[str, pb.Profile]:
+        """Of the job's devices, once they have measured their speed and link, which they do when they have no task."""
+        told = ""
+        for _ in range(int(_MEASURED / _LOOK)):
+            profiles = {name: self._session(name).profile for name in run.devices}
+            missing = sorted(n for n, one in profiles.items() if not (one.training_flops > 0 and one.HasField("link")))
+            if not missing:
+                return profiles
+            message = f"waiting until {', '.join(missing)} have measured their speed and their link"
+            if message != told:
+                await self._tell(run, "log", {"message": message})
+                told = message
+            await asyncio.sleep(_LOOK)
+        raise WrongState(
+            f"{', '.join(missing)} did not measure their speed within {_MEASURED:.0f} s; name what they are to hold "
+            f"(--cut {missing[0]}=N --rank {missing[0]}=R), or update their software"
+        )
 
     def _check_resumable(self, identifier: str) -> None:
         if self._store.job(identifier).state == pb.SUCCEEDED:

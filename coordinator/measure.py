@@ -12,6 +12,7 @@ import torch
 from protos.v1 import coordinator_pb2 as pb
 from split.plan.probing import measure_link
 from split.runtime.speed import accelerator_bytes, measure_speeds, speed_to_proto
+from split.runtime.training_speed import measure_training
 from split.tls import Credentials, channel
 
 
@@ -27,6 +28,12 @@ class MeasureTask:
     ca: bytes
     certificate: bytes
     key: bytes = field(repr=False)
+
+
+def measure_training_here(threads: int, device: str) -> float:
+    """FLOP/s of training in a process such as a stage actor's."""
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    return measure_training(device)
 
 
 def measure_node(task: MeasureTask) -> bytes:

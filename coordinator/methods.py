@@ -14,6 +14,7 @@ from coordinator.weights import DeviceWeights, weights_of
 from protos.v1 import coordinator_pb2 as pb
 from split.adapters.folder import AdapterFolder
 from split.adapters.served import LoraAdapter
+from split.checkpoint import CheckpointFolder
 from split.config import TrainingConfig
 from split.errors import BadRequest
 from split.generation.local import LOOKUP, NONE, context_of, open_draft_model
@@ -21,8 +22,11 @@ from split.generation.using import user_parts
 from split.models.source import ModelFolder, open_model
 from split.models.stage import StageSpec
 from split.parts import parts_of
+from split.plan.costs import Costs
+from split.plan.profile import LinkProfile
+from split.plan.shapes import Able, check_memory, choose_shapes
 from split.serving import CLOUD, AdapterConfig, ServingConfig, SpanConfig, adapter_bytes, check_spans, memory_of
-from split.shapes import Shape, aggregation_of, as_plain, asked, check_named
+from split.shapes import Shape, aggregation_of, as_plain, asked, check_named, fixed_shapes, from_plain
 
 
 class Method(Protocol):
@@ -63,9 +67,42 @@ class Training:
         for cut in sorted(set(cuts.numbers)):  # what is wrong with one, and reading its weights, comes now
             self._weights_of(cut)
 
+    @property
+    def automatic(self) -> bool:
+        """Whether a cut or a rank is to be chosen here."""
+        return any(wanted.automatic for wanted in asked(self.config))
+
+    def kept_shapes(self, folder: Path) -> dict[str, Shape]:
+        """Of a job's last checkpoint: cuts may have moved since it began."""
+        last = CheckpointFolder(folder / "checkpoints").last()
+        return from_plain(last.shapes) if last else {}
+
+    def choose(
+        self, profiles: Mapping[str, pb.Profile], server_flops: float, kept: Mapping[str, Shape]
+    ) -> dict[str, dict[str, Any]]:
+        """Decides what each device holds and trains. kept: of an earlier run. Returns what is to be told, by device:
+        nothing where all are alike and nothing was chosen. Raises BadRequest for a device with too little memory."""
+        costs = Costs(self.folder.config, self.config)
+        check_named(self.config, profiles)
+        told: dict[str, dict[str, Any]] = {}
+        if self.automatic and not kept.keys() >= profiles.keys():
+            able = {name: Able(one.training_flops, _memory(one), _link(one)) for name, one in profiles.items()}
+            choices = choose_shapes(costs, able, Able(server_flops))
+            shapes = {name: choice.shape for name, choice in choices.items()}
+            told = {name: choice.data(name) for name, choice in choices.items()}
+        elif self.automatic:
+            shapes = {name: kept[name] for name in profiles}
+        else:
+            shapes = fixed_shapes(self.config, profiles)
+        for name, shape in shapes.items():
+            check_memory(costs, name, shape, _memory(profiles[name]))
+        if not told and len(set(shapes.values())) > 1:
+            told = {name: {"cut": s.cut, "rank": s.rank, "message": f"{name}: {s}"} for name, s in shapes.items()}
+        self.shaped(shapes)
+        return told
+
     def shaped(self, shapes: Mapping[str, Shape]) -> None:
         """Takes up what the devices are to hold. Raises BadRequest for what cannot be."""
-        check_named(self.config, shapes)
         aggregation_of(self.config, shapes)
         for shape in shapes.values():
             parts_of(self.folder.config, self.config, shape)
@@ -213,6 +250,14 @@ class Serving:
 
 
 METHODS: Mapping[str, type[Training] | type[Serving]] = {"splitlora": Training, "serve": Serving}
+
+
+def _memory(profile: pb.Profile) -> float:
+    return float(profile.accelerator_bytes or profile.memory_bytes)
+
+
+def _link(profile: pb.Profile) -> LinkProfile:
+    return LinkProfile.from_proto(profile.link) if profile.HasField("link") else LinkProfile()
 
 
 def method_of(spec: pb.JobSpec, cache: Path) -> Method:

@@ -145,7 +145,7 @@ class Coder:
     def _note(self, what: str, stream: str, name: str, values: int, seconds: float, state: CodecState) -> None:
         # Each stream is coded by one thread at a time, so only its own state may be looked at.
         self._memory[stream] = state.memory_bytes
-        self._ledger.coded(name, what, values, seconds, sum(list(self._memory.values())))
+        self._ledger.coded(name, what, values, self._ledger.slowed(seconds), sum(list(self._memory.values())))
 
     def _codec(self, stream: str, name: str) -> AnyCodec:
         return for_matrices(parse(name), self._terms.adapter) if stream in ADAPTERS else parse(name)

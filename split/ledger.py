@@ -124,8 +124,13 @@ class Coding:
 
 @dataclass
 class Ledger:
-    """Counts while a task runs; `summary` gives what a report shows."""
+    """Counts while a task runs; `summary` gives what a report shows.
 
+    slow_down: emulates a machine that is so many times slower: after each piece of computing it waits for the rest of
+    the time that such a machine would have taken, and counts it as computing.
+    """
+
+    slow_down: float = 1.0
     prices: Prices = field(default_factory=Prices)
     flops: float = 0.0
     compute_seconds: float = 0.0
@@ -150,12 +155,18 @@ class Ledger:
             with counter or nullcontext():
                 yield
         finally:
-            seconds = time.perf_counter() - start
+            seconds = self.slowed(time.perf_counter() - start)
             self.compute_seconds += seconds
             self.compute_by_work[str(work[0] if isinstance(work, tuple) else work)] += seconds
         if counter is not None:
             self._flops_of[work] = known = counter.total
         self.flops += known or 0.0
+
+    def slowed(self, seconds: float) -> float:
+        """Computing took so long: waits as `slow_down` says; returns what it took in all."""
+        if self.slow_down > 1:
+            time.sleep((self.slow_down - 1) * seconds)
+        return max(1.0, self.slow_down) * seconds
 
     def waited(self, seconds: float, link_seconds: float) -> None:
         """This side had nothing to do for `seconds`, `link_seconds` of them because of the link."""

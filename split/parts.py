@@ -61,7 +61,7 @@ def parts_of(config: PretrainedConfig, training: TrainingConfig, shape: Shape | 
             f"hidden states of {frame / 2**20:.0f} MiB a step do not fit a message of "
             f"{MAX_MESSAGE_BYTES / 2**20:.0f} MiB; choose a smaller batch_size or sequence_length"
         )
-    adapter = _adapter_of(config, training, front, rank)  # checks the target modules for every cut
+    adapter = adapter_of(config, training, front, rank)  # checks the target modules for every cut
     size = 4 * sum(value.numel() for value in adapter.values())
     if size > _LARGEST_FRAME:
         raise BadRequest(
@@ -107,14 +107,14 @@ def merging_of(config: PretrainedConfig, training: TrainingConfig, shapes: Mappi
     if alike and not moves and aggregation_of(training, shapes) == AVERAGE:
         return None
     deepest = config.num_hidden_layers - 1
-    adapter = _adapter_of(config, training, StageSpec(0, deepest, embeds=True, head=False), training.rank)
+    adapter = adapter_of(config, training, StageSpec(0, deepest, embeds=True, head=False), training.rank)
     prefix = architecture_of(config).layers + "."
     modules = [name.removesuffix(A) for name in adapter if name.endswith(A)]
     blocks = {module: int(module.removeprefix(prefix).partition(".")[0]) for module in modules}
     return Merging(training, blocks, adapter, dict(shapes))
 
 
-def _adapter_of(config: PretrainedConfig, training: TrainingConfig, front: StageSpec, rank: int) -> dict[str, Tensor]:
+def adapter_of(config: PretrainedConfig, training: TrainingConfig, front: StageSpec, rank: int) -> dict[str, Tensor]:
     """As empty tensors (meta device), by their names in the whole model."""
     lora = lora_config(training, config, rank or None)
     model = skeleton(config, front)

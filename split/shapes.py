@@ -77,11 +77,13 @@ def options_of(cut: str, rank: str, default: TrainingConfig) -> dict[str, Any]:
     """The fields of TrainingConfig for the command's `--cut` and `--rank`. The job's own rank, which gives the scale,
     is the largest number that `rank` names, the default without one."""
     cuts = parse_by_name("--cut", cut, default.cut_layer)
-    numbers = parse_by_name("--rank", rank, 0).numbers
-    ranks = parse_by_name("--rank", rank, max(numbers, default=default.rank))
+    ranks = parse_by_name("--rank", rank, 0)
+    own = max(ranks.numbers, default=0)
+    if ranks.named or ranks.rest is None:  # without a name, a 0 is for all of the job, and refused there
+        own = own or default.rank
     return {
         "cut_layer": default.cut_layer if cuts.rest is None else cuts.rest,
-        "rank": max(ranks.numbers, default=default.rank),
+        "rank": own,
         "cuts": cut if cuts.named or cuts.rest is None else "",
         "ranks": rank if ranks.named or ranks.rest is None else "",
     }

@@ -182,7 +182,9 @@ class DeviceTrainer:
             self._profile, self._probed_at = link.measure(), time.monotonic()
             self._usual_wait = None
         measured = self._profile.to_proto()
-        measured.codec_seconds.update(codec_seconds(candidates(self.config), self.front.model.config.hidden_size))
+        coding = codec_seconds(candidates(self.config), self.front.model.config.hidden_size)
+        slow = max(1.0, self.ledger.slow_down)
+        measured.codec_seconds.update({name: slow * seconds for name, seconds in coding.items()})
         steps = max(1, self._steps_done)
         for name, seconds in self.ledger.compute_by_work.items():
             if name in DEVICE_WORK:

@@ -54,7 +54,7 @@ class Dataset(_message.Message):
     def __init__(self, name: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class Profile(_message.Message):
-    __slots__ = ("version", "platform", "cores", "memory_bytes", "accelerator", "datasets", "task_kinds", "speeds", "link", "accelerator_bytes")
+    __slots__ = ("version", "platform", "cores", "memory_bytes", "accelerator", "datasets", "task_kinds", "speeds", "link", "accelerator_bytes", "training_flops")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PLATFORM_FIELD_NUMBER: _ClassVar[int]
     CORES_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,7 @@ class Profile(_message.Message):
     SPEEDS_FIELD_NUMBER: _ClassVar[int]
     LINK_FIELD_NUMBER: _ClassVar[int]
     ACCELERATOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FLOPS_FIELD_NUMBER: _ClassVar[int]
     version: str
     platform: str
     cores: int
@@ -75,7 +76,8 @@ class Profile(_message.Message):
     speeds: _containers.RepeatedCompositeFieldContainer[Speed]
     link: _stage_pb2.Measured
     accelerator_bytes: int
-    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., accelerator: _Optional[str] = ..., datasets: _Optional[_Iterable[_Union[Dataset, _Mapping]]] = ..., task_kinds: _Optional[_Iterable[str]] = ..., speeds: _Optional[_Iterable[_Union[Speed, _Mapping]]] = ..., link: _Optional[_Union[_stage_pb2.Measured, _Mapping]] = ..., accelerator_bytes: _Optional[int] = ...) -> None: ...
+    training_flops: float
+    def __init__(self, version: _Optional[str] = ..., platform: _Optional[str] = ..., cores: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., accelerator: _Optional[str] = ..., datasets: _Optional[_Iterable[_Union[Dataset, _Mapping]]] = ..., task_kinds: _Optional[_Iterable[str]] = ..., speeds: _Optional[_Iterable[_Union[Speed, _Mapping]]] = ..., link: _Optional[_Union[_stage_pb2.Measured, _Mapping]] = ..., accelerator_bytes: _Optional[int] = ..., training_flops: _Optional[float] = ...) -> None: ...
 
 class Speed(_message.Message):
     __slots__ = ("runtime", "weights", "bytes_per_second", "block_seconds", "batch_seconds")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from torch import Tensor
@@ -162,6 +162,22 @@ class Planner:
                 sentences.append(self._sentence(name, view, plan, seconds, before, bool(stage_seconds)))
         return plans, sentences
 
+    @property
+    def nothing_yet(self) -> Plan:
+        return Plan()
+
+    @property
+    def exact_adapters(self) -> bool:
+        return parse(self._choices["adapters_up"]).exact
+
+    def expected(self, view: View, stage_seconds: Mapping[str, float], slower: float) -> StepCosts:
+        """Of a device before anything has crossed: with the plan that it would have. slower: than this machine."""
+        view = replace(view, codec_seconds={name: slower * seconds for name, seconds in self._seconds.items()})
+        _, plan = min(
+            (self._best(view, stage_seconds, count) for count in self._counts([view], True)), key=lambda pair: pair[0]
+        )
+        return self._costs_of(view, stage_seconds, plan)
+
     def _counts(self, views: Iterable[View], measured: bool) -> list[int]:
         if self.config.micro_batches:
             return [self.config.micro_batches]
@@ -199,6 +215,9 @@ class Planner:
         return [level for level, name in enumerate(names) if parse(name).families <= view.families]
 
     def _seconds_of(self, view: View, stage_seconds: Mapping[str, float], plan: Plan) -> float:
+        return step_seconds(self._costs_of(view, stage_seconds, plan), plan.micro_batches, plan.depth)
+
+    def _costs_of(self, view: View, stage_seconds: Mapping[str, float], plan: Plan) -> StepCosts:
         values = self.config.batch_size * self.config.sequence_length * self.hidden_size
 
         def coding(stream: str) -> float:
@@ -207,7 +226,7 @@ class Planner:
             return both / 2 * values / 1e6
 
         work = view.compute_seconds
-        costs = StepCosts(
+        return StepCosts(
             view.link,
             u_shaped=self.config.labels == "device",
             front=work.get(FRONT, 0.0),
@@ -218,7 +237,6 @@ class Planner:
             coding={stream: coding(stream) for stream in TRAINING},
             size={stream: values * self._bits_of(stream, plan.codec_of(stream)) / 8 for stream in TRAINING},
         )
-        return step_seconds(costs, plan.micro_batches, plan.depth)
 
     def _bits_of(self, stream: str, name: str) -> float:
         """A value, once measured; until then an estimate."""

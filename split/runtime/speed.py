@@ -130,7 +130,7 @@ def kinds(device: str) -> list[tuple[str, str]]:
 
 
 def _measure(choice: RuntimeChoice, stop: Callable[[], bool]) -> Speed:
-    few, many = (_seconds(_Blocks(_NARROW, count), choice, stop) for count in (_FEW, _MANY))
+    few, many = (_seconds(Blocks(_NARROW, count), choice, stop) for count in (_FEW, _MANY))
     block = max(0.0, (many - few) / (_MANY - _FEW))
     batch = max(0.0, few - _FEW * block)
     wide = _wide_blocks(choice)
@@ -139,18 +139,18 @@ def _measure(choice: RuntimeChoice, stop: Callable[[], bool]) -> Speed:
     return Speed(choice.runtime, choice.weights, BYTES[choice.weights] * wide.values / reading, block, batch)
 
 
-def _wide_blocks(choice: RuntimeChoice) -> _Blocks:
+def _wide_blocks(choice: RuntimeChoice) -> Blocks:
     """So many that their weights are not in the processor's caches, but for few bits, where computing takes longer
     than reading."""
     if pick_device(choice.device).type != "cpu":
-        return _Blocks(_WIDE_ON_ACCELERATORS, 1)
-    one = _Blocks(_WIDE, 1)
+        return Blocks(_WIDE_ON_ACCELERATORS, 1)
+    one = Blocks(_WIDE, 1)
     size = min(max(_LEAST, _CACHES * _cache_bytes()), _MOST, psutil.virtual_memory().total // 16)
-    return _Blocks(_WIDE, max(2, math.ceil(size / (4 * one.values))) if choice.weights == "float32" else 3)
+    return Blocks(_WIDE, max(2, math.ceil(size / (4 * one.values))) if choice.weights == "float32" else 3)
 
 
-def _seconds(blocks: _Blocks, choice: RuntimeChoice, stop: Callable[[], bool]) -> float:
-    """Of a token after a prompt: the median of some, as an answer has slow ones, too."""
+def _seconds(blocks: Blocks, choice: RuntimeChoice, stop: Callable[[], bool]) -> float:
+    """Of a token: the lower quartile of some, since what else the machine does by chance only ever adds."""
     if stop():
         raise Stopped
     room = _PROMPT + _WARM_UP + _TOKENS
@@ -168,8 +168,8 @@ def _seconds(blocks: _Blocks, choice: RuntimeChoice, stop: Callable[[], bool]) -
     return median(times[_WARM_UP:])
 
 
-class _Blocks:
-    """Blocks of a Llama as a TensorSource, all of one shape."""
+class Blocks:
+    """Alike blocks of a Llama as a TensorSource. What their weights are does not matter for time."""
 
     def __init__(self, width: int, count: int) -> None:
         self.count = count

@@ -95,8 +95,14 @@ def test_a_task_that_comes_stops_it_and_it_is_done_later(
     assert tries == [True, False]
 
 
-def test_an_owner_who_does_not_allow_serving_is_not_measured(identity: Identity, tmp_path: Path) -> None:
-    mine = Measurements(identity, options(tmp_path, allow=("splitlora",)))
+def test_only_what_the_owner_allows_is_measured(identity: Identity, tmp_path: Path) -> None:
+    trains = Measurements(identity, options(tmp_path, allow=("splitlora",)))
+    first_news(trains)
+    told = pb.Profile(**trains.told())
+    assert told.training_flops > 0
+    assert told.HasField("link")
+    assert not told.speeds
+    mine = Measurements(identity, options(tmp_path, allow=("labels-leave",)))
     with pytest.raises(StopAsyncIteration):
         first_news(mine)
     assert pb.Profile(**mine.told()) == pb.Profile()

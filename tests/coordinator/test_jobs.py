@@ -48,7 +48,7 @@ def test_a_job_whose_stage_fails_ends_with_one_line(tmp_path: Path, raised: Exce
         store, sessions = Store(tmp_path / "state.db"), Sessions()
         device = pb.Profile(datasets=[pb.Dataset(name="notes")], task_kinds=["splitlora"])
         await sessions.opened(Session("edge", "1", device))
-        jobs = Jobs(store, sessions, tmp_path, start_stage, measure)
+        jobs = Jobs(store, sessions, tmp_path, start_stage, measure, measure)
         model = make_model(tmp_path / "model", "llama", layers=2)
         training = TrainingConfig(sequence_length=16).to_json()
         spec = pb.JobSpec(method="splitlora", model=str(model), dataset="notes", device_count=1, training=training)
@@ -114,7 +114,7 @@ def test_a_device_finds_the_models_that_it_may_use(tmp_path: Path, monkeypatch: 
         store, sessions = Store(tmp_path / "state.db"), Sessions()
         for name in ("laptop", "phone"):
             store.redeem_token(store.create_token(name)[0], f"serial-{name}")
-        jobs = Jobs(store, sessions, tmp_path, start_stage, measure)
+        jobs = Jobs(store, sessions, tmp_path, start_stage, measure, measure)
         model = make_model(tmp_path / "model", "llama", layers=2)
 
         async def serve(name: str, *users: str) -> pb.Job:

@@ -1,0 +1,108 @@
+"""What a job's parts cost, from the model's configuration: operations and bytes of memory, by cut and rank.
+
+Operations are counted as the ledger counts them: matrix products and attention. Forward through frozen weights and
+backward to the hidden states take the same number; LoRA's own weights take their gradient besides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from transformers import PretrainedConfig
+
+from split.config import TrainingConfig
+from split.models.stage import StageSpec, skeleton
+from split.parts import adapter_of
+
+_FLOAT = 4  # bytes: weights, adapters and what is kept for backward are float32
+_LORA_COPIES = {"adamw": 4, "sgd": 2}  # the values, their gradients, AdamW's two moments
+_WIDE, _NARROW = 8, 4  # what a block keeps for backward, a token: so many hidden vectors and so many of its MLP's width
+_LOGITS = 3  # the logits, their logarithms of probabilities, their gradient
+LIBRARIES = 400 * 2**20  # bytes: of a process that has imported what a device imports and has no model (`isthmus demo`)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one job on one model."""
+
+    config: PretrainedConfig
+    training: TrainingConfig
+
+    @property
+    def tokens(self) -> int:
+        """Of a device's step."""
+        return self.training.batch_size * self.training.sequence_length
+
+    @property
+    def layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def hidden(self) -> int:
+        return int(self.config.hidden_size)
+
+    @cached_property
+    def block_values(self) -> int:
+        """Weights of one block."""
+        return _values(self.config, StageSpec(0, 1, embeds=False, head=False))
+
+    @cached_property
+    def end_values(self) -> int:
+        """Weights of a device beside its blocks: the embedding, and the head where the labels are with it."""
+        embedding = _values(self.config, StageSpec(0, 0, embeds=True, head=False))
+        if self.training.labels == "server" or self.config.tie_word_embeddings:
+            return embedding
+        layers = self.layers
+        return embedding + _values(self.config, StageSpec(layers, layers, embeds=False, head=True))
+
+    @cached_property
+    def lora_values(self) -> int:
+        """Of one block, at rank 1."""
+        shapes = adapter_of(self.config, self.training, StageSpec(0, 1, embeds=True, head=False), 1)
+        return sum(value.numel() for value in shapes.values())
+
+    def forward(self, blocks: int, rank: int, tokens: int) -> float:
+        """Operations of blocks on so many tokens."""
+        attention = 4 * self.training.sequence_length * self.hidden
+        return tokens * blocks * (2 * self.block_values + attention + 2 * rank * self.lora_values)
+
+    def backward(self, blocks: int, rank: int, tokens: int) -> float:
+        attention = 10 * self.training.sequence_length * self.hidden
+        return tokens * blocks * (2 * self.block_values + attention + 4 * rank * self.lora_values)
+
+    @property
+    def tail(self) -> float:
+        """Operations of the head on a device, forward and backward; 0 with labels at the server."""
+        return 0.0 if self.training.labels == "server" else self._head
+
+    @property
+    def head_at_server(self) -> float:
+        """The same, for a device's rows, where it is there."""
+        return self._head if self.training.labels == "server" else 0.0
+
+    @property
+    def _head(self) -> float:
+        return 4.0 * self.tokens * int(self.config.vocab_size) * self.hidden
+
+    def adapter_values(self, cut: int, rank: int) -> int:
+        return cut * rank * self.lora_values
+
+    def memory(self, cut: int, rank: int) -> float:
+        """Bytes that a device needs: libraries, weights, LoRA with its optimiser, what a step keeps for backward."""
+        weights = cut * self.block_values + self.end_values
+        adapter = _LORA_COPIES[self.training.optimizer] * self.adapter_values(cut, rank)
+        kept = cut * (_WIDE * self.hidden + _NARROW * self._mlp) if rank else 0
+        kept += 4 * self.hidden  # what crosses, each way, and the head's own
+        if self.training.labels == "device":
+            kept += _LOGITS * int(self.config.vocab_size)
+        return LIBRARIES + _FLOAT * (weights + adapter + self.tokens * kept)
+
+    @property
+    def _mlp(self) -> int:
+        width = getattr(self.config, "intermediate_size", None) or getattr(self.config, "n_inner", None)
+        return int(width or 4 * self.hidden)
+
+
+def _values(config: PretrainedConfig, spec: StageSpec) -> int:
+    return sum(tensor.numel() for tensor in skeleton(config, spec).state_dict().values())

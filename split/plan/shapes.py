@@ -1,0 +1,216 @@
+"""`--cut auto` and `--rank auto`: what each device holds and trains, from what was measured of it.
+
+All devices' rows go through the server as one batch, so a step takes as long as its slowest device. The deadline is the
+shortest step that can be reached: found by bisection, where for each deadline every device takes the largest cut with
+which it keeps it. A smaller cut leaves the server more to do, which takes time from all devices, so this is repeated
+until nothing changes. Then every device gets the largest rank, up to the job's, with which it is at most _RANK_SLACK
+over the deadline, its adapters' way to the coordinator included. Memory bounds both. Times come from the simulation of
+a step (pipeline.py) with the codecs that the planner would take (choose.py).
+
+A cut is never chosen below 1: with 0 what a device sends is as good as its text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from split.codecs import FAMILIES
+from split.errors import BadRequest
+from split.plan.choose import FRONT, FRONT_BACKWARD, TAIL, Planner, View
+from split.plan.costs import Costs
+from split.plan.pipeline import StepCosts, step_seconds
+from split.plan.profile import LinkProfile
+from split.shapes import ByName, Shape, asked
+
+_RANK_SLACK = 1.05
+_NEAR = 1.02  # two deadlines are about the same
+_MOST_MICRO_BATCHES = 8
+_OF_MEMORY = 0.9  # of a device's memory that a job may take
+_ADAPTER_BYTES = {True: 4.0, False: 5 / 8}  # of a value, each way, by whether adapters cross as they are
+
+
+@dataclass(frozen=True)
+class Able:
+    """What a device, or the server, can do. flops: a second, in training; memory: bytes, 0: not told."""
+
+    flops: float
+    memory: float = 0.0
+    link: LinkProfile = field(default_factory=LinkProfile)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A device's shape, and why: the step expected of it, the job's deadline (seconds), and the memory (bytes)."""
+
+    shape: Shape
+    step_seconds: float
+    deadline: float
+    memory: float
+
+    def data(self, device: str) -> dict[str, Any]:
+        """Of the event that tells about it."""
+        line = (
+            f"{device}: {self.shape}; about {self.step_seconds:.2g} s a step expected, {self.deadline:.2g} s for all, "
+            f"and {self.memory / 2**30:.2g} GiB of memory"
+        )
+        return {
+            "cut": self.shape.cut,
+            "rank": self.shape.rank,
+            "step_seconds": self.step_seconds,
+            "deadline_seconds": self.deadline,
+            "memory_bytes": self.memory,
+            "message": line,
+        }
+
+
+def choose_shapes(costs: Costs, devices: Mapping[str, Able], server: Able) -> dict[str, Choice]:
+    """Deterministic. Raises BadRequest for a device whose memory is not enough for the smallest share it may have."""
+    cuts, ranks = asked(costs.training)
+    job = _Job(costs, server, {n: _Device(costs, n, able, server, cuts, ranks) for n, able in sorted(devices.items())})
+    best = min((job.smallest(), job.fitting(math.inf)), key=job.slowest)
+    least, greatest = 0.0, job.slowest(best)
+    while greatest > _NEAR * least and greatest > 1e-6:
+        middle = (least + greatest) / 2
+        shapes = job.fitting(middle)
+        slowest = job.slowest(shapes)
+        if slowest <= middle:
+            best, greatest = shapes, slowest
+        else:
+            least = middle
+    best = job.with_ranks(best, _RANK_SLACK * greatest)
+    server_seconds = job.server_seconds(best)
+    return {
+        name: Choice(
+            best[name], one.seconds(best[name], server_seconds), greatest, costs.memory(best[name].cut, best[name].rank)
+        )
+        for name, one in job.devices.items()
+    }
+
+
+def check_memory(costs: Costs, device: str, shape: Shape, memory: float, share: str = "share") -> None:
+    """Raises BadRequest where it is not enough. memory: bytes that a job may take; 0: not known. share: in words."""
+    needed, training = costs.memory(shape.cut, shape.rank), costs.training
+    if memory and needed > memory:
+        raise BadRequest(
+            f"device {device} has {memory / 2**30:.2f} GiB of memory for a job; its {share} ({shape}, batches of "
+            f"{training.batch_size} x {training.sequence_length}) takes {needed / 2**30:.2f} GiB: choose a smaller "
+            "cut, batch_size or sequence_length, or leave it out"
+        )
+
+
+@dataclass
+class _Job:
+    costs: Costs
+    server: Able
+    devices: dict[str, _Device]
+
+    def smallest(self) -> dict[str, Shape]:
+        return {name: Shape(one.cuts[0], one.ranks[0]) for name, one in self.devices.items()}
+
+    def fitting(self, deadline: float) -> dict[str, Shape]:
+        """The largest cuts, with the least ranks, with which everyone keeps the deadline; where one cannot, its
+        smallest. From above: the server's time for the largest cuts is the least, and grows as cuts are given up."""
+        shapes = {name: Shape(one.cuts[-1], one.ranks[0]) for name, one in self.devices.items()}
+        while True:
+            seconds = self.server_seconds(shapes)
+            kept = {name: one.largest(shapes[name], seconds, deadline) for name, one in self.devices.items()}
+            if kept == shapes:
+                return shapes
+            shapes = kept
+
+    def with_ranks(self, shapes: Mapping[str, Shape], deadline: float) -> dict[str, Shape]:
+        seconds = self.server_seconds(shapes)
+        return {
+            name: max(
+                [shapes[name]]
+                + [
+                    shape
+                    for shape in (Shape(shapes[name].cut, rank) for rank in one.ranks)
+                    if one.fits(shape) and one.seconds(shape, seconds) <= deadline
+                ]
+            )
+            for name, one in self.devices.items()
+        }
+
+    def server_seconds(self, shapes: Mapping[str, Shape]) -> tuple[float, float]:
+        """Forward and backward, for all devices' rows."""
+        costs, rank = self.costs, self.costs.training.rank
+        forward = sum(costs.forward(costs.layers - shape.cut, rank, costs.tokens) for shape in shapes.values())
+        backward = sum(costs.backward(costs.layers - shape.cut, rank, costs.tokens) for shape in shapes.values())
+        backward += len(shapes) * costs.head_at_server
+        return forward / self.server.flops, backward / self.server.flops
+
+    def slowest(self, shapes: Mapping[str, Shape]) -> float:
+        seconds = self.server_seconds(shapes)
+        return max(one.seconds(shapes[name], seconds) for name, one in self.devices.items())
+
+
+class _Device:
+    """One device's choices and times."""
+
+    def __init__(self, costs: Costs, name: str, able: Able, server: Able, cuts: ByName, ranks: ByName) -> None:
+        self._slower = server.flops / able.flops  # at coding, too
+        self.costs, self.able = costs, able
+        cut, rank = cuts.of(name), ranks.of(name)
+        every_cut = [cut] if cut is not None else list(range(1, costs.layers))
+        self.ranks = [rank] if rank is not None else list(range(1, costs.training.rank + 1))
+        self.cuts = [cut for cut in every_cut if self.fits(Shape(cut, self.ranks[0]))]
+        if not self.cuts:
+            check_memory(costs, name, Shape(every_cut[0], self.ranks[0]), _OF_MEMORY * able.memory, "smallest share")
+        self._planner = Planner(costs.training, costs.hidden)
+        self._costs = self._step_costs(Shape(self.cuts[0], self.ranks[0]))
+
+    def fits(self, shape: Shape) -> bool:
+        return not self.able.memory or self.costs.memory(shape.cut, shape.rank) <= _OF_MEMORY * self.able.memory
+
+    def largest(self, at_most: Shape, server: tuple[float, float], deadline: float) -> Shape:
+        """The largest cut up to this one that keeps the deadline; the smallest where none does."""
+        for cut in reversed(self.cuts):
+            shape = Shape(cut, at_most.rank)
+            if shape <= at_most and self.seconds(shape, server) <= deadline:
+                return shape
+        return Shape(self.cuts[0], at_most.rank)
+
+    def work(self, shape: Shape) -> dict[str, float]:
+        """Seconds of a step."""
+        costs, flops = self.costs, self.able.flops
+        trains = bool(shape.rank and shape.cut)
+        return {
+            FRONT: costs.forward(shape.cut, shape.rank, costs.tokens) / flops,
+            TAIL: costs.tail / flops,
+            FRONT_BACKWARD: costs.backward(shape.cut, shape.rank, costs.tokens) / flops if trains else 0.0,
+        }
+
+    def seconds(self, shape: Shape, server: tuple[float, float]) -> float:
+        """Of a step, with its share of an aggregation."""
+        work = self.work(shape)
+        costs = StepCosts(
+            self.able.link,
+            u_shaped=self._costs.u_shaped,
+            front=work[FRONT],
+            tail=work[TAIL],
+            front_backward=work[FRONT_BACKWARD],
+            stage_forward=server[0],
+            stage_backward=server[1],
+            coding=self._costs.coding,
+            size=self._costs.size,
+        )
+        most = min(_MOST_MICRO_BATCHES, self.costs.training.batch_size)
+        counts = [self.costs.training.micro_batches or count for count in (1, 2, 4, 8) if count <= most]
+        size = self._adapter_bytes * self.costs.adapter_values(shape.cut, shape.rank)
+        adapters = size / self.able.link.up + size / self.able.link.down
+        return min(step_seconds(costs, count, count) for count in counts) + (
+            adapters / self.costs.training.aggregate_every
+        )
+
+    @property
+    def _adapter_bytes(self) -> float:
+        return _ADAPTER_BYTES[self._planner.exact_adapters]
+
+    def _step_costs(self, shape: Shape) -> StepCosts:
+        """With the codecs that the planner would choose for this device's link: they hardly depend on the cut."""
+        view = View(frozenset(FAMILIES), self.able.link, {}, self.work(shape), self._planner.nothing_yet)
+        return self._planner.expected(view, {"forward": 0.1, "backward": 0.1}, self._slower)
