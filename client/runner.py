@@ -27,12 +27,12 @@ from split.ledger import Ledger
 from split.link import GrpcLink
 from split.models.blobs import Blobs
 from split.models.source import TensorSource
-from split.models.stage import StageSpec
+from split.models.stage import Stage, StageSpec
 from split.parts import device_stages
 from split.precision import pick_device, pick_precision
 from split.runtime.choose import RuntimeChoice, make_runtime
 from split.serving import ServingConfig
-from split.shapes import Shape
+from split.shapes import Shape, asked
 from split.tls import channel, join_address, split_address
 from split.train import Cancelled, DeviceTrainer, Progress
 
@@ -168,7 +168,7 @@ class Runner(threading.Thread):
 
         self._until_done(hold_over, lambda: batches)
 
-    def _weights(self, adapters: Sequence[str] = ()) -> tuple[TensorSource, list[Blobs], str]:
+    def _weights(self, adapters: Sequence[str] = (), *, cut: int = 0) -> tuple[TensorSource, list[Blobs], str]:
         """This device's part of the model, and of these adapters; one digest of all their tensors."""
         model = self.task.spec.model
         self._state(State.PREPARING, "weights")
@@ -181,13 +181,22 @@ class Runner(threading.Thread):
                 self._options.models.get(model) or self._options.models.get(Path(model).name),
                 self._tell_download(),
                 adapters=adapters,
+                cut=cut,
             )
 
     def _trainer(
         self, source: TensorSource, digest: str, config: TrainingConfig, train: Sequences, validation: Sequences | None
     ) -> DeviceTrainer:
         device = pick_device(self._options.device)
-        stages = device_stages(source, config, self._shape(config), device)
+        shape = self._shape(config)
+        stages = device_stages(source, config, shape, device)
+
+        def reshape(shape: Shape) -> tuple[list[Stage], str]:
+            moved, _, digest = self._weights(cut=shape.cut)
+            self._state(State.RUNNING)
+            return device_stages(moved, config, shape, device), digest
+
+        moves = asked(config)[0].automatic
         return DeviceTrainer(
             stages,
             config,
@@ -197,6 +206,8 @@ class Runner(threading.Thread):
             dtype=pick_precision(config.precision, device),
             record=OptimizerRecord(self._options.state / "jobs" / self.task.job),
             stage_digest=digest,
+            shape=shape if moves else None,
+            reshape=reshape if moves else None,
         )
 
     def _shape(self, config: TrainingConfig) -> Shape:

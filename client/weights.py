@@ -32,16 +32,19 @@ def device_source(
     *,
     adapters: Sequence[str] = (),
     user_blocks: int | None = None,
+    cut: int = 0,
 ) -> tuple[TensorSource, list[Blobs], str]:
     """This device's part of the model, its parts of these adapters, and one digest of all their tensors.
 
     user_blocks: of a device that uses a served model itself with so many blocks of its own; None: what it holds.
+    cut: that this device moves to, in a job that it takes part in; 0: the one that its task has.
     folder: the owner's own copy of the model. Raises BadModelFolder when its files are not the coordinator's.
     What is streamed is kept under its digests in the state folder, so the next job of this model fetches nothing.
     """
 
     def part(adapter: str = "") -> pb.ManifestRequest:
-        return pb.ManifestRequest(job=job, adapter=adapter, user=user_blocks is not None, blocks=user_blocks or 0)
+        blocks = cut if user_blocks is None else user_blocks
+        return pb.ManifestRequest(job=job, adapter=adapter, user=user_blocks is not None, blocks=blocks)
 
     def fetched(adapter: str, manifest: Manifest) -> BlobStore:
         store = BlobStore(state / "blobs")

@@ -166,6 +166,10 @@ class _Stream:
         message = frame_to_proto(answer, rules.job, self._session, self.coder, rules.config.labels, upward=False)
         if answer.plan is not None:
             self.coder.use(answer.plan)
+        if answer.shape is not None:
+            adapter = self._host.adapter_shapes(self._device) or ()
+            self._rules = replace(self._rules, adapter=adapter)
+            self.coder.reshape(adapter)
         return message
 
 

@@ -28,6 +28,7 @@ from coordinator.weights import DeviceWeights
 from protos.v1 import coordinator_pb2 as pb
 from split.errors import BadRequest, IsthmusError, NotAllowed, NotEnrolled, NotFound, WrongState
 from split.serving import CLOUD
+from split.shapes import Shape
 
 log = logging.getLogger(__name__)
 
@@ -159,11 +160,11 @@ class Jobs:
     def _serving(self) -> list[tuple[Run, Serving]]:
         return [(run, run.method) for run in self._runs.values() if isinstance(run.method, Serving)]
 
-    def weights_for(self, identifier: str, device: str) -> DeviceWeights:
+    def weights_for(self, identifier: str, device: str, blocks: int = 0) -> DeviceWeights:
         run = self._runs.get(identifier)
         if run is None or device not in run.devices:
             raise NotAllowed(f"device {device} has no part in job {identifier}")
-        return run.method.weights(device)
+        return run.method.weights(device, blocks)
 
     def adapter_folder(self, identifier: str) -> Path:
         """Of a job that is done. Raises WrongState for others."""
@@ -212,6 +213,8 @@ class Jobs:
             run.started = True
         elif kind == "step":
             self._store.update_job(identifier, step=data["step"])
+        elif kind == "shape" and isinstance(run.method, Training):
+            run.method.moved(device, Shape(data["cut"], data["rank"]))
         elif kind == "checkpoint":
             self._store.update_job(identifier, checkpoint_step=data["step"])
         await self._tell(run, kind, data, device)

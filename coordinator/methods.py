@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from split.adapters.folder import AdapterFolder
 from split.adapters.served import LoraAdapter
 from split.checkpoint import CheckpointFolder
 from split.config import TrainingConfig
-from split.errors import BadRequest
+from split.errors import BadRequest, NotAllowed
 from split.generation.local import LOOKUP, NONE, context_of, open_draft_model
 from split.generation.using import user_parts
 from split.models.source import ModelFolder, open_model
@@ -61,6 +61,7 @@ class Training:
         self._spec, self._cache = spec, cache
         self._weights: dict[int, DeviceWeights] = {}  # by cut
         self.shapes: dict[str, Shape] = {}  # of the devices, once they are here
+        self._memory: dict[str, float] = {}
         if spec.devices:
             check_named(self.config, spec.devices)
         cuts = asked(self.config)[0]
@@ -94,6 +95,7 @@ class Training:
             shapes = {name: kept[name] for name in profiles}
         else:
             shapes = fixed_shapes(self.config, profiles)
+        self._memory = {name: _memory(profile) for name, profile in profiles.items()}
         for name, shape in shapes.items():
             check_memory(costs, name, shape, _memory(profiles[name]))
         if not told and len(set(shapes.values())) > 1:
@@ -110,7 +112,19 @@ class Training:
         self.shapes = dict(shapes)
 
     def weights(self, device: str, blocks: int = 0) -> DeviceWeights:
-        return self._weights_of(self.shapes[device].cut)
+        if blocks and blocks not in self._cuts([device]):
+            raise NotAllowed(f"device {device} has no part with {blocks} blocks in this job")
+        return self._weights_of(blocks or self.shapes[device].cut)
+
+    def moved(self, device: str, shape: Shape) -> None:
+        """A device's cut has moved: it is given that from now on when it asks anew."""
+        self.shapes[device] = shape
+
+    def _cuts(self, devices: Iterable[str]) -> list[int]:
+        """All that these devices may come to have."""
+        wanted, layers = asked(self.config)[0], self.folder.config.num_hidden_layers
+        free = any(wanted.of(device) is None for device in devices)
+        return sorted({self.shapes[device].cut for device in devices} | set(range(1, layers) if free else ()))
 
     def check_device(self, name: str, profile: pb.Profile) -> None:
         pass  # what does not fit fails at the device, whose owner's text decides
@@ -122,8 +136,9 @@ class Training:
             base_model=self._spec.model,
             training=self._spec.training,
             devices=dict(devices),
-            stage_digests={device: self.weights(device).digest for device in devices},
+            stage_digests={cut: self._weights_of(cut).digest for cut in self._cuts(devices)},
             shapes=as_plain(self.shapes),
+            memory=self._memory,
             folder=str(folder),
             resume=resume,
         )

@@ -175,7 +175,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         peer = self._caller(context, "device")
         if request.user:
             return self._jobs.user_weights_for(request.job, peer.name, request.blocks)
-        return self._jobs.weights_for(request.job, peer.name)
+        return self._jobs.weights_for(request.job, peer.name, request.blocks)
 
     def _caller(self, context: Context, role: str) -> Peer:
         return caller(context, self._store, role)

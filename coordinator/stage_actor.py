@@ -26,10 +26,12 @@ from split.host import StageHost
 from split.ledger import Ledger, Traffic
 from split.models.source import open_model
 from split.parts import Parts, merging_of, parts_of, server_stages
+from split.plan.costs import Costs
+from split.plan.moving import Mover
 from split.precision import pick_device, pick_precision
 from split.protocol import Rules
 from split.server import ServerTrainer
-from split.shapes import from_plain
+from split.shapes import asked, from_plain
 from split.tls import SERVER_OPTIONS, Peer, bind_one_of, server_credentials
 
 log = logging.getLogger(__name__)
@@ -44,8 +46,9 @@ class StageTask:
     base_model: str  # as the user named it
     training: str  # JSON of TrainingConfig
     devices: dict[str, str]  # name -> serial of its certificate
-    stage_digests: dict[str, str]  # of what each device holds
+    stage_digests: dict[int, str]  # of what a device holds, by cut
     shapes: dict[str, list[int]]  # cut and rank of each device
+    memory: dict[str, float]  # bytes, of each device; 0: not known
     folder: str  # of the job: checkpoints and the adapter go there
     resume: bool
 
@@ -94,7 +97,7 @@ class StageActor:
 
         checkpoints = CheckpointFolder(Path(self._task.folder) / "checkpoints")
         self._device_adapter = parts.adapter
-        digests = set(self._task.stage_digests.values())
+        digests = list(self._task.stage_digests.values())
         self._host = await asyncio.to_thread(
             StageHost,
             self._trainer,
@@ -102,7 +105,9 @@ class StageActor:
             set(self._task.devices),
             initial_adapter=initial_adapter(self._device_adapter, self._config.seed),
             merging=self._merging,
-            stage_digest=digests.pop() if len(digests) == 1 else self._task.stage_digests,
+            mover=self._mover,
+            segments=self._make_segments,
+            stage_digest=digests[0] if len(digests) == 1 else self._task.stage_digests,
             checkpoints=checkpoints,
             resume=await asyncio.to_thread(checkpoints.last) if self._task.resume else None,
             tell=tell,
@@ -154,6 +159,9 @@ class StageActor:
         lora = lora_config(self._config, source.config)
         dtype = pick_precision(self._config.precision, device)
         self._merging = merging_of(source.config, self._config, shapes)
+        moves = self._merging is not None and asked(self._config)[0].automatic
+        self._mover = Mover(Costs(source.config, self._config), self._task.memory) if moves else None
+        self._make_segments = lambda shapes: server_stages(source, self._config, shapes, device)
         cuts = {name: shape.cut for name, shape in shapes.items()}
         return ServerTrainer(segments, self._config, Ledger(), dtype=dtype, cuts=cuts), parts, lora
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -94,6 +94,14 @@ class Coder:
             if known is None or known[0].name != name or plan.seed != self.plan.seed:
                 self._codecs[stream] = self._codec(stream, name), CodecState(stream_seed(plan.seed, stream))
         self.plan = plan
+
+    def reshape(self, adapter: tuple[tuple[int, ...], ...]) -> None:
+        """The device's adapter has matrices of these shapes from now on: what its codecs remember is of others."""
+        self._terms = replace(self._terms, adapter=adapter)
+        for stream in ADAPTERS:
+            if stream in self._codecs:
+                name = self.plan.codec_of(stream)
+                self._codecs[stream] = self._codec(stream, name), CodecState(stream_seed(self.plan.seed, stream))
 
     def adapters_differ(self, stream: str) -> bool:
         """Whether an adapter crosses as its difference from the last average: where its codec is not exact."""

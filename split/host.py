@@ -8,10 +8,11 @@ nobody is left, the stage goes back to the last aggregation: the devices' part o
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -33,11 +34,13 @@ from split.evaluate import nll
 from split.link import Frame, Phase
 from split.members import Deliver, Member
 from split.merging import Merging
+from split.models.stage import Stage
 from split.perplexity import perplexity
-from split.plan.choose import Planner, View
+from split.plan.choose import RECENT, Planner, View
+from split.plan.moving import Mover, Seen
 from split.plan.profile import LinkProfile
 from split.server import ServerTrainer
-from split.shapes import AVERAGE, as_plain
+from split.shapes import AVERAGE, Shape, as_plain
 from split.streams import missing_families, remembers_samples, stream_of
 from split.train import tensor_of
 
@@ -67,7 +70,8 @@ class Outcome:
 class StageHost:
     """initial_adapter: what every device's adapter is at the start, by name; merging: instead, where devices differ.
 
-    stage_digest: of what a device holds; by device where they differ.
+    stage_digest: of what a device holds; by cut where they differ. mover: says when cuts are to move; segments: makes
+    the server's stages for the shapes that there are then.
 
     tell(kind, device, data) is called in the host's thread, with kind one of: joined, left, started, step, aggregation,
     evaluation, checkpoint, log, finished, failed."""
@@ -80,7 +84,9 @@ class StageHost:
         *,
         initial_adapter: Mapping[str, Tensor] = MappingProxyType({}),
         merging: Merging | None = None,
-        stage_digest: str | Mapping[str, str] = "",
+        mover: Mover | None = None,
+        segments: Callable[[Mapping[str, Shape]], list[Stage]] | None = None,
+        stage_digest: str | Mapping[int, str] = "",
         checkpoints: CheckpointFolder | None = None,
         resume: Checkpoint | None = None,
         patience: float = PATIENCE,
@@ -90,7 +96,8 @@ class StageHost:
         self._devices = frozenset(devices)  # that may take part
         self._awaited = set(devices)  # that the first step waits for
         self._initial_adapter = flatten(initial_adapter)
-        self._merging = merging
+        self._merging, self._mover, self._segments = merging, mover, segments
+        self._stage_recently = (0, 0.0)  # steps, and seconds of computing, at the last aggregation
         self._stage_digest = stage_digest
         self._checkpoints, self._patience = checkpoints, patience
         self._members: dict[str, Member] = {}
@@ -203,7 +210,10 @@ class StageHost:
             earlier.deliver(WrongState(f"{device} has opened this job again from another run"))
             self._leave(device, earlier.deliver)
         measured = frame.measured or stage_pb2.Measured()
-        self._members[device] = Member(deliver, opened.samples, frozenset(opened.codecs), measured)
+        member = Member(deliver, opened.samples, frozenset(opened.codecs), measured)
+        claimed = self._claimed(device, opened)
+        member.moves = claimed is not None and self._merging is not None and claimed != self._merging.shapes[device]
+        self._members[device] = member
         self.tell("joined", device, {"samples": opened.samples, "last_step": opened.last_step})
         if not self._participants:
             self._admit()
@@ -216,11 +226,15 @@ class StageHost:
         missing = missing_families(self.config.codec, opened.codecs)
         if missing:
             return f"the device lacks codecs of this job: {', '.join(missing)}; update its software, or choose others"
-        values = self._adapter_values(device)
+        shape = self._claimed(device, opened)
+        if shape is not None and self._merging is not None:
+            values = sum(value.numel() for value in self._merging.like_of(shape).values())
+        else:
+            values = self._adapter_values(device)
         if opened.adapter_values != values:
             whose = f"{device} has" if self._merging else "this job's devices have"
             return f"an adapter of {opened.adapter_values} values; {whose} {values}"
-        digest = self._digest_of(device)
+        digest = self._digest_of(shape)
         if digest and opened.stage_digest != digest:
             return "the device's model files differ from the coordinator's: their digests are not the same"
         if opened.samples > _MOST_KEYS and remembers_samples(self.config.codec):
@@ -232,8 +246,21 @@ class StageHost:
     def _adapter_values(self, device: str) -> int:
         return self._merging.values_of(device) if self._merging else self._initial_adapter.numel()
 
-    def _digest_of(self, device: str) -> str:
-        return self._stage_digest if isinstance(self._stage_digest, str) else self._stage_digest[device]
+    def _claimed(self, device: str, opened: stage_pb2.Open) -> Shape | None:
+        """What a device holds as it opens the job: of one whose cut moves, maybe not yet what it is to hold."""
+        if self._merging is None:
+            return None
+        current = self._merging.shapes[device]
+        if self._mover is None or not opened.HasField("shape"):
+            return current
+        claimed = Shape(opened.shape.cut, opened.shape.rank)
+        return claimed if claimed.rank == current.rank else current
+
+    def _digest_of(self, shape: Shape | None) -> str:
+        if isinstance(self._stage_digest, str):
+            return self._stage_digest
+        assert shape is not None
+        return self._stage_digest.get(shape.cut, "of no cut of this job")
 
     def _admit(self) -> None:
         """Lets devices in: all together at the start; later at an aggregation, or at once when none is at work."""
@@ -257,8 +284,12 @@ class StageHost:
                 adapter_values=self._adapter_values(device),
             )
             tensor, frozen = self._merging.start(device) if self._merging else (self._point.device_adapter, None)
-            message = None if frozen is None else frozen.to_proto()
-            member.answer(Frame(Phase.OPEN, agreement=agreement, tensor=tensor, plan=plans[device], frozen=message))
+            answer = Frame(Phase.OPEN, agreement=agreement, tensor=tensor, plan=plans[device])
+            if self._merging is not None:
+                shape = self._merging.shapes[device] if member.moves else None
+                answer = replace(answer, shape=shape, frozen=None if frozen is None else frozen.to_proto())
+            member.moves = False
+            member.answer(answer)
 
     def _plan(self, members: Mapping[str, Member], micro_batches: int | None = None) -> dict[str, Plan]:
         """How each device's tensors cross from now on; watchers are told what changes and why."""
@@ -390,13 +421,14 @@ class StageHost:
         """The devices' adapters, averaged by their numbers of training sequences, on disk before anyone has it."""
         shares = {device: Share(tensor_of(frame), self._members[device].samples) for device, frame in frames.items()}
         average, answers = self._merge(step, shares)
+        for device, frame in frames.items():
+            self._members[device].measured = frame.measured or self._members[device].measured
+        answers |= self._move(step, frames.keys())
         self._point = self._snapshot(average)
         if self.config.checkpoints_after(self.step) and self._checkpoints:
             self._checkpoints.save(self._point)
             self.tell("checkpoint", "", {"step": self.step})
         plans: dict[str, Plan] = {}
-        for device, frame in frames.items():
-            self._members[device].measured = frame.measured or self._members[device].measured
         changed = any(LinkProfile.from_proto(one.measured).differs(one.link) for one in self._members.values())
         if (self._plan_due or changed) and self.step < self.config.steps:
             plans = self._plan({device: self._members[device] for device in frames})
@@ -436,6 +468,48 @@ class StageHost:
         here = {module: factors for module, factors in frozen.items() if module + A in values}
         self.trainer.frozen.take(Frozen(True, here))
 
+    def _move(self, step: int, devices: Collection[str]) -> dict[str, Frame]:
+        """Other cuts for those of these devices that have clearly too much or too little to do; their answers."""
+        work, (done, computed) = self.trainer.ledger.compute_by_work, self._stage_recently
+        computing = work["forward"] + work["backward"]
+        self._stage_recently = self._steps_timed, computing
+        if self._mover is None or self._merging is None or self.step == self.config.steps or self._steps_timed == done:
+            return {}
+        seen = {
+            device: Seen(one.measured.compute_seconds.get(RECENT, 0.0), LinkProfile.from_proto(one.measured))
+            for device, one in self._members.items()
+            if device in devices
+        }
+        shapes = {device: self._merging.shapes[device] for device in sorted(devices)}
+        moves = self._mover.look(shapes, seen, (computing - computed) / (self._steps_timed - done))
+        if not moves:
+            return {}
+        answers = {}
+        for device, choice in moves.items():
+            self._merging.move(device, choice.shape, self.trainer.stepper.parameters)
+        self._rebuild()
+        for device, choice in moves.items():
+            tensor, frozen = self._merging.start(device)
+            message = None if frozen is None else frozen.to_proto()
+            answers[device] = Frame(Phase.AGGREGATE, step, tensor=tensor, frozen=message, shape=choice.shape)
+            data = choice.data(device)
+            self.tell("shape", device, {**data, "message": f"after step {self.step} {data['message']}"})
+        return answers
+
+    def _rebuild(self) -> None:
+        """The server's segments for the shapes that there are now."""
+        assert self._merging is not None
+        cuts = {device: shape.cut for device, shape in self._merging.shapes.items()}
+        if set(cuts.values()) == set(self.trainer.cuts.values()) or self._segments is None:
+            self.trainer.cuts = cuts
+        else:
+            self.trainer.rebuild(self._segments(self._merging.shapes), cuts, self._merging.server_values())
+        if self._merging.starts_anew:
+            names = self.trainer.stepper.parameters
+            values = {name: value for name, value in self._merging.server_values().items() if name in names}
+            self.trainer.take(values, anew=True)
+            self.trainer.frozen.take(Frozen(True, self._merging.frozen_of_server(names)))
+
     def _snapshot(self, average: Tensor | None) -> Checkpoint:
         stepper = self.trainer.stepper
         server = {name: value.detach().to("cpu", copy=True) for name, value in stepper.parameters.items()}
@@ -445,8 +519,10 @@ class StageHost:
         return replace(point, merged=self._merging.state(), shapes=as_plain(self._merging.shapes))
 
     def _all_digests(self) -> str:
-        """Of the model files, for a checkpoint: cuts may move, and a digest with them, so there is none then."""
-        return self._stage_digest if isinstance(self._stage_digest, str) else ""
+        """Of the model files, for a checkpoint: of what devices hold with any of the cuts that they may have."""
+        if isinstance(self._stage_digest, str):
+            return self._stage_digest
+        return hashlib.sha256("".join(digest for _, digest in sorted(self._stage_digest.items())).encode()).hexdigest()
 
     def _go_back_to(self, point: Checkpoint) -> None:
         """Raises WrongState for a checkpoint of another model or of other options."""

@@ -118,6 +118,10 @@ class LocalLink:
         if answer.plan is not None:
             self.coder.use(answer.plan)
             self._far.use(answer.plan)
+        if answer.shape is not None:
+            adapter = self._host.adapter_shapes(self._device) or ()
+            self.coder.reshape(adapter)
+            self._far.reshape(adapter)
         return answer
 
     def close(self) -> None:
@@ -128,7 +132,7 @@ class LocalLink:
 
     def _crossed(self, frame: Frame, *, upward: bool) -> Frame:
         """The frame as the other side gets it."""
-        stream = stream_of(frame.phase, upward, self._labels)
+        stream = "" if frame.shape else stream_of(frame.phase, upward, self._labels)
         message = frame.encoded
         if message is None and frame.tensor is not None:
             if not stream or self.coder.plan.codec_of(stream) == "none":
@@ -254,6 +258,8 @@ class GrpcLink:
         seconds, shape = self._questions.answered(message)
         if message.HasField("tensor"):
             stream = stream_of(message.phase, upward=False, labels=self._labels)
+            if message.HasField("shape"):  # of another adapter; whoever asked checks it
+                stream, shape = "", tuple(message.tensor.shape[:1])
             expected = self.coder.expected(stream, shape, math.prod(shape))
             tensor = self.coder.decode(stream, message.tensor, expected, message.step, message.micro_batch)
         plan = None
@@ -335,7 +341,7 @@ def frame_to_proto(frame: Frame, job: str, session: str, coder: Coder, labels: s
     if frame.encoded is not None:
         message.tensor.CopyFrom(frame.encoded)
     elif frame.tensor is not None:
-        stream = stream_of(frame.phase, upward, labels)
+        stream = "" if frame.shape else stream_of(frame.phase, upward, labels)
         encoded = coder.encode(stream, frame.tensor, frame.step, frame.micro_batch)
         message.tensor.CopyFrom(encoded)
     if frame.wanted is not None:

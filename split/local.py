@@ -22,7 +22,9 @@ from split.host import Outcome, StageHost
 from split.ledger import Ledger
 from split.link import LocalLink
 from split.models.source import TensorSource
+from split.models.stage import Stage
 from split.parts import device_stages, merging_of, parts_of, server_stages
+from split.plan.moving import Mover
 from split.plan.profile import LinkProfile
 from split.precision import pick_device, pick_precision
 from split.server import ServerTrainer
@@ -51,13 +53,15 @@ def train_split_locally(
     checkpoints: Path | None = None,
     resume: bool = False,
     shapes: Mapping[str, Shape] | None = None,
+    mover: Mover | None = None,
     tell: Callable[[str, str, dict[str, Any]], None] = lambda kind, device, data: None,
 ) -> LocalRun:
     """Trains the devices d0, d1, ... on their texts, each in a thread with stages of its own.
 
     device: torch device of all stages. profile: of the network that the links stand for, for `auto`. checkpoints: a
     folder for the server's and the devices' records; `resume` goes on from the last. shapes: of the devices by name;
-    None: as the configuration says. tell(kind, device, data): the host's events, in its thread (see StageHost).
+    None: as the configuration says. mover: says when cuts move. tell(kind, device, data): the host's events, in its
+    thread (see StageHost).
     Raises the first error of a device or of the stage.
     """
     where = pick_device(device)
@@ -66,10 +70,22 @@ def train_split_locally(
     shapes = dict(shapes) if shapes else fixed_shapes(config, names)
     parts = parts_of(source.config, config, shapes["d0"])
     devices: dict[str, DeviceTrainer] = {}
+
+    def reshape(shape: Shape) -> tuple[list[Stage], str]:
+        return device_stages(source, config, shape, where), ""
+
     for name, (train, validation) in zip(names, texts, strict=True):
-        stages = device_stages(source, config, shapes[name], where)
-        record = OptimizerRecord(checkpoints / name) if checkpoints else None
-        devices[name] = DeviceTrainer(stages, config, train, validation, Ledger(), dtype=dtype, record=record)
+        devices[name] = DeviceTrainer(
+            device_stages(source, config, shapes[name], where),
+            config,
+            train,
+            validation,
+            Ledger(),
+            dtype=dtype,
+            record=OptimizerRecord(checkpoints / name) if checkpoints else None,
+            shape=shapes[name] if mover else None,
+            reshape=reshape,
+        )
     segments = server_stages(source, config, shapes, where)
     kept = CheckpointFolder(checkpoints / "server") if checkpoints else None
     ended = threading.Event()
@@ -89,6 +105,8 @@ def train_split_locally(
         set(devices),
         initial_adapter=initial_adapter(parts.adapter, config.seed),
         merging=merging_of(source.config, config, shapes),
+        mover=mover,
+        segments=lambda shapes: server_stages(source, config, shapes, where),
         checkpoints=kept,
         resume=kept.last() if kept and resume else None,
         tell=told,

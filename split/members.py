@@ -36,6 +36,7 @@ class Member:
     aggregates: bool = False  # AGGREGATE of the step before `step` is due
     averaging: bool = False  # it has come and was not answered: nothing else may come, for the plan may change
     admitted: bool = False
+    moves: bool = False  # its cut has moved, and it does not know yet
     answered: float = field(default_factory=time.monotonic)  # when it last got an answer, so that it is its turn
 
     def answer(self, frame: Frame) -> None:

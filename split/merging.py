@@ -167,12 +167,19 @@ class Merging:
         """The adapter of the whole model, by name: the blocks that devices hold, and the server's others. Ranks differ
         by module where a part of it is frozen."""
         tensors = {name: value for name, value in server.items() if not self._is_shared(name)}
+        for module in set(self._frozen) - set(self._global):  # shared once, before cuts moved
+            both = stacked([(self._frozen[module], 1.0), (self._factors(server, module), 1.0)])
+            tensors |= {module + A: both.a, module + B: both.b}
         for module in self._shared():
             factors = self._global[module]
             if self._method.starts_anew:  # what was drawn anew has B = 0
                 factors = self._frozen.get(module, factors)
             tensors |= {module + A: factors.a, module + B: factors.b}
         return tensors
+
+    @property
+    def starts_anew(self) -> bool:
+        return self._method.starts_anew
 
     def frozen_of_server(self, names: Mapping[str, Tensor]) -> dict[str, Factors]:
         """Of the modules whose adapters the server has."""
@@ -182,29 +189,30 @@ class Merging:
         """What a server's copy begins with where it has no other: the global adapters."""
         return {name: value for m, f in self._global.items() for name, value in ((m + A, f.a), (m + B, f.b))}
 
-    def move(self, device: str, shape: Shape, server: Mapping[str, Tensor]) -> tuple[Tensor, Frozen | None]:
-        """Gives a device another cut, right after a merge; returns its adapter, and its frozen part.
+    def move(self, device: str, shape: Shape, server: Mapping[str, Tensor]) -> None:
+        """Gives a device another cut, right after a merge. What its `start` says from then on is of that.
 
         server: its adapter, by name, from which comes what no device held before.
         """
         before = self.like_of(self.shapes[device])
-        kept = unflatten(before, self._held[device]) if device in self._held else {}
+        kept = unflatten(before, self._held[device])
         self.shapes[device] = shape
-        for module in self._shared():
-            if module not in self._global:
-                own = self._factors(server, module)
-                self._global[module] = refactored(own, self.config.rank) if self._method.turns else own
+        shared = self._shared()
+        fresh = self._drawn_anew() if self._method.starts_anew else {}
+        for module in shared:
+            if module in self._global:
+                continue
+            own = self._factors(server, module)
+            if self._method.starts_anew:
+                self._frozen[module], _ = grown(self._frozen.get(module), own)
+            self._global[module] = fresh.get(module) or (
+                refactored(own, self.config.rank) if self._method.turns else own
+            )
+        for module in set(self._global) - set(shared):  # the server's alone again
+            del self._global[module]
         values = unflatten(self.like_of(shape), self._flat(device, self._global))
-        for module in self.modules_of(shape) if shape.rank else []:
-            names = (module + A, module + B)
-            if names[0] in kept:
-                values |= {name: kept[name] for name in names}
-            elif self._method.turns and names[0] in server and shape.rank == self.config.rank:
-                turned = turned_to(self._global[module], server[names[0]])  # as the server's moments, which move along
-                values |= {names[0]: turned.a, names[1]: turned.b}
-        self._held[device] = flatten(values)
-        frozen = self._frozen_for(device, self._frozen, replaces=True) if self._method.starts_anew else None
-        return self._held[device], frozen
+        self._held[device] = flatten(values | {name: value for name, value in kept.items() if name in values})
+        self._states.pop(device, None)  # the codecs begin anew on both ends
 
     # ---- parts of it ----
 

@@ -153,6 +153,17 @@ class ServerTrainer:
         if anew:
             self.stepper.forget(values)
 
+    def rebuild(self, stages: Sequence[Stage], cuts: Mapping[str, int], values: Mapping[str, Tensor]) -> None:
+        """Other segments, where cuts have moved. values: for LoRA of blocks that were not here; what the optimiser
+        knows of the others goes on. Not while a step is under way."""
+        own = {name: value.detach() for name, value in self.stepper.parameters.items()}
+        state = self.stepper.state()
+        self.use(stages, cuts)
+        self.stepper = Stepper(lora_parameters(self.stages), self.config)
+        names = self.stepper.parameters.keys()
+        self.take({name: value for name, value in {**values, **own}.items() if name in names})
+        self.stepper.load_state({key: value for key, value in state.items() if key.rpartition("|")[0] in names})
+
     def norm_squared(self, device: str = "") -> float:
         """Of this side's gradient in the step under way, once its last micro-batch is through: of the blocks from this
         device's cut on."""

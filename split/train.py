@@ -36,12 +36,15 @@ from split.ledger import Ledger
 from split.link import Frame, Link, Phase
 from split.models.stage import Stage
 from split.optim import Stepper
-from split.plan.choose import DEVICE_WORK, FRONT, FRONT_BACKWARD, TAIL, candidates
+from split.plan.choose import DEVICE_WORK, FRONT, FRONT_BACKWARD, RECENT, TAIL, candidates
 from split.plan.profile import LinkProfile, codec_seconds
 from split.precision import autocast
 from split.server import ServerTrainer as ServerTrainer  # the other half
+from split.shapes import Shape
 
 log = logging.getLogger(__name__)
+
+Reshape = Callable[[Shape], tuple[Sequence[Stage], str]]
 
 _PROBE_EVERY = 60.0  # seconds between looks at the link, unless it seems to have changed
 _NOISE = 0.05  # seconds of waiting a step that tell nothing
@@ -86,7 +89,8 @@ class DeviceTrainer:
     """A device's stages, its text and its half of every step, told to a link.
 
     stages: (front,) with labels at the server, (front, tail) with labels on the device.
-    record: the optimiser's state on this device's disk, for a resumed job.
+    record: the optimiser's state on this device's disk, for a resumed job. shape, reshape: of a device whose cut may
+    move: what it holds, and what makes the stages, and their digest, for another shape.
     """
 
     def __init__(
@@ -100,27 +104,53 @@ class DeviceTrainer:
         dtype: torch.dtype = torch.float32,
         record: OptimizerRecord | None = None,
         stage_digest: str = "",
+        shape: Shape | None = None,
+        reshape: Reshape | None = None,
     ) -> None:
-        self.front = stages[0]
-        self.tail = stages[1] if len(stages) > 1 else None
         self.config, self.ledger = config, ledger
         self.train, self.validation = train, validation
+        self._hold(stages)
+        self.stepper = Stepper(self.parameters, config)
+        self._profile, self._probed_at = LinkProfile(), -math.inf
+        self._steps_done = 0
+        self._looked_at = (0, 0.0)  # steps, and seconds of waiting for the link, at the last aggregation
+        self._usual_wait: float | None = None  # for the link, a step, after the last probe
+        self._recently = (0, 0.0)  # steps, and seconds of computing, at the last aggregation
+        self._points: dict[int, dict[str, Tensor]] = {0: {}}  # the optimiser's state at the last two aggregations
+        self._dtype = dtype
+        self._record = record
+        self._stage_digest = stage_digest
+        self._shape, self._reshape = shape, reshape
+
+    def _hold(self, stages: Sequence[Stage]) -> None:
+        self.front = stages[0]
+        self.tail = stages[1] if len(stages) > 1 else None
         self.parameters = lora_parameters(stages)
         self._initial = self._average = flatten(self.parameters)  # _average: what all devices had last
         self._front_lora = {
             name: parameter for name, parameter in self.front.named_parameters() if parameter.requires_grad
         }
-        self.frozen = FrozenPart([self.front], config)
-        self._profile, self._probed_at = LinkProfile(), -math.inf
-        self._steps_done = 0
-        self._looked_at = (0, 0.0)  # steps, and seconds of waiting for the link, at the last aggregation
-        self._usual_wait: float | None = None  # for the link, a step, after the last probe
-        self.stepper = Stepper(self.parameters, config)
-        self._points: dict[int, dict[str, Tensor]] = {0: {}}  # the optimiser's state at the last two aggregations
+        self.frozen = FrozenPart([self.front], self.config)
         self._device = next(self.front.parameters()).device
-        self._dtype = dtype
-        self._record = record
-        self._stage_digest = stage_digest
+
+    def _move(self, link: Link, shape: Shape) -> None:
+        """Holds other blocks from here on. What the optimiser knows of those that stay goes on; that of others is
+        gone. Raises WrongState where this device cannot."""
+        if self._reshape is None:
+            raise WrongState(f"the coordinator moves this device's cut to {shape.cut}, which it cannot follow")
+        log.info("this device's cut moves to %d", shape.cut)
+        state = self.stepper.state()
+        self.stepper.drop_gradients()
+        stages, self._stage_digest = self._reshape(shape)
+        self._hold(stages)
+        self._shape = shape
+        self.stepper = Stepper(self.parameters, self.config)
+        self.stepper.load_state(self._of_mine(state))
+        link.coder.reshape(shapes_of(self.parameters))
+
+    def _of_mine(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of an optimiser's state, what is of this device's parameters: its cut may have moved since."""
+        return {key: value for key, value in state.items() if key.rpartition("|")[0] in self.parameters}
 
     @property
     def terms(self) -> Terms:
@@ -159,16 +189,20 @@ class DeviceTrainer:
             stage_digest=self._stage_digest,
             last_step=last,
             adapter_values=adapter_values,
+            shape=None if self._shape is None else stage_pb2.Shape(cut=self._shape.cut, rank=self._shape.rank),
         )
         link.send(Frame(Phase.OPEN, open=opened, measured=self._measured(link)))
         answer = link.receive()
         if answer.phase == Phase.CLOSE:
             return None
+        if answer.phase == Phase.OPEN and answer.shape is not None:  # it moved, and this device does not know yet
+            self._move(link, answer.shape)
+            adapter_values = self._initial.numel()
         if answer.phase != Phase.OPEN or answer.agreement is None or answer.agreement.adapter_values != adapter_values:
             raise BadTensor("the coordinator's answer to OPEN does not fit this device's stage")
         if answer.frozen is not None:
             self.frozen.take(self.frozen.decode(answer.frozen))
-        self._average = answer.tensor if answer.tensor is not None else self._initial
+        self._average = self._initial if answer.tensor is None else _tensor(answer, self._initial.shape)
         load_flat(self.parameters, self._average)
         start = answer.agreement.start_step
         self.stepper.drop_gradients()  # of a step that a broken link ended
@@ -189,7 +223,16 @@ class DeviceTrainer:
         for name, seconds in self.ledger.compute_by_work.items():
             if name in DEVICE_WORK:
                 measured.compute_seconds[name] = seconds / steps
+        done, computed = self._recently
+        if self._shape is not None and self._steps_done > done:
+            measured.compute_seconds[RECENT] = (self._computed - computed) / (self._steps_done - done)
+        self._recently = self._steps_done, self._computed
         return measured
+
+    @property
+    def _computed(self) -> float:
+        """Seconds of training."""
+        return sum(self.ledger.compute_by_work.get(name, 0.0) for name in DEVICE_WORK)
 
     def _link_has_changed(self) -> bool:
         """Whether the steps since the last look waited much longer or shorter for the link than those before."""
@@ -204,11 +247,11 @@ class DeviceTrainer:
     def _optimizer_state_of(self, step: int) -> dict[str, Tensor]:
         """After `step` steps: from this run's memory or an earlier run's record; empty where this device was away."""
         if step in self._points:
-            return self._points[step]
+            return self._of_mine(self._points[step])
         if self._record is None or not step:
             return {}
         self._record.drop_after(step)
-        state = self._record.load(step)
+        state = self._of_mine(self._record.load(step))
         moments = self.config.optimizer != "sgd" and not self.config.starts_anew
         if not state and moments and self.parameters:
             log.warning("no optimiser state of step %d on this device: its moments start anew", step)
@@ -314,8 +357,12 @@ class DeviceTrainer:
         differs = link.coder.adapters_differ("adapters_down")
         link.send(Frame(Phase.AGGREGATE, step, tensor=gain, measured=self._measured(link)))
         answer = _answer(link, Phase.AGGREGATE, step)
-        average = _tensor(answer, mine.shape)
-        self._average = self._average + average if differs else average
+        if answer.shape is not None:
+            self._move(link, answer.shape)
+            self._average = _tensor(answer, self._initial.shape)
+        else:
+            average = _tensor(answer, mine.shape)
+            self._average = self._average + average if differs else average
         load_flat(self.parameters, self._average)
         if answer.frozen is not None:  # what was trained is in it, and training begins anew
             self.frozen.take(self.frozen.decode(answer.frozen))

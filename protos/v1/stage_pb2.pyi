@@ -166,18 +166,20 @@ class Probe(_message.Message):
     def __init__(self, filling: _Optional[bytes] = ..., answer_bytes: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("codecs", "samples", "stage_digest", "last_step", "adapter_values")
+    __slots__ = ("codecs", "samples", "stage_digest", "last_step", "adapter_values", "shape")
     CODECS_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     STAGE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_VALUES_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
     codecs: _containers.RepeatedScalarFieldContainer[str]
     samples: int
     stage_digest: str
     last_step: int
     adapter_values: int
-    def __init__(self, codecs: _Optional[_Iterable[str]] = ..., samples: _Optional[int] = ..., stage_digest: _Optional[str] = ..., last_step: _Optional[int] = ..., adapter_values: _Optional[int] = ...) -> None: ...
+    shape: Shape
+    def __init__(self, codecs: _Optional[_Iterable[str]] = ..., samples: _Optional[int] = ..., stage_digest: _Optional[str] = ..., last_step: _Optional[int] = ..., adapter_values: _Optional[int] = ..., shape: _Optional[_Union[Shape, _Mapping]] = ...) -> None: ...
 
 class Agreement(_message.Message):
     __slots__ = ("start_step", "batch_size", "sequence_length", "hidden_size", "adapter_values")

@@ -27,6 +27,7 @@ from split.plan.profile import LinkProfile, codec_seconds
 from split.streams import AUTO, TRAINING, choices
 
 FRONT, TAIL, FRONT_BACKWARD = "front", "tail", "front backward"
+RECENT = "recent"  # beside them: all of that work, since the last aggregation
 DEVICE_WORK = (FRONT, TAIL, FRONT_BACKWARD)  # names of a device's work in its ledger
 
 _STEPS = {"hidden_up": 0.25, "hidden_down": 0.16, "gradients_up": 0.35, "gradients_down": 0.35}

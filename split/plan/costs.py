@@ -6,6 +6,7 @@ backward to the hidden states take the same number; LoRA's own weights take thei
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -84,6 +85,21 @@ class Costs:
     @property
     def _head(self) -> float:
         return 4.0 * self.tokens * int(self.config.vocab_size) * self.hidden
+
+    def device_work(self, cut: int, rank: int) -> float:
+        """Operations of a device's step."""
+        backward = self.backward(cut, rank, self.tokens) if rank and cut else 0.0
+        return self.forward(cut, rank, self.tokens) + backward + self.tail
+
+    def server_work(self, cuts: Iterable[int]) -> float:
+        """Operations of a step at the server, for the rows of devices with these cuts."""
+        rank = self.training.rank
+        return sum(
+            self.forward(self.layers - cut, rank, self.tokens)
+            + self.backward(self.layers - cut, rank, self.tokens)
+            + self.head_at_server
+            for cut in cuts
+        )
 
     def adapter_values(self, cut: int, rank: int) -> int:
         return cut * rank * self.lora_values

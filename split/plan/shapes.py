@@ -90,6 +90,13 @@ def choose_shapes(costs: Costs, devices: Mapping[str, Able], server: Able) -> di
     }
 
 
+def expected_step(costs: Costs, devices: Mapping[str, Able], server: Able, shapes: Mapping[str, Shape]) -> float:
+    """Seconds, with these shapes. costs: of a job that has them."""
+    cuts, ranks = asked(costs.training)
+    job = _Job(costs, server, {n: _Device(costs, n, able, server, cuts, ranks) for n, able in sorted(devices.items())})
+    return job.slowest(shapes)
+
+
 def check_memory(costs: Costs, device: str, shape: Shape, memory: float, share: str = "share") -> None:
     """Raises BadRequest where it is not enough. memory: bytes that a job may take; 0: not known. share: in words."""
     needed, training = costs.memory(shape.cut, shape.rank), costs.training

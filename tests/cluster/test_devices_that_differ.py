@@ -57,7 +57,7 @@ def test_a_job_of_devices_that_differ_equals_the_same_job_in_one_process(
 
 
 def test_the_deaths_of_a_device_and_of_the_stage_lose_nothing(house: House) -> None:
-    config = replace(MIXED, steps=160, aggregate_every=4, checkpoint_every=8, learning_rate=1e-4)
+    config = replace(MIXED, steps=900, aggregate_every=5, checkpoint_every=20, learning_rate=1e-4)
     with house.connect() as connection:
         job = house.submit(connection, config, ["d0", "d1", "d2"])
         step_reached(connection, job, 10)
@@ -66,7 +66,7 @@ def test_the_deaths_of_a_device_and_of_the_stage_lose_nothing(house: House) -> N
         assert json.loads(left.data)["done"] is False
         house.start("d0")
         events_until(connection, job, lambda event, data: event.kind == "joined", after=left.number)
-        step_reached(connection, job, 40)
+        events_until(connection, job, lambda event, data: event.kind == "checkpoint")
         coordinator = psutil.Process(house.cluster.processes["coordinator"].pid)
         stage = next(one for one in coordinator.children(recursive=True) if "StageActor" in " ".join(one.cmdline()))
         stage.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -65,6 +66,7 @@ def split_run(
     validation: Sequence[Sequences] | None = None,
     checkpoints: Path | None = None,
     resume: bool = False,
+    **options: Any,
 ) -> Run:
     """Trains the devices d0, d1, ... on their texts."""
     events: list[tuple[str, str, dict]] = []
@@ -75,6 +77,7 @@ def split_run(
         pairs,
         checkpoints=checkpoints,
         resume=resume,
+        **options,
         tell=lambda kind, device, data: events.append((kind, device, data)),
     )
     return Run(run.outcome, run.adapter, events)

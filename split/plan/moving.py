@@ -1,0 +1,75 @@
+"""When a device's cut moves during a job: its link or its load has changed, and stays so.
+
+At every aggregation the solver is asked what it would choose from what was measured since the last one. A cut moves
+only where the step would become clearly shorter, and only when the same has been so for several aggregations one
+after the other: a device that is slow for a moment keeps what it has. Ranks stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from split.plan.costs import Costs
+from split.plan.profile import LinkProfile
+from split.plan.shapes import Able, Choice, choose_shapes, expected_step
+from split.shapes import AUTO, Shape, asked
+
+ROUNDS = 3  # aggregations
+WORTH = 0.85  # of the present step that the new one may take at most
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of a device since the last aggregation: seconds of computing a step, and its link."""
+
+    compute_seconds: float
+    link: LinkProfile
+
+
+@dataclass
+class Mover:
+    """Of one job. memory: of the devices, as they told it before the job."""
+
+    costs: Costs
+    memory: Mapping[str, float] = field(default_factory=dict)
+    rounds: int = ROUNDS
+    _wished: dict[str, tuple[bool, int]] = field(default_factory=dict)  # by device: upward, for how many rounds
+
+    def look(self, shapes: Mapping[str, Shape], seen: Mapping[str, Seen], stage_seconds: float) -> dict[str, Choice]:
+        """The devices whose cuts are to move now. shapes: of all that are at work; stage_seconds: of a step there."""
+        wishes = self._wishes(shapes, seen, stage_seconds)
+        counts = {}
+        for device, choice in wishes.items():
+            upward = choice.shape.cut > shapes[device].cut
+            before, rounds = self._wished.get(device, (upward, 0))
+            counts[device] = (upward, rounds + 1 if before == upward else 1)
+        self._wished = counts
+        if not counts or max(rounds for _, rounds in counts.values()) < self.rounds:
+            return {}
+        self._wished = {}  # what is so then has to show first
+        return {device: wishes[device] for device, (_, rounds) in counts.items() if rounds >= self.rounds}
+
+    def _wishes(self, shapes: Mapping[str, Shape], seen: Mapping[str, Seen], stage_seconds: float) -> dict[str, Choice]:
+        """Devices that would better have another cut, if that is worth it."""
+        cuts = asked(self.costs.training)[0]
+        if stage_seconds <= 0 or any(one.compute_seconds <= 0 for one in seen.values()):
+            return {}
+        costs = self._with(shapes, {device: cuts.of(device) for device in shapes})
+        able = {}
+        for device, one in seen.items():
+            flops = costs.device_work(shapes[device].cut, shapes[device].rank) / one.compute_seconds
+            able[device] = Able(flops, self.memory.get(device, 0.0), one.link)
+        server = Able(costs.server_work(shape.cut for shape in shapes.values()) / stage_seconds)
+        chosen = choose_shapes(costs, able, server)
+        now = expected_step(self._with(shapes, {d: shape.cut for d, shape in shapes.items()}), able, server, shapes)
+        then = max(choice.step_seconds for choice in chosen.values())
+        if then > WORTH * now:
+            return {}
+        return {device: choice for device, choice in chosen.items() if choice.shape.cut != shapes[device].cut}
+
+    def _with(self, shapes: Mapping[str, Shape], cuts: Mapping[str, int | None]) -> Costs:
+        """The job with these cuts, and with the ranks that there are."""
+        named = ",".join(f"{device}={AUTO if cut is None else cut}" for device, cut in cuts.items())
+        ranks = ",".join(f"{device}={shape.rank}" for device, shape in shapes.items())
+        return replace(self.costs, training=replace(self.costs.training, cuts=named, ranks=ranks))

@@ -1,0 +1,198 @@
+"""A cut that moves in the middle of a job: its blocks and their adapters move along, and training goes on as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from split.checkpoint import CheckpointFolder
+from split.config import TrainingConfig
+from split.ledger import Ledger
+from split.link import LocalLink
+from split.models.source import ModelFolder
+from split.parts import device_stages, merging_of, server_stages
+from split.plan.costs import Costs
+from split.plan.moving import Mover, Seen
+from split.plan.profile import LinkProfile
+from split.plan.shapes import Choice
+from split.server import ServerTrainer
+from split.shapes import Shape, from_plain
+from split.train import DeviceTrainer
+from tests.split.jobs import random_text, split_run, unsplit_run
+from tests.split.test_heterogeneous import SGD
+from tests.split.test_host import CutLink
+from tests.split.test_training import CONFIG, _assert_same, _texts
+from tests.split.tiny_models import VOCABULARY, make_model
+
+AUTO = dataclasses.replace(SGD, cuts="auto")
+START = {"d0": Shape(1, 4), "d1": Shape(2, 4)}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama"), "llama", layers=4)
+
+
+class Scripted(Mover):
+    """Moves what it is told to, by the number of the aggregation."""
+
+    def __init__(self, moves: Mapping[int, Mapping[str, int]]) -> None:
+        self.moves, self.number = moves, 0
+
+    def look(self, shapes: Mapping[str, Shape], seen: Mapping[str, Seen], stage_seconds: float) -> dict[str, Choice]:
+        self.number += 1
+        return {
+            device: Choice(dataclasses.replace(shapes[device], cut=cut), 1.0, 1.0, 2.0**30)
+            for device, cut in self.moves.get(self.number, {}).items()
+        }
+
+
+MOVES = {3: {"d0": 3}, 6: {"d1": 1}, 10: {"d0": 1, "d1": 3}, 15: {"d0": 2}}
+
+
+@pytest.mark.parametrize("labels", ["device", "server"])
+def test_with_sgd_a_job_whose_cuts_move_is_still_training_on_the_joined_batch(llama: Path, labels: str) -> None:
+    config = dataclasses.replace(AUTO, labels=labels)
+    losses, adapter = unsplit_run(llama, config, _texts(2))
+    run = split_run(llama, config, _texts(2), shapes=START, mover=Scripted(MOVES))
+    moved = [(data["cut"], device) for kind, device, data in run.events if kind == "shape"]
+    assert moved == [(3, "d0"), (1, "d1"), (1, "d0"), (3, "d1"), (2, "d0")]
+    assert run.outcome.losses == pytest.approx(losses, rel=1e-5)
+    _assert_same(run.adapter, adapter, 1e-5)
+
+
+@pytest.mark.parametrize("aggregation", ["average", "svd", "stacking"])
+@pytest.mark.parametrize("codec", ["none", "int8"])
+def test_with_adamw_the_loss_curve_does_not_jump_where_a_cut_moves(llama: Path, aggregation: str, codec: str) -> None:
+    """The same samples at every step, with moves and without."""
+    ranks = "" if aggregation == "average" else "d0=4,d1=2"
+    config = dataclasses.replace(
+        CONFIG, cuts="auto", ranks=ranks, aggregation=aggregation, steps=40, aggregate_every=2, codec=codec
+    )
+    shapes = START if not ranks else {"d0": Shape(1, 4), "d1": Shape(2, 2)}
+    still = split_run(llama, config, _texts(2), shapes=shapes, mover=Scripted({}))
+    moved = split_run(llama, config, _texts(2), shapes=shapes, mover=Scripted(MOVES))
+    assert sum(kind == "shape" for kind, _, _ in moved.events) == 5
+    apart = [abs(one - other) for one, other in zip(moved.outcome.losses, still.outcome.losses, strict=True)]
+    usual = max(abs(one - other) for one, other in zip(still.outcome.losses, still.outcome.losses[1:], strict=False))
+    assert max(apart) < 0.5 * usual
+    for number in MOVES:  # the first loss after a move: nothing was trained in between
+        assert apart[2 * number] <= apart[2 * number - 1] + 0.1 * usual
+
+
+def test_a_job_that_is_resumed_after_a_move_has_the_cuts_that_it_had(llama: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(AUTO, checkpoint_every=10, aggregate_every=2)
+    kept = tmp_path / "whole"
+    whole = split_run(llama, config, _texts(2), checkpoints=kept, shapes=START, mover=Scripted({2: {"d0": 3, "d1": 1}}))
+    for folder in kept.glob("*/step-00000020"):
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    last = CheckpointFolder(kept / "server").last()
+    assert last is not None
+    shapes = from_plain(last.shapes)
+    assert shapes == {"d0": Shape(3, 4), "d1": Shape(1, 4)}
+    resumed = split_run(llama, config, _texts(2), checkpoints=kept, resume=True, shapes=shapes, mover=Scripted({}))
+    assert resumed.outcome.losses == pytest.approx(whole.outcome.losses, rel=1e-6)
+    _assert_same(resumed.adapter, whole.adapter, 1e-6)
+
+
+@pytest.mark.parametrize("frames", range(8, 16))
+def test_a_device_whose_link_breaks_at_a_move_ends_with_the_very_same_adapter(llama: Path, frames: int) -> None:
+    """Whether it has heard of its new cut or not."""
+    ends = [_alone(llama, None), _alone(llama, frames)]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
+
+
+def _alone(folder: Path, cut_after: int | None) -> dict[str, torch.Tensor]:
+    from split.host import StageHost
+
+    source, config = ModelFolder(folder), dataclasses.replace(AUTO, steps=8, aggregate_every=2)
+    shape, finished = Shape(1, 4), threading.Event()
+
+    def tell(kind: str, device: str, data: dict[str, Any]) -> None:
+        if kind in ("finished", "failed"):
+            finished.set()
+
+    host = StageHost(
+        ServerTrainer(
+            server_stages(source, config, {"a": shape}, "cpu"), config, Ledger(), dtype=torch.float32, cuts={"a": 1}
+        ),
+        config,
+        {"a"},
+        merging=merging_of(source.config, config, {"a": shape}),
+        mover=Scripted({1: {"a": 3}, 2: {"a": 2}}),
+        segments=lambda shapes: server_stages(source, config, shapes, "cpu"),
+        tell=tell,
+    )
+    trainer = DeviceTrainer(
+        device_stages(source, config, shape, "cpu"),
+        config,
+        random_text(0, 20, 16, VOCABULARY),
+        None,
+        Ledger(),
+        shape=shape,
+        reshape=lambda shape: (device_stages(source, config, shape, "cpu"), ""),
+    )
+    if cut_after is not None:
+        with pytest.raises(Exception, match="the link was cut"):
+            trainer.run(CutLink(host, "a", config, cut_after), cancelled=threading.Event())
+    trainer.run(LocalLink(host, "a", trainer.terms, Ledger()), cancelled=threading.Event())
+    assert finished.wait(60)
+    host.close()
+    return host.outcome().merged or {}
+
+
+MODEL = LlamaConfig(
+    vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=4,
+    num_key_value_heads=4,
+)  # fmt: skip
+COSTS = Costs(MODEL, TrainingConfig(cuts="c=2,auto", codec="none", batch_size=8, sequence_length=128))
+LINK = LinkProfile(0.001, 1e8, 1e8)
+
+
+def _seen(shapes: Mapping[str, Shape], flops: Mapping[str, float]) -> dict[str, Seen]:
+    return {name: Seen(COSTS.device_work(shape.cut, shape.rank) / flops[name], LINK) for name, shape in shapes.items()}
+
+
+def test_a_cut_moves_only_after_the_device_has_been_slow_for_several_rounds() -> None:
+    mover = Mover(COSTS)
+    shapes = {"a": Shape(5, 8), "b": Shape(5, 8), "c": Shape(2, 8)}
+    even = _seen(shapes, {"a": 2e10, "b": 2e10, "c": 2e10})
+    slow = _seen(shapes, {"a": 2e9, "b": 2e10, "c": 2e10})
+    stage = COSTS.server_work(shape.cut for shape in shapes.values()) / 2e10
+    looks = [mover.look(shapes, seen, stage) for seen in (slow, slow, even, slow, slow)]
+    assert looks == [{}] * 5  # it never lasted
+    moved = mover.look(shapes, slow, stage)
+    assert moved.keys() <= {"a", "b"}  # the cut of c is fixed
+    assert moved["a"].shape.cut < 5
+    assert moved["a"].shape.rank == 8
+    after = {**shapes, **{name: choice.shape for name, choice in moved.items()}}
+    seen = _seen(after, {"a": 2e9, "b": 2e10, "c": 2e10})
+    stage = COSTS.server_work(shape.cut for shape in after.values()) / 2e10
+    assert [mover.look(after, seen, stage) for _ in range(6)] == [{}] * 6  # and stays where it is
+
+
+def test_a_device_that_is_fast_again_gets_its_blocks_back() -> None:
+    mover = Mover(COSTS)
+    shapes = {"a": Shape(1, 8), "c": Shape(2, 8)}
+    seen = _seen(shapes, {"a": 1e11, "c": 1e11})
+    stage = COSTS.server_work(shape.cut for shape in shapes.values()) / 5e9
+    looks = [mover.look(shapes, seen, stage) for _ in range(3)]
+    assert looks[:2] == [{}, {}]
+    assert looks[2]["a"].shape.cut > 1
+
+
+def test_nothing_moves_without_measurements() -> None:
+    mover = Mover(COSTS)
+    shapes = {"a": Shape(5, 8)}
+    assert [mover.look(shapes, {"a": Seen(0.0, LINK)}, 1.0) for _ in range(5)] == [{}] * 5
+    assert [mover.look(shapes, {"a": Seen(100.0, LINK)}, 0.0) for _ in range(5)] == [{}] * 5
