@@ -8,11 +8,10 @@ nobody is left, the stage goes back to the last aggregation: the devices' part o
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -22,25 +21,21 @@ import torch
 from torch import Tensor
 
 from protos.v1 import stage_pb2
-from split.adapters.frozen import Frozen
-from split.adapters.lora import A, flatten, shapes_of
-from split.aggregation.base import Factors
-from split.averaging import Averager, Share
+from split.averaging import Share
 from split.checkpoint import Checkpoint, CheckpointFolder
 from split.coding import Plan
 from split.config import TrainingConfig
 from split.errors import BadFrame, BadRequest, IsthmusError, LinkLost, WrongState
 from split.evaluate import nll
+from split.job_adapters import JobAdapters, Segments
 from split.link import Frame, Phase
 from split.members import Deliver, Member
 from split.merging import Merging
-from split.models.stage import Stage
 from split.perplexity import perplexity
-from split.plan.choose import RECENT, Planner, View
-from split.plan.moving import Mover, Seen
+from split.plan.choose import Planner, View
+from split.plan.moving import Mover
 from split.plan.profile import LinkProfile
 from split.server import ServerTrainer
-from split.shapes import AVERAGE, Shape, as_plain
 from split.streams import missing_families, remembers_samples, stream_of
 from split.train import tensor_of
 
@@ -85,7 +80,7 @@ class StageHost:
         initial_adapter: Mapping[str, Tensor] = MappingProxyType({}),
         merging: Merging | None = None,
         mover: Mover | None = None,
-        segments: Callable[[Mapping[str, Shape]], list[Stage]] | None = None,
+        segments: Segments | None = None,
         stage_digest: str | Mapping[int, str] = "",
         checkpoints: CheckpointFolder | None = None,
         resume: Checkpoint | None = None,
@@ -95,16 +90,21 @@ class StageHost:
         self.trainer, self.config, self.tell = trainer, config, tell
         self._devices = frozenset(devices)  # that may take part
         self._awaited = set(devices)  # that the first step waits for
-        self._initial_adapter = flatten(initial_adapter)
-        self._merging, self._mover, self._segments = merging, mover, segments
-        self._stage_recently = (0, 0.0)  # steps, and seconds of computing, at the last aggregation
-        self._stage_digest = stage_digest
+        self._adapters = JobAdapters(
+            trainer,
+            config,
+            initial_adapter=initial_adapter,
+            merging=merging,
+            mover=mover,
+            segments=segments,
+            stage_digest=stage_digest,
+            tell=tell,
+        )
         self._checkpoints, self._patience = checkpoints, patience
         self._members: dict[str, Member] = {}
         self._groups: dict[_Group, dict[str, Frame]] = {}
         self._norms: dict[str, tuple[float, int]] = {}  # of the last step's gradients on the devices
         self._planner = Planner(config, trainer.stage.model.config.hidden_size)
-        self._averager = Averager(config, initial_adapter)
         self._aggregations = 0
         self._stepped_ahead = False  # with overlap stale: this side has done a step whose STEP frames have not all come
         self._steps_timed = 0
@@ -150,17 +150,12 @@ class StageHost:
     def outcome(self) -> Outcome:
         """After `finished`."""
         server = {name: value.detach().cpu() for name, value in self.trainer.stepper.parameters.items()}
-        average = self._point.device_adapter
-        if average is None:  # no device trains anything, or the job had no step
-            average = self._initial_adapter
-        merged = self._merging.result(server) if self._merging else None
+        average, merged = self._adapters.result(self._point, server)
         return Outcome(server, average, self._losses, self._perplexities, self._resources, merged)
 
     def adapter_shapes(self, device: str) -> tuple[tuple[int, ...], ...] | None:
         """Of the matrices of a device's adapter; None where they are the same for all."""
-        if self._merging is None or device not in self._devices:
-            return None
-        return shapes_of(self._merging.like_of(self._merging.shapes[device]))
+        return self._adapters.shapes_for(device)
 
     # ---- in the host's thread ----
 
@@ -211,8 +206,7 @@ class StageHost:
             self._leave(device, earlier.deliver)
         measured = frame.measured or stage_pb2.Measured()
         member = Member(deliver, opened.samples, frozenset(opened.codecs), measured)
-        claimed = self._claimed(device, opened)
-        member.moves = claimed is not None and self._merging is not None and claimed != self._merging.shapes[device]
+        member.moves = self._adapters.has_moved(device, opened)
         self._members[device] = member
         self.tell("joined", device, {"samples": opened.samples, "last_step": opened.last_step})
         if not self._participants:
@@ -226,41 +220,14 @@ class StageHost:
         missing = missing_families(self.config.codec, opened.codecs)
         if missing:
             return f"the device lacks codecs of this job: {', '.join(missing)}; update its software, or choose others"
-        shape = self._claimed(device, opened)
-        if shape is not None and self._merging is not None:
-            values = sum(value.numel() for value in self._merging.like_of(shape).values())
-        else:
-            values = self._adapter_values(device)
-        if opened.adapter_values != values:
-            whose = f"{device} has" if self._merging else "this job's devices have"
-            return f"an adapter of {opened.adapter_values} values; {whose} {values}"
-        digest = self._digest_of(shape)
-        if digest and opened.stage_digest != digest:
-            return "the device's model files differ from the coordinator's: their digests are not the same"
+        problem = self._adapters.problem_with(device, opened)
+        if problem:
+            return problem
         if opened.samples > _MOST_KEYS and remembers_samples(self.config.codec):
             return f"{opened.samples} training sequences are more than the {_MOST_KEYS} that ef and delta keep apart"
         if not 0 < opened.samples < 2**40:
             return f"{opened.samples} training sequences; at least one is needed"
         return ""
-
-    def _adapter_values(self, device: str) -> int:
-        return self._merging.values_of(device) if self._merging else self._initial_adapter.numel()
-
-    def _claimed(self, device: str, opened: stage_pb2.Open) -> Shape | None:
-        """What a device holds as it opens the job: of one whose cut moves, maybe not yet what it is to hold."""
-        if self._merging is None:
-            return None
-        current = self._merging.shapes[device]
-        if self._mover is None or not opened.HasField("shape"):
-            return current
-        claimed = Shape(opened.shape.cut, opened.shape.rank)
-        return claimed if claimed.rank == current.rank else current
-
-    def _digest_of(self, shape: Shape | None) -> str:
-        if isinstance(self._stage_digest, str):
-            return self._stage_digest
-        assert shape is not None
-        return self._stage_digest.get(shape.cut, "of no cut of this job")
 
     def _admit(self) -> None:
         """Lets devices in: all together at the start; later at an aggregation, or at once when none is at work."""
@@ -281,15 +248,11 @@ class StageHost:
                 batch_size=self.config.batch_size,
                 sequence_length=self.config.sequence_length,
                 hidden_size=self.trainer.stage.model.config.hidden_size,
-                adapter_values=self._adapter_values(device),
+                adapter_values=self._adapters.values_of(device),
             )
-            tensor, frozen = self._merging.start(device) if self._merging else (self._point.device_adapter, None)
-            answer = Frame(Phase.OPEN, agreement=agreement, tensor=tensor, plan=plans[device])
-            if self._merging is not None:
-                shape = self._merging.shapes[device] if member.moves else None
-                answer = replace(answer, shape=shape, frozen=None if frozen is None else frozen.to_proto())
+            answer = self._adapters.start(device, self._point, moved=member.moves)
             member.moves = False
-            member.answer(answer)
+            member.answer(replace(answer, agreement=agreement, plan=plans[device]))
 
     def _plan(self, members: Mapping[str, Member], micro_batches: int | None = None) -> dict[str, Plan]:
         """How each device's tensors cross from now on; watchers are told what changes and why."""
@@ -377,7 +340,7 @@ class StageHost:
         return micro_batch + 1 == self._members[next(iter(frames))].plan.micro_batches
 
     def _answer_gradient(self, device: str, frame: Frame) -> None:
-        trains = self._adapter_values(device) > 0  # else the gradient is of no use there
+        trains = self._adapters.values_of(device) > 0  # else the gradient is of no use there
         tensor = tensor_of(frame).float() if trains else None
         values = {**frame.values, "norm_squared": self.trainer.norm_squared(device)}
         self._answer(device, replace(frame, tensor=tensor, values=values))
@@ -420,10 +383,11 @@ class StageHost:
     def _aggregate(self, step: int, frames: Mapping[str, Frame]) -> None:
         """The devices' adapters, averaged by their numbers of training sequences, on disk before anyone has it."""
         shares = {device: Share(tensor_of(frame), self._members[device].samples) for device, frame in frames.items()}
-        average, answers = self._merge(step, shares)
+        average, answers = self._adapters.merge(step, shares, self._point)
         for device, frame in frames.items():
             self._members[device].measured = frame.measured or self._members[device].measured
-        answers |= self._move(step, frames.keys())
+        measured = {device: self._members[device].measured for device in frames}
+        answers |= self._adapters.move(step, measured, self._steps_timed)
         self._point = self._snapshot(average)
         if self.config.checkpoints_after(self.step) and self._checkpoints:
             self._checkpoints.save(self._point)
@@ -437,106 +401,18 @@ class StageHost:
             self._members[device].answer(replace(answers[device], plan=plans.get(device)))
         self._admit()
 
-    def _merge(self, step: int, shares: Mapping[str, Share]) -> tuple[Tensor | None, dict[str, Frame]]:
-        """The average, where all have one and the same, and the answers. Watchers learn how exact it is."""
-        if self._merging is None:
-            total = sum(share.samples for share in shares.values())
-            weighted = [(share.values, share.samples / total) for share in shares.values()]
-            error = self._averager.error(weighted, self._point.device_adapter)
-            average, encoded = self._averager.average(weighted, self._point.device_adapter)
-            method, answers = AVERAGE, dict.fromkeys(shares, Frame(Phase.AGGREGATE, step, encoded=encoded))
-        else:
-            merged = self._merging.merge(shares, self.trainer.stepper.parameters)
-            method, error, average = self._merging.name, merged.error, None
-            self._take(merged.server, merged.server_frozen)
-            answers = {
-                device: Frame(
-                    Phase.AGGREGATE,
-                    step,
-                    encoded=encoded,
-                    frozen=merged.frozen[device].to_proto() if device in merged.frozen else None,
-                )
-                for device, encoded in merged.answers.items()
-            }
-        self.tell("aggregation", "", {"step": self.step, "method": method, "aggregation_error": error})
-        return average, answers
-
-    def _take(self, values: Mapping[str, Tensor], frozen: Mapping[str, Factors]) -> None:
-        """The server's copies of blocks that devices hold get the global adapter."""
-        assert self._merging is not None
-        self.trainer.take(values, anew=self.config.starts_anew)
-        here = {module: factors for module, factors in frozen.items() if module + A in values}
-        self.trainer.frozen.take(Frozen(True, here))
-
-    def _move(self, step: int, devices: Collection[str]) -> dict[str, Frame]:
-        """Other cuts for those of these devices that have clearly too much or too little to do; their answers."""
-        work, (done, computed) = self.trainer.ledger.compute_by_work, self._stage_recently
-        computing = work["forward"] + work["backward"]
-        self._stage_recently = self._steps_timed, computing
-        if self._mover is None or self._merging is None or self.step == self.config.steps or self._steps_timed == done:
-            return {}
-        seen = {
-            device: Seen(one.measured.compute_seconds.get(RECENT, 0.0), LinkProfile.from_proto(one.measured))
-            for device, one in self._members.items()
-            if device in devices
-        }
-        shapes = {device: self._merging.shapes[device] for device in sorted(devices)}
-        moves = self._mover.look(shapes, seen, (computing - computed) / (self._steps_timed - done))
-        if not moves:
-            return {}
-        answers = {}
-        for device, choice in moves.items():
-            self._merging.move(device, choice.shape, self.trainer.stepper.parameters)
-        self._rebuild()
-        for device, choice in moves.items():
-            tensor, frozen = self._merging.start(device)
-            message = None if frozen is None else frozen.to_proto()
-            answers[device] = Frame(Phase.AGGREGATE, step, tensor=tensor, frozen=message, shape=choice.shape)
-            data = choice.data(device)
-            self.tell("shape", device, {**data, "message": f"after step {self.step} {data['message']}"})
-        return answers
-
-    def _rebuild(self) -> None:
-        """The server's segments for the shapes that there are now."""
-        assert self._merging is not None
-        cuts = {device: shape.cut for device, shape in self._merging.shapes.items()}
-        if set(cuts.values()) == set(self.trainer.cuts.values()) or self._segments is None:
-            self.trainer.cuts = cuts
-        else:
-            self.trainer.rebuild(self._segments(self._merging.shapes), cuts, self._merging.server_values())
-        if self._merging.starts_anew:
-            names = self.trainer.stepper.parameters
-            values = {name: value for name, value in self._merging.server_values().items() if name in names}
-            self.trainer.take(values, anew=True)
-            self.trainer.frozen.take(Frozen(True, self._merging.frozen_of_server(names)))
-
     def _snapshot(self, average: Tensor | None) -> Checkpoint:
         stepper = self.trainer.stepper
         server = {name: value.detach().to("cpu", copy=True) for name, value in stepper.parameters.items()}
-        point = Checkpoint(self.step, server, stepper.state(), average, list(self._losses), self._all_digests())
-        if self._merging is None:
-            return point
-        return replace(point, merged=self._merging.state(), shapes=as_plain(self._merging.shapes))
-
-    def _all_digests(self) -> str:
-        """Of the model files, for a checkpoint: of what devices hold with any of the cuts that they may have."""
-        if isinstance(self._stage_digest, str):
-            return self._stage_digest
-        return hashlib.sha256("".join(digest for _, digest in sorted(self._stage_digest.items())).encode()).hexdigest()
+        digest = self._adapters.digest
+        point = Checkpoint(self.step, server, stepper.state(), average, list(self._losses), digest)
+        return self._adapters.into(point)
 
     def _go_back_to(self, point: Checkpoint) -> None:
         """Raises WrongState for a checkpoint of another model or of other options."""
-        if point.stage_digest != self._all_digests():
+        if point.stage_digest != self._adapters.digest:
             raise WrongState("the model's files have changed since the checkpoint was written: put the old ones back")
-        adapter, optimizer = point.server, point.optimizer
-        if self._merging is not None:
-            self._merging.load(point.merged)
-            names = self.trainer.stepper.parameters.keys()
-            adapter = {n: v for n, v in {**self._merging.server_values(), **adapter}.items() if n in names}
-            optimizer = {key: value for key, value in optimizer.items() if key.rpartition("|")[0] in names}
-        self.trainer.restore(adapter, optimizer)
-        if self._merging is not None:
-            self.trainer.frozen.take(Frozen(True, self._merging.frozen_of_server(adapter)))
+        self._adapters.restore(point)
         self.step, self._losses = point.step, list(point.losses)
 
     def _evaluated(self, device: str, frame: Frame) -> Frame:

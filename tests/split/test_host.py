@@ -217,7 +217,7 @@ def test_a_device_that_does_not_fit_the_job_is_not_let_in(
 
 def test_another_model_than_the_coordinators_is_not_let_in(llama: Path) -> None:
     job = Job(llama, CONFIG, ["a"])
-    job.host._stage_digest = "0" * 64
+    job.host._adapters._stage_digest = "0" * 64
     with pytest.raises(BadRequest, match="model files differ from the coordinator's"):
         _open(job, "a", stage_digest="1" * 64).receive()
     job.host.close()
