@@ -63,8 +63,8 @@ def run(
     slow_down: Annotated[
         float,
         typer.Option(
-            help="Emulate a device so many times slower: in training, after each piece of computing, it waits for the "
-            "rest of the time. For trials and benchmarks; its log says so.",
+            help="Emulate a device so many times slower: in training, after each piece of computing, it waits until so "
+            "many times the processor's time for it have passed. For trials and benchmarks; its log says so.",
             min=1,
         ),
     ] = 1.0,

@@ -38,6 +38,7 @@ class ControlOptions:
     threads: int  # of a stage actor; 0: all cores
     device: str  # torch device of the stages
     stage_ports: tuple[int, int]  # first and last; (0, 0): any free one
+    slow_down: float = 1.0  # of stages: emulates a machine so many times slower
 
 
 class ControlActor:
@@ -125,7 +126,8 @@ class ControlActor:
         """FLOP/s of a node that a stage may get; measured when it is first asked for. Raises RayError."""
         if not self._training:
             where: Any = ray.remote(measure_training_here).options(num_cpus=0, max_retries=0)
-            self._training = await where.remote(self._options.threads, self._options.device)
+            options = self._options
+            self._training = await where.remote(options.threads, options.device, options.slow_down)
         return self._training
 
     async def _start_stage(self, task: StageTask | GatewayTask) -> tuple[Any, str]:
@@ -140,6 +142,7 @@ class ControlActor:
             threads=self._options.threads,
             device=self._options.device,
             ports=self._options.stage_ports,
+            slow_down=self._options.slow_down,
             stage_certificate=stage_certificate,
             stage_key=stage_key,
         )

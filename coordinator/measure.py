@@ -30,10 +30,10 @@ class MeasureTask:
     key: bytes = field(repr=False)
 
 
-def measure_training_here(threads: int, device: str) -> float:
+def measure_training_here(threads: int, device: str, slow_down: float) -> float:
     """FLOP/s of training in a process such as a stage actor's."""
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    return measure_training(device)
+    return measure_training(device, slow_down=slow_down)
 
 
 def measure_node(task: MeasureTask) -> bytes:

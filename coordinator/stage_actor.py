@@ -64,6 +64,7 @@ class ServingOptions:
     device: str  # torch device: auto, cpu, cuda
     ports: tuple[int, int]  # first and last that a stage may listen on; (0, 0): any free one
     key: bytes = dataclasses.field(repr=False)
+    slow_down: float = 1.0  # in training: emulates a machine so many times slower
     stage_certificate: bytes = b""  # with which a gateway's own holders come to it
     stage_key: bytes = dataclasses.field(default=b"", repr=False)
 
@@ -163,7 +164,10 @@ class StageActor:
         self._mover = Mover(Costs(source.config, self._config), self._task.memory) if moves else None
         self._make_segments = lambda shapes: server_stages(source, self._config, shapes, device)
         cuts = {name: shape.cut for name, shape in shapes.items()}
-        return ServerTrainer(segments, self._config, Ledger(), dtype=dtype, cuts=cuts), parts, lora
+        ledger = Ledger(slow_down=self._serving.slow_down)
+        if ledger.slow_down > 1:
+            log.warning("job %s: emulating a machine %g times slower", self._task.job, ledger.slow_down)
+        return ServerTrainer(segments, self._config, ledger, dtype=dtype, cuts=cuts), parts, lora
 
     def _allowed(self, peer: Peer) -> bool:
         return self._devices.get(peer.name) == peer.serial

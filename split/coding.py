@@ -123,9 +123,9 @@ class Coder:
         if name == "none":
             return encode_tensor(tensor)
         codec, state = self._codecs[stream]
-        started = time.perf_counter()
+        started, own = time.perf_counter(), time.thread_time()
         payload = codec.encode(tensor, state, self._keys(stream, step, micro_batch))
-        self._note("encode", stream, name, tensor.numel(), time.perf_counter() - started, state)
+        self._note("encode", stream, name, tensor.numel(), self._took(started, own), state)
         return stage_pb2.Tensor(codec=name, dtype="float32", shape=list(tensor.shape), payload=payload)
 
     def expected(self, stream: str, shape: tuple[int | None, ...], at_most: int) -> Expected:
@@ -140,9 +140,9 @@ class Coder:
         if name == "none":
             return decode_tensor(message, expected)
         _, state = self._codecs[stream]
-        started = time.perf_counter()
+        started, own = time.perf_counter(), time.thread_time()
         decoded = decode_tensor(message, expected, state, self._keys(stream, step, micro_batch))
-        self._note("decode", stream, name, decoded.numel(), time.perf_counter() - started, state)
+        self._note("decode", stream, name, decoded.numel(), self._took(started, own), state)
         return decoded
 
     def state_of(self, stream: str) -> CodecState | None:
@@ -153,7 +153,11 @@ class Coder:
     def _note(self, what: str, stream: str, name: str, values: int, seconds: float, state: CodecState) -> None:
         # Each stream is coded by one thread at a time, so only its own state may be looked at.
         self._memory[stream] = state.memory_bytes
-        self._ledger.coded(name, what, values, self._ledger.slowed(seconds), sum(list(self._memory.values())))
+        self._ledger.coded(name, what, values, seconds, sum(list(self._memory.values())))
+
+    def _took(self, started: float, own: float) -> float:
+        """Seconds since then; waits where the ledger emulates a slower machine."""
+        return self._ledger.slowed(time.perf_counter() - started, time.thread_time() - own)
 
     def _codec(self, stream: str, name: str) -> AnyCodec:
         return for_matrices(parse(name), self._terms.adapter) if stream in ADAPTERS else parse(name)

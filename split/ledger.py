@@ -126,8 +126,9 @@ class Coding:
 class Ledger:
     """Counts while a task runs; `summary` gives what a report shows.
 
-    slow_down: emulates a machine that is so many times slower: after each piece of computing it waits for the rest of
-    the time that such a machine would have taken, and counts it as computing.
+    slow_down: emulates a machine that is so many times slower: after each piece of computing it waits until so many
+    times the processor's time for it have passed, and counts that as computing. The processor's time, of this thread,
+    and not the clock's: so what else the machine does is not multiplied.
     """
 
     slow_down: float = 1.0
@@ -150,23 +151,27 @@ class Ledger:
         """Times the work; counts its FLOPs the first time that this `work` (a name and shapes) is done."""
         known = self._flops_of.get(work)
         counter = _FlopCounter() if known is None else None
-        start = time.perf_counter()
+        start, own = time.perf_counter(), time.thread_time()
         try:
             with counter or nullcontext():
                 yield
         finally:
-            seconds = self.slowed(time.perf_counter() - start)
+            seconds = self.slowed(time.perf_counter() - start, time.thread_time() - own)
             self.compute_seconds += seconds
             self.compute_by_work[str(work[0] if isinstance(work, tuple) else work)] += seconds
         if counter is not None:
             self._flops_of[work] = known = counter.total
         self.flops += known or 0.0
 
-    def slowed(self, seconds: float) -> float:
-        """Computing took so long: waits as `slow_down` says; returns what it took in all."""
-        if self.slow_down > 1:
-            time.sleep((self.slow_down - 1) * seconds)
-        return max(1.0, self.slow_down) * seconds
+    def slowed(self, seconds: float, own: float) -> float:
+        """Computing took so long by the clock, and so long of the processor (an accelerator's time is the clock's):
+        waits as `slow_down` says; returns what it took in all."""
+        if self.slow_down <= 1:
+            return seconds
+        rest = self.slow_down * (seconds if torch.cuda.is_initialized() else own) - seconds
+        if rest > 0:
+            time.sleep(rest)
+        return seconds + max(0.0, rest)
 
     def waited(self, seconds: float, link_seconds: float) -> None:
         """This side had nothing to do for `seconds`, `link_seconds` of them because of the link."""

@@ -37,6 +37,14 @@ def up(
     ] = None,
     threads: Annotated[int, typer.Option(help="Processor threads of a stage; 0: all cores.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="torch device of the stages: auto, cpu, cuda, ...")] = "auto",
+    slow_down: Annotated[
+        float,
+        typer.Option(
+            help="Emulate a machine so many times slower in training jobs, as `isthmus-client run --slow-down` does. "
+            "For trials and benchmarks.",
+            min=1,
+        ),
+    ] = 1.0,
     json_output: Json = False,
 ) -> None:
     """Start the coordinator and serve until Ctrl-C or SIGTERM.
@@ -54,7 +62,7 @@ def up(
     with _alone_in(state), ray_running(state, ray_address) as ray:
         from coordinator.control import ControlActor, ControlOptions  # it imports Ray, whose environment is set by now
 
-        options = ControlOptions(str(state), host, port, enrolment_port, advertise, threads, device, ports)
+        options = ControlOptions(str(state), host, port, enrolment_port, advertise, threads, device, ports, slow_down)
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -69,6 +77,8 @@ def up(
                     f"coordinator: {advertise}:{started['port']}   enrolment port: {started['enrolment_port']}"
                 )
                 console.print(f"state: {state}   credentials: {started['admin']}", soft_wrap=True)
+                if slow_down > 1:
+                    console.print(f"emulating a machine {slow_down:g} times slower in training jobs")
                 for job in started["interrupted"]:
                     console.print(f"job {job} was interrupted; go on with: isthmus finetune --resume {job}")
                 console.print("devices join with what `isthmus enroll NAME` prints; Ctrl-C stops")

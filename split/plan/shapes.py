@@ -26,7 +26,7 @@ from split.plan.profile import LinkProfile
 from split.shapes import ByName, Shape, asked
 
 _RANK_SLACK = 1.05
-_NEAR = 1.02  # two deadlines are about the same
+_NEAR = 1.005  # two deadlines are about the same
 _MOST_MICRO_BATCHES = 8
 _OF_MEMORY = 0.9  # of a device's memory that a job may take
 _ADAPTER_BYTES = {True: 4.0, False: 5 / 8}  # of a value, each way, by whether adapters cross as they are
@@ -80,6 +80,9 @@ def choose_shapes(costs: Costs, devices: Mapping[str, Able], server: Able) -> di
             best, greatest = shapes, slowest
         else:
             least = middle
+    largest = job.fitting(greatest)  # what else keeps the deadline that was reached
+    if job.slowest(largest) <= greatest:
+        best = largest
     best = job.with_ranks(best, _RANK_SLACK * greatest)
     server_seconds = job.server_seconds(best)
     return {

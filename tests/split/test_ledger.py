@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import torch
 from torch import nn
@@ -116,3 +117,18 @@ def test_the_summary_says_where_its_energy_is_from() -> None:
     summary = Ledger().summary()
     assert summary["energy_source"] in ("rapl", "estimated")
     assert summary["peak_bytes"] > 0
+
+
+def test_a_slower_machine_is_emulated_by_waiting_after_each_piece_of_computing() -> None:
+    ledger, quick = Ledger(slow_down=4.0), Ledger()
+    x = torch.ones(300, 300)
+    for one in (ledger, quick):
+        with one.computing("work"):
+            before = time.thread_time()
+            for _ in range(40):
+                x @ x
+            took = time.thread_time() - before
+    assert ledger.compute_seconds >= 3 * took > 0  # it is the same work, at another moment
+    assert ledger.compute_by_work["work"] == ledger.compute_seconds
+    assert ledger.slowed(10.0, 0.0) == 10.0  # the machine was busy with something else: nothing is added
+    assert quick.slowed(0.5, 0.5) == 0.5

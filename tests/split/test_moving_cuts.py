@@ -21,7 +21,7 @@ from split.parts import device_stages, merging_of, server_stages
 from split.plan.costs import Costs
 from split.plan.moving import Mover, Seen
 from split.plan.profile import LinkProfile
-from split.plan.shapes import Choice
+from split.plan.shapes import Able, Choice, choose_shapes
 from split.server import ServerTrainer
 from split.shapes import Shape, from_plain
 from split.train import DeviceTrainer
@@ -165,18 +165,19 @@ def _seen(shapes: Mapping[str, Shape], flops: Mapping[str, float]) -> dict[str, 
 
 def test_a_cut_moves_only_after_the_device_has_been_slow_for_several_rounds() -> None:
     mover = Mover(COSTS)
-    shapes = {"a": Shape(5, 8), "b": Shape(5, 8), "c": Shape(2, 8)}
-    even = _seen(shapes, {"a": 2e10, "b": 2e10, "c": 2e10})
-    slow = _seen(shapes, {"a": 2e9, "b": 2e10, "c": 2e10})
+    usual = {"a": 2e10, "b": 2e10, "c": 2e10}
+    able = {name: Able(flops, link=LINK) for name, flops in usual.items()}
+    shapes = {name: choice.shape for name, choice in choose_shapes(COSTS, able, Able(2e10)).items()}
+    even, slow = _seen(shapes, usual), _seen(shapes, {**usual, "a": 2e9})
     stage = COSTS.server_work(shape.cut for shape in shapes.values()) / 2e10
     looks = [mover.look(shapes, seen, stage) for seen in (slow, slow, even, slow, slow)]
     assert looks == [{}] * 5  # it never lasted
     moved = mover.look(shapes, slow, stage)
     assert moved.keys() <= {"a", "b"}  # the cut of c is fixed
-    assert moved["a"].shape.cut < 5
+    assert moved["a"].shape.cut < shapes["a"].cut
     assert moved["a"].shape.rank == 8
     after = {**shapes, **{name: choice.shape for name, choice in moved.items()}}
-    seen = _seen(after, {"a": 2e9, "b": 2e10, "c": 2e10})
+    seen = _seen(after, {**usual, "a": 2e9})
     stage = COSTS.server_work(shape.cut for shape in after.values()) / 2e10
     assert [mover.look(after, seen, stage) for _ in range(6)] == [{}] * 6  # and stays where it is
 
