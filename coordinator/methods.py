@@ -64,6 +64,8 @@ class Training:
         self._memory: dict[str, float] = {}
         if spec.devices:
             check_named(self.config, spec.devices)
+            if not self.automatic:
+                aggregation_of(self.config, fixed_shapes(self.config, spec.devices))
         cuts = asked(self.config)[0]
         for cut in sorted(set(cuts.numbers)):  # what is wrong with one, and reading its weights, comes now
             self._weights_of(cut)

@@ -96,12 +96,12 @@ class Coder:
         self.plan = plan
 
     def reshape(self, adapter: tuple[tuple[int, ...], ...]) -> None:
-        """The device's adapter has matrices of these shapes from now on: what its codecs remember is of others."""
+        """The device's cut has moved and its adapter has matrices of these shapes from now on: what codecs remember is
+        of other tensors, so they begin anew, on both ends."""
         self._terms = replace(self._terms, adapter=adapter)
-        for stream in ADAPTERS:
-            if stream in self._codecs:
-                name = self.plan.codec_of(stream)
-                self._codecs[stream] = self._codec(stream, name), CodecState(stream_seed(self.plan.seed, stream))
+        for stream in self._codecs:
+            name = self.plan.codec_of(stream)
+            self._codecs[stream] = self._codec(stream, name), CodecState(stream_seed(self.plan.seed, stream))
 
     def adapters_differ(self, stream: str) -> bool:
         """Whether an adapter crosses as its difference from the last average: where its codec is not exact."""

@@ -30,7 +30,7 @@ from split.errors import BadData, IsthmusError
 from split.models.source import ModelFolder
 
 
-@pytest.mark.parametrize("name", ["split_training", "methods"])
+@pytest.mark.parametrize("name", ["split_training", "methods", "heterogeneous"])
 def test_a_benchmark_says_what_it_does(name: str) -> None:
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], capture_output=True, text=True)
     assert done.returncode == 0

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.methods import Serving
+from coordinator.methods import Serving, Training
 from protos.v1 import coordinator_pb2 as pb
-from split.errors import BadRequest
+from split.config import TrainingConfig
+from split.errors import BadRequest, NotAllowed
 from split.serving import ServingConfig, memory_of, parse_stages
+from split.shapes import Shape
 from tests.split.tiny_models import make_model
 
 
@@ -31,3 +33,52 @@ def test_a_device_without_the_memory_for_its_blocks_is_refused_with_the_figures(
     assert line.startswith(f"device laptop has {gib} of memory; blocks 0-3 take {gib} with room for 1028 sequences")
     assert "give it fewer blocks" in line
     assert "\n" not in line
+
+
+PROFILE = pb.Profile(memory_bytes=2**34, training_flops=1e10)
+
+
+def _training(tmp_path: Path, config: TrainingConfig, *devices: str) -> Training:
+    model = make_model(tmp_path / "model", "llama", layers=4)
+    spec = pb.JobSpec(method="splitlora", model=str(model), devices=devices, training=config.to_json())
+    return Training(spec, tmp_path / "digests.json")
+
+
+def test_devices_that_are_alike_are_told_nothing_and_those_that_differ_what_they_have(tmp_path: Path) -> None:
+    profiles = {"a": PROFILE, "b": PROFILE}
+    alike = _training(tmp_path / "alike", TrainingConfig(cut_layer=2), "a", "b")
+    assert alike.choose(profiles, 0.0, {}) == {}
+    assert alike.shapes == {"a": Shape(2, 8), "b": Shape(2, 8)}
+    differ = _training(tmp_path / "differ", TrainingConfig(cuts="a=3,1", ranks="b=2,8"), "a", "b")
+    told = differ.choose(profiles, 0.0, {})
+    assert told["a"] == {"cut": 3, "rank": 8, "message": "a: cut 3, rank 8"}
+    task = pb.Task()
+    differ.device_task(task, "b")
+    assert (task.shape.cut, task.shape.rank) == (1, 2)
+    assert differ.weights("a").digest != differ.weights("b").digest
+    with pytest.raises(NotAllowed, match="no part with 3 blocks"):
+        differ.weights("b", 3)  # its cut does not move
+
+
+def test_a_resumed_job_keeps_the_cuts_that_it_had(tmp_path: Path) -> None:
+    job = _training(tmp_path, TrainingConfig(cuts="auto"), "a", "b")
+    kept = {"a": Shape(3, 8), "b": Shape(1, 8)}
+    job.choose({"a": PROFILE, "b": PROFILE}, 1e10, kept)
+    assert job.shapes == kept
+    job.moved("b", Shape(2, 8))
+    assert job.weights("b").digest == job.weights("a", 2).digest
+
+
+def test_a_training_device_without_the_memory_for_its_share_is_refused_with_the_figures(tmp_path: Path) -> None:
+    small = pb.Profile(memory_bytes=2**28, training_flops=1e10)
+    for number, config in enumerate([TrainingConfig(), TrainingConfig(cuts="auto"), TrainingConfig(cuts="watch=2,1")]):
+        job = _training(tmp_path / str(number), config, "watch", "laptop")
+        with pytest.raises(BadRequest) as refused:
+            job.choose({"watch": small, "laptop": PROFILE}, 1e10, {})
+        assert str(refused.value).startswith("device watch has 0.2")
+        assert "\n" not in str(refused.value)
+
+
+def test_average_is_not_for_adapters_of_different_ranks(tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="choose padding, stacking or svd"):
+        _training(tmp_path, TrainingConfig(ranks="a=2,8", aggregation="average"), "a", "b")
