@@ -3,9 +3,12 @@
 All devices' rows go through the server as one batch, so a step takes as long as its slowest device. The deadline is the
 shortest step that can be reached: found by bisection, where for each deadline every device takes the largest cut with
 which it keeps it. A smaller cut leaves the server more to do, which takes time from all devices, so this is repeated
-until nothing changes. Then every device gets the largest rank, up to the job's, with which it is at most _RANK_SLACK
-over the deadline, its adapters' way to the coordinator included. Memory bounds both. Times come from the simulation of
-a step (pipeline.py) with the codecs that the planner would take (choose.py).
+until nothing changes. Then cuts are lowered again as far as the step grows by no more than _CUT_SLACK: a block at the
+server learns from everyone's batch at every step, one on devices from an average now and then, so a larger cut that
+saves no time costs steps (benchmarks/README.md, heterogeneous). At last every device gets the largest rank, up to the
+job's, with which it is at most _RANK_SLACK over the deadline, its adapters' way to the coordinator included. Memory
+bounds both. Times come from the simulation of a step (pipeline.py) with the codecs that the planner would take
+(choose.py).
 
 A cut is never chosen below 1: with 0 what a device sends is as good as its text.
 """
@@ -25,6 +28,7 @@ from split.plan.pipeline import StepCosts, step_seconds
 from split.plan.profile import LinkProfile
 from split.shapes import ByName, Shape, asked
 
+_CUT_SLACK = 1.03  # over the shortest step, below which no block is worth being held by a device
 _RANK_SLACK = 1.05
 _NEAR = 1.005  # two deadlines are about the same
 _MOST_MICRO_BATCHES = 8
@@ -80,10 +84,7 @@ def choose_shapes(costs: Costs, devices: Mapping[str, Able], server: Able) -> di
             best, greatest = shapes, slowest
         else:
             least = middle
-    largest = job.fitting(greatest)  # what else keeps the deadline that was reached
-    if job.slowest(largest) <= greatest:
-        best = largest
-    best = job.with_ranks(best, _RANK_SLACK * greatest)
+    best = job.with_ranks(job.lowered(best, _CUT_SLACK * greatest), _RANK_SLACK * greatest)
     server_seconds = job.server_seconds(best)
     return {
         name: Choice(
@@ -130,6 +131,19 @@ class _Job:
             if kept == shapes:
                 return shapes
             shapes = kept
+
+    def lowered(self, shapes: Mapping[str, Shape], deadline: float) -> dict[str, Shape]:
+        """Gives cuts up, the largest first, as long as everyone keeps the deadline."""
+        shapes = dict(shapes)
+        while True:
+            for name in sorted(shapes, key=lambda name: (-shapes[name].cut, name)):
+                smaller = [cut for cut in self.devices[name].cuts if cut < shapes[name].cut]
+                tried = {**shapes, name: Shape(smaller[-1], shapes[name].rank)} if smaller else None
+                if tried and self.slowest(tried) <= deadline:
+                    shapes = tried
+                    break
+            else:
+                return shapes
 
     def with_ranks(self, shapes: Mapping[str, Shape], deadline: float) -> dict[str, Shape]:
         seconds = self.server_seconds(shapes)
