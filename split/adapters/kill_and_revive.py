@@ -111,13 +111,12 @@ class Controller:
     def observe(self, step: int, loss: float, responsiveness: Mapping[str, float]) -> None:
         """What a step gave: its loss, and the responsiveness of the modules that were active in it.
 
-        Values that are not finite, and modules that are not known, are left out.
+        It may be below 0 for a module that does harm. Values that are not finite, and modules that are not known, are
+        left out.
         """
         keep = self.policy.smoothing
         fresh = {
-            name: float(value)
-            for name, value in responsiveness.items()
-            if name in self.costs and math.isfinite(value) and value >= 0
+            name: float(value) for name, value in responsiveness.items() if name in self.costs and math.isfinite(value)
         }
         old = {name: self._score[name] for name in fresh if name in self._score and self._seen[name] == step - 1}
         for name, value in fresh.items():
@@ -127,7 +126,7 @@ class Controller:
                 self._score[name] = value
             self._seen[name] = step
         before, after = sum(old.values()), sum(self._score[name] for name in old)
-        if before > 0:
+        if before > 0 and after > 0:
             for name in self._score:
                 if name not in fresh:
                     self._score[name] *= after / before

@@ -182,6 +182,13 @@ def test_modules_that_do_not_respond_are_not_chosen() -> None:
     assert len(_run(Controller(_costs(), everything, STEPS), some)[-1].active) == len(_costs())
 
 
+def test_modules_that_do_harm_are_killed_though_there_is_room_for_them() -> None:
+    policy = KillPolicy(active_fraction=0.9, schedule="step", probe_share=0.0)
+    last = _run(Controller(_costs(), policy, STEPS), lambda step, name: -1.0 if name == "2.v" else 1.0)[-1]
+    assert "2.v" not in last.active
+    assert {"1.v", "3.v"} <= last.active
+
+
 def test_all_modules_can_be_dead() -> None:
     policy = KillPolicy(budget="modules", active_fraction=0.0, schedule="step", warmup_steps=10)
     decisions = _run(Controller(_costs(), policy, STEPS))
@@ -211,7 +218,7 @@ def test_with_a_budget_of_values_cheap_modules_stay_where_all_respond_alike() ->
 def test_what_is_not_finite_or_not_known_is_left_out() -> None:
     controller = Controller(_costs(), KillPolicy(), STEPS)
     controller.decide(0)
-    controller.observe(0, float("nan"), {"0.q": float("inf"), "0.v": -1.0, "elsewhere": 1.0, "1.q": 2.0})
+    controller.observe(0, float("nan"), {"0.q": float("inf"), "elsewhere": 1.0, "1.q": 2.0})
     assert controller.scores() == {"1.q": 2.0}
     json.dumps(controller.state(), allow_nan=False)
 
