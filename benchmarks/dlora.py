@@ -1,0 +1,201 @@
+"""Kill and Revive in DLoRA: what it saves on the link and at the device until the same held-out perplexity.
+
+The frozen backbone is in the cloud; the device has the embedding, the first block, the norm, the head, the text and all
+LoRA modules (Gao and Zhang 2024). Runs are unsplit training with the same modules active at the same steps; bytes and
+FLOPs are counted. Each is held against the run of the same seed in which every module trains at every step.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import Progress
+
+from benchmarks.common import JsonFile, command, console, describe, machine, table, write_json
+from benchmarks.dlora_runs import Case, Outcome, run
+from benchmarks.dlora_summary import keys, summarise
+from coordinator.heat_map import heat_map
+from split.adapters.kill_policy import KillPolicy
+from split.adapters.module_costs import module_costs
+from split.config import TrainingConfig
+from split.errors import BadData, BadRequest
+from split.models.source import open_model
+
+_SHARED = Path(__file__).parents[2] / "shared" / "data"
+_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_CHOICES = ("shorter", "controller", "fixed", "random")
+_CODECS = ("hadamard,int8", "hadamard,int8:stochastic")
+
+
+def training_of(case: Case) -> TrainingConfig:
+    training = TrainingConfig(
+        cut_layer=1,
+        steps=case.steps,
+        batch_size=4,
+        sequence_length=64,
+        learning_rate=case.learning_rate,
+        warmup_steps=min(10, case.steps // 2),
+        precision="float32",
+        codec="none",
+        seed=case.seed,
+        target_modules=_MODULES,
+    )
+    return replace(training, prompt_column="mr", completion_column="ref") if case.data == "e2e" else training
+
+
+def cases_of(
+    data: Sequence[str],
+    steps: int,
+    stretch: float,
+    seeds: int,
+    fractions: Sequence[float],
+    choices: Sequence[str],
+    policy: KillPolicy,
+    base: Case,
+    codecs: bool,
+) -> list[Case]:
+    """The baseline, and shorter and longer ones that show where it is flat; then each choice at each budget."""
+    cases = []
+    for seed in range(seeds):
+        for which in data:
+            mine = replace(base, data=which, seed=seed, steps=steps, choice="all")
+            cases.append(mine)
+            if "shorter" in choices:
+                cases += [replace(mine, steps=max(2, int(steps * share))) for share in (0.125, 0.25, 0.5, 2)]
+            longer = replace(mine, steps=max(2, int(steps * stretch)))
+            for choice in choices:
+                if choice in ("controller", "fixed", "random"):
+                    for fraction in fractions:
+                        cases.append(replace(longer, choice=choice, policy=replace(policy, active_fraction=fraction)))
+            if codecs:
+                cases += [
+                    replace(each, codecs=_CODECS)
+                    for each in cases
+                    if each.choice == "controller" and (each.data, each.seed) == (which, seed)
+                ]
+    return cases
+
+
+def run_all(cases: Sequence[Case], files: Mapping[str, Path], model: str, workers: int) -> Iterable[Outcome]:
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    with pool, Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("runs", total=len(cases))
+        started = [pool.submit(run, case, training_of(case), files[case.data], model, 64, 6) for case in cases]
+        for done in as_completed(started):
+            bar.advance(task)
+            yield done.result()
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    lines = []
+    for row in rows:
+        error = row["perplexity_ratio_standard_error"]
+        lines.append(
+            (
+                f"{row['data']}: {row['name']}",
+                row["steps"],
+                f"{row['perplexity']:.3f}",
+                f"{row['perplexity_ratio']:.4f}",
+                "" if error is None else f"{error:.4f}",
+                f"{row['bytes'] / 1e6:.0f}",
+                *(
+                    f"{100 * row[key]:.1f} %"
+                    for key in ("communication_reduction", "compute_reduction", "compute_reduction_of_modules")
+                ),
+            )
+        )
+    columns = ("run", "steps", "perplexity", "ratio", "s.e.", "MB", "bytes saved", "FLOPs saved", "of modules")
+    console.print(table("held-out perplexity of the adapter, against all active", columns, lines))
+
+
+def report(outcomes: Sequence[Outcome], baseline_steps: int) -> dict[str, Any]:
+    rows = summarise(outcomes, baseline_steps)
+    return {**keys(rows), "rows": rows, "runs": [asdict(each) for each in outcomes]}
+
+
+def draw(path: Path, outcome: Outcome, model: str) -> None:
+    costs = module_costs(open_model(model).config, training_of(outcome.case))
+    heat_map(path, list(costs), outcome.decisions, outcome.case.steps, dict(outcome.scores))
+
+
+def main(
+    e2e: Annotated[Path, typer.Option(help="E2E's devset.csv.")] = _SHARED / "e2e" / "devset.csv",
+    shakespeare: Annotated[Path, typer.Option(help="A text.")] = _SHARED / "shakespeare" / "input.txt",
+    data: Annotated[str, typer.Option(help="Which of the two, by commas.")] = "e2e,shakespeare",
+    documents: Annotated[int, typer.Option(help="That the device has: rows, or paragraphs.", min=1)] = 500,
+    model: Annotated[str, typer.Option(help="Folder in hub format, or default.")] = "default",
+    steps: Annotated[int, typer.Option(help="Optimiser steps with all modules active.", min=2)] = 300,
+    stretch: Annotated[float, typer.Option(help="Steps with Kill and Revive over those.", min=0.01)] = 1.0,
+    seeds: Annotated[int, typer.Option(help="Paired runs of each, with seeds 0, 1, ...", min=1)] = 2,
+    fractions: Annotated[str, typer.Option(help="Budgets of values on the link, by commas.")] = "0.05,0.125,0.25",
+    choices: Annotated[
+        str, typer.Option(help="controller, fixed, random, and shorter: all active for fewer and more steps.")
+    ] = "shorter,controller,fixed,random",
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 4e-3,
+    codecs: Annotated[bool, typer.Option(help="The controller's runs once more with 8 bits on the link.")] = True,
+    workers: Annotated[int, typer.Option(help="Runs at the same time, each with one thread.", min=1)] = 2,
+    map_file: Annotated[
+        Path | None, typer.Option("--heat-map", help="Draw the first controller's run here (PNG).", dir_okay=False)
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="8 steps, 20 documents, one budget: does it run?")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """What Kill and Revive saves until the perplexity of DLoRA without it, against fixed and random choice.
+
+    Example: python -m benchmarks.dlora --json dlora.json --heat-map dlora.png
+    """
+    files = {"e2e": e2e, "shakespeare": shakespeare}
+    policy = KillPolicy()
+    if quick:
+        steps, documents, seeds, fractions = 8, 20, 1, "0.1"
+        policy = replace(policy, warmup_steps=2, anneal_steps=2, interval=1)
+    which = _chosen("data", data, files)
+    for name in which:
+        if not files[name].is_file():
+            raise BadData(f"no {name} data at {files[name]}: name it with --{name}")
+    base = Case(data="", choice="", steps=steps, seed=0, learning_rate=learning_rate, documents=documents)
+    cases = cases_of(
+        which, steps, stretch, seeds, _numbers(fractions), _chosen("choices", choices, _CHOICES), policy, base, codecs
+    )
+    result: dict[str, Any] = {"machine": machine(), "model": model, "policy": asdict(policy)}
+    result["training"] = asdict(training_of(cases[0]))
+    console.print(describe(result["machine"]))
+    outcomes: list[Outcome] = []
+    for done in run_all(cases, files, model, workers):
+        outcomes = sorted([*outcomes, done], key=lambda outcome: cases.index(outcome.case))
+        result |= report(outcomes, steps)
+        write_json(json_file, result, tell=False)  # after each run: what has ended is kept when the command is stopped
+    show(result["rows"])
+    for key in keys(result["rows"]):
+        value = result[key]
+        console.print(f"{key}: " + ("no budget of these keeps within 1 %" if value is None else f"{value:.3f}"))
+    mine = [each for each in outcomes if each.case.choice == "controller"]
+    if map_file is not None and mine:
+        draw(map_file, mine[0], model)
+        console.print(f"heat map in {map_file}")
+    write_json(json_file, result)
+
+
+def _chosen(option: str, text: str, known: Iterable[str]) -> list[str]:
+    chosen, known = [name.strip() for name in text.split(",")], list(known)
+    for name in chosen:
+        if name not in known:
+            raise BadRequest(f"--{option} {name!r}: choose from {', '.join(known)}")
+    return chosen
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise BadRequest(f"--fractions {text!r}: write numbers from 0 to 1 with commas between them") from None
+
+
+if __name__ == "__main__":
+    command(main)
