@@ -19,6 +19,8 @@ from split.adapters.kill_policy import KillPolicy
 from split.adapters.module_costs import ModuleCost, marginal_values
 from split.errors import BadRequest
 
+_LEAST_WORTH = 0.1  # of the mean score: what a module without any is taken for when trials are chosen
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -211,7 +213,7 @@ class Controller:
         tried: those whose trial is over; they compete as killed ones, but may come in at once.
         """
         open_to = self._settled() | set(tried) | {name for name in self._killed() if self._may_revive(name, step)}
-        candidates = [name for name in self._in_order(open_to) if self._score.get(name, 1.0) > 0]
+        candidates = [name for name in self._in_order(open_to) if self._expected(name) > 0]
         chosen: list[str] = []
         left = room
         while candidates:
@@ -225,12 +227,18 @@ class Controller:
 
     def _rank(self, name: str, adds: float, step: int) -> tuple[bool, float]:
         """Those that came in lately are first, as long as they fit."""
-        score = self._score.get(name, 0.0)
+        score = self._expected(name)
         held = False
         if name in self._active:
             score *= 1 + self.policy.margin
             held = step - self._changed[name] < self.policy.hold_steps
         return held, score / adds if adds else math.inf
+
+    def _expected(self, name: str) -> float:
+        """Its score; of one that was never seen, the mean of the others."""
+        if name in self._score or not self._score:
+            return self._score.get(name, 1.0)
+        return sum(self._score.values()) / len(self._score)
 
     def _adds(self, name: str, chosen: list[str]) -> float:
         return 1.0 if self.policy.budget == "modules" else float(marginal_values(self.costs, name, chosen))
@@ -249,7 +257,7 @@ class Controller:
         return step - self._best_step >= self.policy.stall_steps
 
     def _start_trials(self, step: int) -> bool:
-        """Revives those killed modules that have not been seen for longest, as many as what was saved pays for."""
+        """Revives killed modules, the most urgent first, as many as what was saved pays for."""
         policy = self.policy
         since = step - self._last_trial
         due = since >= policy.probe_interval or (self._stalled(step) and since >= policy.probe_steps)
@@ -257,7 +265,7 @@ class Controller:
             return False
         dead = [name for name in self._in_order(self._killed()) if self._may_revive(name, step)]
         started = False
-        for name in sorted(dead, key=lambda name: self._seen[name]):
+        for name in sorted(dead, key=lambda name: -self._urgency(name, step)):
             price = self._adds(name, []) * policy.probe_steps  # as if nothing shared its input
             if price <= self._credit + 1e-9:
                 self._credit -= price
@@ -267,6 +275,13 @@ class Controller:
         if started:
             self._last_trial = step
         return started
+
+    def _urgency(self, name: str, step: int) -> float:
+        """The longer unseen, and the more responsive for its cost, the more; one that did not respond has its turns."""
+        mean = sum(map(abs, self._score.values())) / max(1, len(self._score)) or 1.0
+        worth = max(0.0, self._expected(name)) + _LEAST_WORTH * mean
+        price = self._adds(name, [])
+        return (step - self._seen[name]) * worth / price if price else math.inf
 
     def _in_order(self, modules: Iterable[str]) -> list[str]:
         wanted = set(modules)
