@@ -29,6 +29,9 @@ from split.models.source import open_model
 
 _SHARED = Path(__file__).parents[2] / "shared" / "data"
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_POLICY = KillPolicy(  # chosen on validation text: few modules at a time, for many steps, all of them in turn
+    warmup_steps=1, schedule="step", probe_share=0.8, probe_steps=40, probe_interval=5, hold_steps=40
+)
 _CHOICES = ("shorter", "controller", "fixed", "random")
 _CODECS = ("hadamard,int8", "hadamard,int8:stochastic")
 
@@ -59,6 +62,7 @@ def cases_of(
     policy: KillPolicy,
     base: Case,
     codecs: bool,
+    only: Sequence[str] = (),
 ) -> list[Case]:
     """The baseline, and shorter and longer ones that show where it is flat; then each choice at each budget."""
     cases = []
@@ -73,6 +77,7 @@ def cases_of(
                 if choice in ("controller", "fixed", "random"):
                     for fraction in fractions:
                         cases.append(replace(longer, choice=choice, policy=replace(policy, active_fraction=fraction)))
+            cases += [replace(longer, choice="named", named=tuple(parts.split(","))) for parts in only]
             if codecs:
                 cases += [
                     replace(each, codecs=_CODECS)
@@ -131,13 +136,17 @@ def main(
     documents: Annotated[int, typer.Option(help="That the device has: rows, or paragraphs.", min=1)] = 500,
     model: Annotated[str, typer.Option(help="Folder in hub format, or default.")] = "default",
     steps: Annotated[int, typer.Option(help="Optimiser steps with all modules active.", min=2)] = 300,
-    stretch: Annotated[float, typer.Option(help="Steps with Kill and Revive over those.", min=0.01)] = 1.0,
+    stretch: Annotated[float, typer.Option(help="Steps with Kill and Revive over those.", min=0.01)] = 2.0,
     seeds: Annotated[int, typer.Option(help="Paired runs of each, with seeds 0, 1, ...", min=1)] = 2,
-    fractions: Annotated[str, typer.Option(help="Budgets of values on the link, by commas.")] = "0.05,0.125,0.25",
+    fractions: Annotated[str, typer.Option(help="Budgets of values on the link, by commas.")] = "0.035,0.125,0.4",
     choices: Annotated[
         str, typer.Option(help="controller, fixed, random, and shorter: all active for fewer and more steps.")
     ] = "shorter,controller,fixed,random",
-    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 4e-3,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Train these modules and no others: parts of their names, by commas. Repeatable."),
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 8e-3,
     codecs: Annotated[bool, typer.Option(help="The controller's runs once more with 8 bits on the link.")] = True,
     workers: Annotated[int, typer.Option(help="Runs at the same time, each with one thread.", min=1)] = 2,
     map_file: Annotated[
@@ -151,7 +160,7 @@ def main(
     Example: python -m benchmarks.dlora --json dlora.json --heat-map dlora.png
     """
     files = {"e2e": e2e, "shakespeare": shakespeare}
-    policy = KillPolicy()
+    policy = _POLICY
     if quick:
         steps, documents, seeds, fractions = 8, 20, 1, "0.1"
         policy = replace(policy, warmup_steps=2, anneal_steps=2, interval=1)
@@ -161,7 +170,16 @@ def main(
             raise BadData(f"no {name} data at {files[name]}: name it with --{name}")
     base = Case(data="", choice="", steps=steps, seed=0, learning_rate=learning_rate, documents=documents)
     cases = cases_of(
-        which, steps, stretch, seeds, _numbers(fractions), _chosen("choices", choices, _CHOICES), policy, base, codecs
+        which,
+        steps,
+        stretch,
+        seeds,
+        _numbers(fractions),
+        _chosen("choices", choices, _CHOICES),
+        policy,
+        base,
+        codecs,
+        only or (),
     )
     result: dict[str, Any] = {"machine": machine(), "model": model, "policy": asdict(policy)}
     result["training"] = asdict(training_of(cases[0]))
@@ -183,7 +201,7 @@ def main(
 
 
 def _chosen(option: str, text: str, known: Iterable[str]) -> list[str]:
-    chosen, known = [name.strip() for name in text.split(",")], list(known)
+    chosen, known = [name.strip() for name in text.split(",") if name.strip()], list(known)
     for name in chosen:
         if name not in known:
             raise BadRequest(f"--{option} {name!r}: choose from {', '.join(known)}")

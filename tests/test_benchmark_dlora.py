@@ -144,6 +144,8 @@ def test_every_budget_has_its_runs_and_codecs_come_on_top() -> None:
     cases = cases_of(["e2e"], 100, 1.5, 2, [0.1, 0.2], ["controller", "random"], _POLICY, _case(), True)
     assert len(cases) == len(set(cases)) == 2 * (1 + 2 * 2 + 2)
     assert {case.steps for case in cases} == {100, 150}
+    only = cases_of(["e2e"], 100, 1.5, 1, [0.1], ["controller"], _POLICY, _case(), False, ["layers.0.,v_proj"])
+    assert [case.named for case in only if case.choice == "named"] == [("layers.0.", "v_proj")]
 
 
 def test_the_command_runs_and_writes_its_figures_and_its_picture(text: Path, tmp_path: Path) -> None:
