@@ -53,11 +53,12 @@ def run(
     allow: Annotated[
         str,
         typer.Option(
-            help="What this device does, separated by commas: splitlora (training), serve (holding blocks of a model "
-            "that is served). Without labels-leave, jobs of `--labels server` are "
-            "refused: in them the labels, which are the text, go to the coordinator."
+            help="What this device does, separated by commas: splitlora and dlora (training), serve (holding blocks of "
+            "a model that is served). Without labels-leave, jobs of `--labels server` are "
+            "refused: in them the labels, which are the text, go to the coordinator. With modules-leave, what a dlora "
+            "job's modules have learnt may go there: for `--killed merge` and `--aggregate`."
         ),
-    ] = "splitlora,labels-leave,serve",
+    ] = "splitlora,dlora,labels-leave,serve",
     device: Annotated[str, typer.Option(help="torch device: auto, cpu, cuda, cuda:1, ...")] = "auto",
     threads: Annotated[int, typer.Option(help="Processor threads for computing; 0: all cores.", min=0)] = 0,
     slow_down: Annotated[

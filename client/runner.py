@@ -5,22 +5,28 @@ from __future__ import annotations
 import logging
 import random
 import secrets
+import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import grpc
 import torch
+from peft import LoraConfig
+from torch import Tensor
 
 from client.identity import Identity
 from client.weights import device_source
 from protos.v1 import coordinator_pb2 as pb
 from protos.v1.coordinator_pb2_grpc import CoordinatorStub
+from split.adapters.lora import lora_config, save_adapter
 from split.adapters.served import LoraAdapter
-from split.checkpoint import OptimizerRecord
+from split.checkpoint import DeviceRecord, OptimizerRecord
 from split.config import TrainingConfig
 from split.data import Sequences, sequences_of_file
+from split.dlora.device import DloraTrainer
 from split.errors import IsthmusError, LinkLost, NotAllowed, NotFound
 from split.generation.holding import Holding
 from split.ledger import Ledger
@@ -40,8 +46,10 @@ log = logging.getLogger(__name__)
 
 State = pb.TaskState
 LABELS_LEAVE = "labels-leave"  # a permission: jobs whose labels, which are the text, go to the coordinator
-SERVE, TRAINING = "serve", "splitlora"
-TASK_KINDS = (TRAINING, LABELS_LEAVE, SERVE)
+MODULES_LEAVE = "modules-leave"  # a permission: jobs in which what was learnt from the text goes to the coordinator
+SERVE, TRAINING, DLORA = "serve", "splitlora", "dlora"
+ALLOWED = (TRAINING, DLORA, LABELS_LEAVE, SERVE)  # unless the owner says something else
+TASK_KINDS = (*ALLOWED, MODULES_LEAVE)
 _FIRST_RETRY, _LAST_RETRY = 0.5, 15.0  # seconds between attempts to reach the stage again
 
 
@@ -52,7 +60,7 @@ class DeviceOptions:
     state: Path
     data: Mapping[str, Path]  # files offered, under the owner's names
     models: Mapping[str, Path] = field(default_factory=dict)  # own copies, by a job's model or its folder's name
-    allow: tuple[str, ...] = TASK_KINDS
+    allow: tuple[str, ...] = ALLOWED
     device: str = "auto"  # torch device
     threads: int = 0  # 0: all cores
     slow_down: float = 1.0  # in training: emulates a device that is so many times slower
@@ -117,6 +125,11 @@ class Runner(threading.Thread):
                     "the owner of this device keeps its labels: only jobs with --labels device may run here"
                 )
             log.warning("job %s: labels go to the coordinator, which can read the text of %s", self.task.job, data.name)
+        if (config.aggregate or config.killed == "merge") and MODULES_LEAVE not in self._options.allow:
+            raise NotAllowed(
+                "the owner of this device keeps what its modules learn: jobs with --aggregate or --killed merge run "
+                f"here with `isthmus-client run --allow {','.join(self._options.allow)},{MODULES_LEAVE}`"
+            )
         source, _, digest = self._weights()
         self._state(State.PREPARING, "text")
         train, validation = sequences_of_file(data, config.data, source.tokenizer())
@@ -128,7 +141,11 @@ class Runner(threading.Thread):
             link = GrpcLink(stage, self.task.job, secrets.token_hex(8), trainer.terms, trainer.ledger, port=port)
             try:
                 self._stoppable(link.close)
-                trainer.run(link, cancelled=self._cancelled, tell=self._log_progress)
+                if isinstance(trainer, DloraTrainer):
+                    keep = partial(self._keep, lora_config(config, source.config, trainer.layout.rank or None))
+                    trainer.run(link, cancelled=self._cancelled, tell=self._log_progress, keep=keep)
+                else:
+                    trainer.run(link, cancelled=self._cancelled, tell=self._log_progress)
             finally:
                 link.close()
 
@@ -186,10 +203,23 @@ class Runner(threading.Thread):
 
     def _trainer(
         self, source: TensorSource, digest: str, config: TrainingConfig, train: Sequences, validation: Sequences | None
-    ) -> DeviceTrainer:
+    ) -> DeviceTrainer | DloraTrainer:
         device = pick_device(self._options.device)
         shape = self._shape(config)
         stages = device_stages(source, config, shape, device)
+        if config.dlora:
+            return DloraTrainer(
+                stages,
+                source.config,
+                config,
+                train,
+                validation,
+                Ledger(slow_down=self._options.slow_down),
+                dtype=pick_precision(config.precision, device),
+                record=DeviceRecord(self._folder),
+                stage_digest=digest,
+                shape=shape,
+            )
 
         def reshape(shape: Shape) -> tuple[list[Stage], str]:
             moved, _, digest = self._weights(cut=shape.cut)
@@ -204,11 +234,25 @@ class Runner(threading.Thread):
             validation,
             Ledger(slow_down=self._options.slow_down),
             dtype=pick_precision(config.precision, device),
-            record=OptimizerRecord(self._options.state / "jobs" / self.task.job),
+            record=OptimizerRecord(self._folder),
             stage_digest=digest,
             shape=shape if moves else None,
             reshape=reshape if moves else None,
         )
+
+    @property
+    def _folder(self) -> Path:
+        """Of this job on this device."""
+        return self._options.state / "jobs" / self.task.job
+
+    def _keep(self, lora: LoraConfig, adapter: Mapping[str, Tensor]) -> None:
+        """Writes this device's own adapter, which nobody else has. With rank 0 there is none."""
+        if not adapter:
+            return
+        folder = self._folder / "adapter"
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that ended before it could say so
+        save_adapter(folder, adapter, lora, self.task.spec.model)
+        log.info("job %s: this device's adapter is in %s", self.task.job, folder)
 
     def _shape(self, config: TrainingConfig) -> Shape:
         """What this device holds and trains; a coordinator of an older version does not say."""

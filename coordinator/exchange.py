@@ -15,9 +15,9 @@ import grpc.aio
 from protos.v1 import stage_pb2, stage_pb2_grpc
 from split.coding import Coder
 from split.errors import IsthmusError, NotAllowed
-from split.host import StageHost
 from split.ledger import Traffic
-from split.link import HELD, Frame, Phase, Questions, as_known, frame_to_proto, kind_and_sizes
+from split.link import HELD, Frame, Phase, Questions, as_known, frame_to_proto, is_answer, kind_and_sizes
+from split.members import Host
 from split.protocol import Rules
 from split.tcp import Watch
 from split.tls import Peer, peer_of
@@ -29,7 +29,7 @@ class ExchangeServicer(stage_pb2_grpc.StageServicer):
     """One stream for each device of one job. `allowed` knows which certificate of which device may come in."""
 
     def __init__(
-        self, host: StageHost, rules: Rules, allowed: Callable[[Peer], bool], traffic: Mapping[str, Traffic]
+        self, host: Host, rules: Rules, allowed: Callable[[Peer], bool], traffic: Mapping[str, Traffic]
     ) -> None:
         self._host, self._rules, self._allowed, self._traffic = host, rules, allowed, traffic
         self._streams: dict[str, _Stream] = {}
@@ -74,13 +74,14 @@ class ExchangeServicer(stage_pb2_grpc.StageServicer):
 class _Stream:
     """One device's stream. Frames are decoded and encoded in threads: the loop has other devices to serve."""
 
-    def __init__(self, host: StageHost, rules: Rules, device: str, traffic: Traffic, address: str) -> None:
-        adapter = host.adapter_shapes(device)
-        rules = rules if adapter is None else replace(rules, adapter=adapter)
+    def __init__(self, host: Host, rules: Rules, device: str, traffic: Traffic, address: str) -> None:
+        adapter, layout = host.adapter_shapes(device), host.layout_for(device)
+        rules = rules if adapter is None else replace(rules, adapter=adapter)  # () is that of a device of rank 0
+        rules = rules if layout is None else replace(rules, layout=layout)
         self._host, self._rules, self._device = host, rules, device
         self._traffic = traffic
         self._wire = Watch(traffic.connections, peer=address)
-        self._ledger = host.trainer.ledger
+        self._ledger = host.ledger
         self.coder = Coder(rules.terms(), self._ledger)
         self._session = ""
         self._loop = asyncio.get_running_loop()
@@ -155,7 +156,7 @@ class _Stream:
         self._host.leave(self._device, self._deliver)
 
     def _take(self, answer: Frame | IsthmusError) -> None:  # called in the host's thread
-        if isinstance(answer, Frame):
+        if isinstance(answer, Frame) and is_answer(answer):
             place = stage_pb2.Frame(phase=answer.phase, step=answer.step, micro_batch=answer.micro_batch)
             held, _ = self._questions.answered(place)
             answer = replace(answer, values={**answer.values, HELD: held})

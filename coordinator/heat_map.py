@@ -20,6 +20,11 @@ _COLUMNS = 400  # of the picture at most: longer jobs have several steps in one
 _DOTS_AN_INCH = 100
 
 
+def last_of_each(decisions: Decisions) -> Decisions:
+    """In rising order, a step once: what a device that was restarted decided anew counts."""
+    return sorted(dict(decisions).items())
+
+
 def activity(modules: Sequence[str], decisions: Decisions, steps: int, columns: int = _COLUMNS) -> NDArray[np.float64]:
     """(modules, columns): the share of a column's steps in which a module trained. Columns are runs of equal length,
     the last may be shorter; fewer steps than columns have a column each. Before the first decision nothing trains."""

@@ -55,6 +55,7 @@ class Run:
     started: bool = False  # the stage waits no longer for devices to begin
     joined: set[str] = field(default_factory=set)  # at the stage now
     failed: dict[str, str] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)  # that have done all of their steps
     worker: asyncio.Task[None] | None = None
 
 
@@ -170,6 +171,11 @@ class Jobs:
         """Of a job that is done. Raises WrongState for others."""
         job = self._store.job(identifier)
         folder = self._state / "jobs" / identifier / "adapter"
+        if job.state == pb.SUCCEEDED and not folder.is_dir():
+            raise WrongState(
+                f"job {identifier} has left its adapters on its devices, each in its state folder under "
+                f"jobs/{identifier}/adapter; with --aggregate there is one here"
+            )
         if job.state != pb.SUCCEEDED or not folder.is_dir():
             state = pb.JobState.Name(job.state).lower()
             raise WrongState(
@@ -209,6 +215,8 @@ class Jobs:
             run.failed.pop(device, None)
         elif kind == "left":
             run.joined.discard(device)
+            if data["done"]:
+                run.done.add(device)
         elif kind == "started":
             run.started = True
         elif kind == "step":
@@ -249,6 +257,8 @@ class Jobs:
             await self._start(run)
             finished = await self._wait(run)
             report = job_report(run.job, run.spec, run.devices, self._store.events(run.job), finished)
+            folder = self._state / "jobs" / run.job
+            report["heat_maps"] = await asyncio.to_thread(run.method.heat_maps, report["modules"], folder)
             self._store.update_job(run.job, report=json.dumps(finite(report)))
             await self._state_is(run, pb.SUCCEEDED, "")
         except asyncio.CancelledError as cancelled:
@@ -386,7 +396,7 @@ class Jobs:
         """Until the stage has finished. Gives up when devices stay away for longer than the job waits for them."""
         wait = run.spec.wait_seconds or _DEFAULT_WAIT
         finished = asyncio.ensure_future(run.stage.finished.remote())
-        complete_since = time.monotonic()
+        complete_since, given_up = time.monotonic(), set[str]()
         while True:
             done, _ = await asyncio.wait({finished}, timeout=0.5)
             if done:
@@ -397,19 +407,22 @@ class Jobs:
                 raise WrongState(f"every device has failed: {reasons}" if run.started else reasons)
             if not run.method.steps:
                 continue  # a chain waits for its holders itself
+            if run.started and run.failed.keys() != given_up:
+                given_up = set(run.failed)  # they may still come back
+                await run.stage.start_without.remote(sorted(given_up))
             if run.joined if run.started else run.joined >= set(run.devices):
                 complete_since = time.monotonic()
             if time.monotonic() - complete_since < wait:
                 continue
-            missing = sorted(set(run.devices) - run.joined)
-            if run.started or not run.joined:
+            missing = sorted(set(run.devices) - run.joined - run.done)
+            if not run.done and (run.started or not run.joined):
                 raise WrongState(
                     f"waited {wait:.0f} s for {', '.join(missing)}; --resume {run.job} goes on from the last checkpoint"
                 )
             await run.stage.start_without.remote(missing)
             complete_since = time.monotonic()  # of those that are here now
             await self._tell(
-                run, "log", {"message": f"starting without {', '.join(missing)}: they did not come in {wait:.0f} s"}
+                run, "log", {"message": f"going on without {', '.join(missing)}: they did not come in {wait:.0f} s"}
             )
 
     async def _clear(self, run: Run) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from coordinator.gateway.actor import GatewayTask
+from coordinator.heat_map import heat_map, last_of_each
 from coordinator.planning import plan_serving
 from coordinator.stage_actor import StageTask
 from coordinator.weights import DeviceWeights, weights_of
@@ -16,6 +17,7 @@ from split.adapters.folder import AdapterFolder
 from split.adapters.served import LoraAdapter
 from split.checkpoint import CheckpointFolder
 from split.config import TrainingConfig
+from split.dlora.sites import layout_of
 from split.errors import BadRequest, NotAllowed
 from split.generation.local import LOOKUP, NONE, context_of, open_draft_model
 from split.generation.using import user_parts
@@ -27,6 +29,8 @@ from split.plan.profile import LinkProfile
 from split.plan.shapes import Able, check_memory, choose_shapes
 from split.serving import CLOUD, AdapterConfig, ServingConfig, SpanConfig, adapter_bytes, check_spans, memory_of
 from split.shapes import Shape, aggregation_of, as_plain, asked, check_named, fixed_shapes, from_plain
+
+DLORA = "dlora"
 
 
 class Method(Protocol):
@@ -44,6 +48,9 @@ class Method(Protocol):
     def actor_task(self, job: str, devices: Mapping[str, str], folder: Path, resume: bool) -> StageTask | GatewayTask:
         """devices: name -> serial of its certificate. folder: of the job."""
 
+    def heat_maps(self, changes: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, str]:
+        """Draws, for each device that killed modules, which trained when; returns where. changes: of the report."""
+
     def device_task(self, task: pb.Task, device: str) -> None:
         """Adds what a device has to know beside the job's spec."""
 
@@ -52,10 +59,12 @@ class Method(Protocol):
 
 
 class Training:
-    """splitlora: a device holds the blocks below its cut."""
+    """splitlora and dlora: a device holds the blocks below its cut."""
 
     def __init__(self, spec: pb.JobSpec, cache: Path) -> None:
         self.config = TrainingConfig.from_json(spec.training)
+        if self.config.dlora != (spec.method == DLORA):
+            raise BadRequest(f"method {spec.method} with the options of another: say --method {DLORA} or leave it out")
         self.steps = self.config.steps
         self.folder = open_model(spec.model)
         self._spec, self._cache = spec, cache
@@ -107,6 +116,8 @@ class Training:
 
     def shaped(self, shapes: Mapping[str, Shape]) -> None:
         """Takes up what the devices are to hold. Raises BadRequest for what cannot be."""
+        if self.config.aggregate and len(set(shapes.values())) > 1:
+            raise BadRequest("--aggregate with method dlora: devices that differ have no average; give all one --rank")
         aggregation_of(self.config, shapes)
         for shape in shapes.values():
             parts_of(self.folder.config, self.config, shape)
@@ -129,7 +140,7 @@ class Training:
         return sorted({self.shapes[device].cut for device in devices} | set(range(1, layers) if free else ()))
 
     def check_device(self, name: str, profile: pb.Profile) -> None:
-        pass  # what does not fit fails at the device, whose owner's text decides
+        pass  # was done when its shape was chosen
 
     def actor_task(self, job: str, devices: Mapping[str, str], folder: Path, resume: bool) -> StageTask:
         return StageTask(
@@ -145,12 +156,26 @@ class Training:
             resume=resume,
         )
 
+    def heat_maps(self, changes: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, str]:
+        layout = layout_of(self.folder.config, self.config) if changes else None
+        drawn = {}
+        for device in sorted({change["device"] for change in changes}) if layout else ():
+            assert layout is not None
+            names = [module.name for module in layout.modules]
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"modules-{device}.png"
+            mine = [(change["step"], change["active"]) for change in changes if change["device"] == device]
+            heat_map(path, names, [(0, names), *last_of_each(mine)], self.steps)
+            drawn[device] = str(path)
+        return drawn
+
     def device_task(self, task: pb.Task, device: str) -> None:
         shape = self.shapes[device]
         task.shape.cut, task.shape.rank = shape.cut, shape.rank
 
     def is_lost(self, devices: Collection[str], failed: Collection[str], started: bool) -> bool:
-        return set(devices) <= set(failed) if started else bool(failed)
+        alone = self.config.dlora and not self.config.aggregate  # then nobody waits for anybody
+        return set(devices) <= set(failed) if started or alone else bool(failed)
 
     def _weights_of(self, cut: int) -> DeviceWeights:
         if cut not in self._weights:
@@ -257,6 +282,9 @@ class Serving:
             cache=str(self._cache.parent / "onnx"),
         )
 
+    def heat_maps(self, changes: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, str]:
+        return {}
+
     def device_task(self, task: pb.Task, device: str) -> None:
         task.spec.serving = self.for_devices()
         span = self.config.span_of(device)
@@ -266,7 +294,7 @@ class Serving:
         return any(set(span.holders) <= set(failed) for span in self.config.spans)
 
 
-METHODS: Mapping[str, type[Training] | type[Serving]] = {"splitlora": Training, "serve": Serving}
+METHODS: Mapping[str, type[Training] | type[Serving]] = {"splitlora": Training, DLORA: Training, "serve": Serving}
 
 
 def _memory(profile: pb.Profile) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import Any
 
 from protos.v1 import coordinator_pb2 as pb
@@ -15,10 +16,15 @@ def job_report(
 ) -> dict[str, Any]:
     """events: all of the job's, for the evaluations of its earlier runs. finished: what its stage knows at the end."""
     training = json.loads(spec.training)
-    perplexities = {}
+    perplexities, losses, modules = {}, dict[int, dict[str, float]](), []
     shapes: dict[str, dict[str, Any]] = {}
     errors, method = {}, ""
     for event in events:
+        if event.kind == "step" and "losses" not in finished:  # each device has steps of its own
+            data = json.loads(event.data)
+            losses.setdefault(data["device_step"], {})[data["devices"][0]] = data["loss"]
+        if event.kind == "modules":
+            modules.append({"device": event.device, **json.loads(event.data)})
         if event.kind == "evaluation":
             data = json.loads(event.data)
             perplexities[str(data["step"])] = data["perplexity"]
@@ -36,7 +42,8 @@ def job_report(
         "perplexity_before": perplexities.get("0"),
         "perplexity_after": perplexities.get(str(training["steps"])),
         "perplexities": perplexities,
-        "losses": finished["losses"],
+        "losses": finished.get("losses") or [fmean(each.values()) for _, each in sorted(losses.items())],
+        "modules": modules,
         "aggregation": {"method": method, "aggregation_error": errors},
         "devices": [{**_device_row(name, finished), **shapes.get(name, {})} for name in devices],
         "coordinator": finished["coordinator"],

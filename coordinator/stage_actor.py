@@ -8,12 +8,15 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
 import ray
 import torch
+from peft import LoraConfig
+from torch import Tensor
 
 from coordinator.exchange import ExchangeServicer
 from coordinator.interceptors import ErrorInterceptor
@@ -21,9 +24,13 @@ from protos.v1 import stage_pb2_grpc
 from split.adapters.lora import initial_adapter, lora_config, save_adapter, shapes_of, unflatten
 from split.checkpoint import CheckpointFolder
 from split.config import TrainingConfig
+from split.dlora.backbone import Backbone
+from split.dlora.host import BackboneHost
+from split.dlora.sites import layout_of
 from split.errors import IsthmusError
-from split.host import StageHost
+from split.host import StageHost, Tell
 from split.ledger import Ledger, Traffic
+from split.members import Host
 from split.models.source import open_model
 from split.parts import Parts, merging_of, parts_of, server_stages
 from split.plan.costs import Costs
@@ -79,7 +86,8 @@ class StageActor:
         self._finished: asyncio.Future[dict[str, Any]] | None = None
         self._traffic = {name: Traffic() for name in task.devices}
         self._server: grpc.aio.Server | None = None
-        self._host: StageHost | None = None
+        self._host: Host | None = None
+        self._result: Callable[[], dict[str, Any]] = dict
         self._events: asyncio.Queue[tuple[str, str, dict[str, Any]]] = asyncio.Queue()
         self._telling: asyncio.Task[None] | None = None
 
@@ -89,34 +97,13 @@ class StageActor:
         loop = asyncio.get_running_loop()
         self._finished = loop.create_future()
         self._config = TrainingConfig.from_json(self._task.training)
-        self._trainer, parts, self._lora = await asyncio.to_thread(self._build)
-
         self._telling = asyncio.create_task(self._tell_events())
 
         def tell(kind: str, device: str, data: dict[str, Any]) -> None:  # in the host's thread
             loop.call_soon_threadsafe(self._events.put_nowait, (kind, device, data))
 
-        checkpoints = CheckpointFolder(Path(self._task.folder) / "checkpoints")
-        self._device_adapter = parts.adapter
-        digests = list(self._task.stage_digests.values())
-        self._host = await asyncio.to_thread(
-            StageHost,
-            self._trainer,
-            self._config,
-            set(self._task.devices),
-            initial_adapter=initial_adapter(self._device_adapter, self._config.seed),
-            merging=self._merging,
-            mover=self._mover,
-            segments=self._make_segments,
-            stage_digest=digests[0] if len(digests) == 1 else self._task.stage_digests,
-            checkpoints=checkpoints,
-            resume=await asyncio.to_thread(checkpoints.last) if self._task.resume else None,
-            tell=tell,
-        )
-        model = self._trainer.stage.model.config
-        adapter = shapes_of(self._device_adapter)
-        rules = Rules(self._task.job, self._config, model.hidden_size, model.vocab_size, adapter)
-        self._servicer = ExchangeServicer(self._host, rules, self._allowed, self._traffic)
+        self._host, rules = host, rules = await asyncio.to_thread(self._build, tell)
+        self._servicer = ExchangeServicer(host, rules, self._allowed, self._traffic)
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
         stage_pb2_grpc.add_StageServicer_to_server(self._servicer, self._server)
         credentials = server_credentials(self._serving.certificate, self._serving.key, self._serving.ca)
@@ -151,23 +138,51 @@ class StageActor:
         if self._host is not None:
             await asyncio.to_thread(self._host.close)
 
-    def _build(self) -> tuple[ServerTrainer, Parts, Any]:
-        source = open_model(self._task.model)
+    def _build(self, tell: Tell) -> tuple[Host, Rules]:
+        """What serves the job's devices, and the checks of their frames; from here on `_result` knows its end."""
+        source, config = open_model(self._task.model), self._config
         shapes = from_plain(self._task.shapes)
-        parts = parts_of(source.config, self._config, next(iter(shapes.values())))
+        parts = parts_of(source.config, config, next(iter(shapes.values())))
         device = pick_device(self._serving.device)
-        segments = server_stages(source, self._config, shapes, device)
-        lora = lora_config(self._config, source.config)
-        dtype = pick_precision(self._config.precision, device)
-        self._merging = merging_of(source.config, self._config, shapes)
-        moves = self._merging is not None and asked(self._config)[0].automatic
-        self._mover = Mover(Costs(source.config, self._config), self._task.memory) if moves else None
-        self._make_segments = lambda shapes: server_stages(source, self._config, shapes, device)
-        cuts = {name: shape.cut for name, shape in shapes.items()}
+        dtype = pick_precision(config.precision, device)
+        checkpoints = CheckpointFolder(Path(self._task.folder) / "checkpoints")
+        digests = list(self._task.stage_digests.values())
+        common: dict[str, Any] = {
+            "initial_adapter": initial_adapter(parts.adapter, config.seed),
+            "stage_digest": digests[0] if len(digests) == 1 else self._task.stage_digests,
+            "checkpoints": checkpoints,
+            "resume": checkpoints.last() if self._task.resume else None,
+            "tell": tell,
+        }
         ledger = Ledger(slow_down=self._serving.slow_down)
         if ledger.slow_down > 1:
             log.warning("job %s: emulating a machine %g times slower", self._task.job, ledger.slow_down)
-        return ServerTrainer(segments, self._config, ledger, dtype=dtype, cuts=cuts), parts, lora
+        segments = server_stages(source, config, shapes, device)
+        lora = lora_config(config, source.config)
+        layout = layout_of(source.config, config) if config.dlora else None
+        if layout is not None:
+            layouts = {name: layout.cut_at(shape.cut, shape.rank) for name, shape in shapes.items()}
+            personal = BackboneHost(Backbone(segments, layout, ledger, dtype=dtype), config, layouts, **common)
+            self._result = lambda: self._result_of_devices(personal, parts, lora)
+            host: Host = personal
+        else:
+            merging = merging_of(source.config, config, shapes)
+            moves = merging is not None and asked(config)[0].automatic
+            split = StageHost(
+                ServerTrainer(
+                    segments, config, ledger, dtype=dtype, cuts={name: shape.cut for name, shape in shapes.items()}
+                ),
+                config,
+                set(self._task.devices),
+                merging=merging,
+                mover=Mover(Costs(source.config, config), self._task.memory) if moves else None,
+                segments=lambda shapes: server_stages(source, config, shapes, device),
+                **common,
+            )
+            self._result = lambda: self._result_of_split(split, parts, lora)
+            host = split
+        adapter, model = shapes_of(parts.adapter), source.config
+        return host, Rules(self._task.job, config, model.hidden_size, model.vocab_size, adapter, layout)
 
     def _allowed(self, peer: Peer) -> bool:
         return self._devices.get(peer.name) == peer.serial
@@ -191,26 +206,34 @@ class StageActor:
                     log.exception("job %s: the coordinator did not take an event", self._task.job)
                     self._give_up(f"the coordinator could not record the job's progress: {error}")
 
-    def _result(self) -> dict[str, Any]:
+    def _result_of_split(self, host: StageHost, parts: Parts, lora: LoraConfig) -> dict[str, Any]:
         """Writes the adapter; the report's parts that only this side knows."""
-        assert self._host is not None
-        outcome = self._host.outcome()
-        tensors = outcome.merged or {
-            **unflatten(self._device_adapter, outcome.device_adapter),
-            **outcome.server,
-        }
-        folder = Path(self._task.folder) / "adapter"
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, which ended before it could say so
-        save_adapter(folder, dict(sorted(tensors.items())), self._lora, self._task.base_model)
-        for traffic in self._traffic.values():
-            self._trainer.ledger.traffic.add(traffic)
+        outcome = host.outcome()
+        tensors = outcome.merged or {**unflatten(parts.adapter, outcome.device_adapter), **outcome.server}
+        adapter = self._write(tensors, lora)
         return {
-            "adapter": str(folder),
+            "adapter": adapter,
             "losses": outcome.losses,
             "resources": outcome.resources,
-            "coordinator": self._trainer.ledger.summary(),
-            "traffic": {name: traffic.rows() for name, traffic in self._traffic.items()},
+            **self._counted(host.ledger),
         }
+
+    def _result_of_devices(self, host: BackboneHost, parts: Parts, lora: LoraConfig) -> dict[str, Any]:
+        """Of DLoRA: there is an adapter here only where the devices' were averaged."""
+        adapter = None if host.average is None else self._write(unflatten(parts.adapter, host.average), lora)
+        return {"adapter": adapter, "resources": host.resources, **self._counted(host.ledger)}
+
+    def _write(self, tensors: Mapping[str, Tensor], lora: LoraConfig) -> str:
+        folder = Path(self._task.folder) / "adapter"
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, which ended before it could say so
+        save_adapter(folder, dict(sorted(tensors.items())), lora, self._task.base_model)
+        return str(folder)
+
+    def _counted(self, ledger: Ledger) -> dict[str, Any]:
+        for traffic in self._traffic.values():
+            ledger.traffic.add(traffic)
+        rows = {name: traffic.rows() for name, traffic in self._traffic.items()}
+        return {"coordinator": ledger.summary(), "traffic": rows}
 
     def _end(self, result: dict[str, Any]) -> None:
         if self._finished is not None and not self._finished.done():

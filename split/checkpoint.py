@@ -97,6 +97,42 @@ class OptimizerRecord:
         return _load(self.folder, step)[0] if step in _steps(self.folder) else {}
 
 
+@dataclass(frozen=True)
+class DeviceState:
+    """A device's side after `step` steps. adapter: flat. controller: JSON of what decides which modules are active."""
+
+    step: int
+    adapter: Tensor
+    optimizer: dict[str, Tensor]
+    controller: dict[str, Any]
+
+
+class DeviceRecord:
+    """All that a device has of a job of its own (DLoRA), at the job's checkpoints."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, state: DeviceState) -> None:
+        tensors = {"adapter": state.adapter, **{f"optimizer/{name}": value for name, value in state.optimizer.items()}}
+        _save(self.folder, state.step, tensors, {"step": state.step, "controller": state.controller})
+
+    def last(self) -> DeviceState | None:
+        """The newest one; None before the first. Raises WrongState when it cannot be read."""
+        steps = _steps(self.folder)
+        return self.at(steps[-1]) if steps else None
+
+    def at(self, step: int) -> DeviceState | None:
+        """After `step` steps; None where there is no record of it. Later ones are forgotten."""
+        for later in (known for known in _steps(self.folder) if known > step):
+            shutil.rmtree(self.folder / f"step-{later:08d}")
+        if step not in _steps(self.folder):
+            return None
+        tensors, described = _load(self.folder, step)
+        optimizer = _part(tensors, "optimizer/")
+        return DeviceState(described["step"], tensors["adapter"], optimizer, described["controller"])
+
+
 def _save(folder: Path, step: int, tensors: dict[str, Tensor], described: Mapping[str, object]) -> Path:
     final = folder / f"step-{step:08d}"
     partial = folder / f"partial-{step:08d}"

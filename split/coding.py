@@ -28,12 +28,13 @@ class Terms:
     """What both ends of a session know before its first plan, and code by.
 
     samples: training sequences of the device, from which follows which are in a batch. adapter: the shapes of the
-    matrices that make up the device's adapter.
+    matrices that make up the device's adapter. widest: the most values a row that cross for a site (DLoRA).
     """
 
     config: TrainingConfig
     samples: int
     adapter: tuple[tuple[int, ...], ...] = ()
+    widest: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,25 +84,27 @@ class Coder:
     def __init__(self, terms: Terms, ledger: Ledger) -> None:
         self.plan = Plan()
         self._terms, self._ledger = terms, ledger
-        self._codecs: dict[str, tuple[AnyCodec, CodecState]] = {}
-        self._memory: dict[str, int] = {}  # bytes that each stream's codec remembers
+        self._codecs: dict[tuple[str, int], tuple[AnyCodec, CodecState]] = {}  # by stream and site
+        self._memory: dict[tuple[str, int], int] = {}  # bytes that each one's codec remembers
 
     def use(self, plan: Plan) -> None:
         """From the next frame on."""
         for stream in STREAMS:
             name = plan.codec_of(stream)
-            known = self._codecs.get(stream)
+            known = self._codecs.get((stream, 0))
             if known is None or known[0].name != name or plan.seed != self.plan.seed:
-                self._codecs[stream] = self._codec(stream, name), CodecState(stream_seed(plan.seed, stream))
+                self._codecs = {key: codec for key, codec in self._codecs.items() if key[0] != stream}
+                self._codecs[stream, 0] = self._codec(stream, name), CodecState(stream_seed(plan.seed, stream))
         self.plan = plan
 
     def reshape(self, adapter: tuple[tuple[int, ...], ...]) -> None:
         """The device's cut has moved and its adapter has matrices of these shapes from now on: what codecs remember is
         of other tensors, so they begin anew, on both ends."""
         self._terms = replace(self._terms, adapter=adapter)
-        for stream in self._codecs:
-            name = self.plan.codec_of(stream)
-            self._codecs[stream] = self._codec(stream, name), CodecState(stream_seed(self.plan.seed, stream))
+        for stream in STREAMS:
+            if (stream, 0) in self._codecs:
+                name = self.plan.codec_of(stream)
+                self._codecs[stream, 0] = self._codec(stream, name), CodecState(stream_seed(self.plan.seed, stream))
 
     def adapters_differ(self, stream: str) -> bool:
         """Whether an adapter crosses as its difference from the last average: where its codec is not exact."""
@@ -112,47 +115,71 @@ class Coder:
     def batch_size(self) -> int:
         return self._terms.config.batch_size
 
+    def expected_at_site(self, stream: str, rows: int) -> Expected:
+        """What comes for a site: (rows, width), as many rows as are of use of `rows` sequences."""
+        most = rows * self._terms.config.sequence_length * self._terms.widest
+        return self.expected(stream, (None, None), most)
+
     def rows(self, micro_batch: int) -> int:
         """Sequences in a micro-batch of a step."""
         part = micro_batch_slices(self._terms.config.batch_size, self.plan.micro_batches)[micro_batch]
         return int(part.stop - part.start)
 
-    def encode(self, stream: str, tensor: Tensor, step: int = 0, micro_batch: int = 0) -> stage_pb2.Tensor:
-        """Raises CodecError for NaN and infinity, where the codec is not exact."""
+    def encode(
+        self, stream: str, tensor: Tensor, step: int = 0, micro_batch: int = 0, site: int = 0
+    ) -> stage_pb2.Tensor:
+        """site: of the modules whose tensor this is, (rows, width); each has a state of its own; 0: of none.
+
+        Raises CodecError for NaN and infinity, where the codec is not exact."""
         name = self.plan.codec_of(stream)
         if name == "none":
             return encode_tensor(tensor)
-        codec, state = self._codecs[stream]
+        codec, state = self._at(stream, site)
         started, own = time.perf_counter(), time.thread_time()
-        payload = codec.encode(tensor, state, self._keys(stream, step, micro_batch))
-        self._note("encode", stream, name, tensor.numel(), self._took(started, own), state)
+        payload = codec.encode(tensor, state, None if site else self._keys(stream, step, micro_batch))
+        self._note("encode", (stream, site), name, tensor.numel(), self._took(started, own), state)
         return stage_pb2.Tensor(codec=name, dtype="float32", shape=list(tensor.shape), payload=payload)
 
     def expected(self, stream: str, shape: tuple[int | None, ...], at_most: int) -> Expected:
-        known = self._codecs.get(stream)
+        known = self._codecs.get((stream, 0))
         return Expected("float32", shape, at_most, known[0] if known else AS_IT_IS)
 
     def decode(
-        self, stream: str, message: stage_pb2.Tensor, expected: Expected, step: int = 0, micro_batch: int = 0
+        self,
+        stream: str,
+        message: stage_pb2.Tensor,
+        expected: Expected,
+        step: int = 0,
+        micro_batch: int = 0,
+        site: int = 0,
     ) -> Tensor:
         """float32 on the CPU. Raises BadTensor or CodecError when it is not what was agreed."""
         name = expected.codec.name
         if name == "none":
             return decode_tensor(message, expected)
-        _, state = self._codecs[stream]
+        _, state = self._at(stream, site)
         started, own = time.perf_counter(), time.thread_time()
-        decoded = decode_tensor(message, expected, state, self._keys(stream, step, micro_batch))
-        self._note("decode", stream, name, decoded.numel(), self._took(started, own), state)
+        decoded = decode_tensor(message, expected, state, None if site else self._keys(stream, step, micro_batch))
+        self._note("decode", (stream, site), name, decoded.numel(), self._took(started, own), state)
         return decoded
 
     def state_of(self, stream: str) -> CodecState | None:
         """What this end remembers of a stream; None before the first plan."""
-        known = self._codecs.get(stream)
+        known = self._codecs.get((stream, 0))
         return None if known is None else known[1]
 
-    def _note(self, what: str, stream: str, name: str, values: int, seconds: float, state: CodecState) -> None:
+    def _at(self, stream: str, site: int) -> tuple[AnyCodec, CodecState]:
+        known = self._codecs.get((stream, site))
+        if known is None:
+            state = CodecState(stream_seed(self.plan.seed, f"{stream}/{site}"))
+            known = self._codecs[stream, site] = self._codecs[stream, 0][0], state
+        return known
+
+    def _note(
+        self, what: str, place: tuple[str, int], name: str, values: int, seconds: float, state: CodecState
+    ) -> None:
         # Each stream is coded by one thread at a time, so only its own state may be looked at.
-        self._memory[stream] = state.memory_bytes
+        self._memory[place] = state.memory_bytes
         self._ledger.coded(name, what, values, seconds, sum(list(self._memory.values())))
 
     def _took(self, started: float, own: float) -> float:

@@ -16,6 +16,10 @@ OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16")
 OVERLAPS = ("exact", "stale")
+KEEP, MERGE, DROP = "keep", "merge", "drop"
+KILLED = (KEEP, MERGE, DROP)
+"""What becomes of a killed module: its branch stays at the device, frozen; the cloud applies it (it has to be given A
+and B for that); or the model goes on without it. Only the last two exchange nothing."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,14 @@ class TrainingConfig:
     prompt_column: str | None = None
     completion_column: str | None = None
     validation_fraction: float = 0.1
+    dlora: bool = False  # the devices train all modules, those of the server's blocks too: see split/dlora
+    active_fraction: float = 1.0  # of the modules' bytes, that Kill and Revive goes down to; 1: it kills none
+    bytes_per_step: int = 0  # instead, a device's, both ways; 0: no limit
+    kill_warmup: int = 30  # steps with all modules active, which score them
+    kill_anneal: int = 100  # steps in which the share goes down from there
+    kill_interval: int = 10  # steps between decisions
+    killed: str = "keep"  # a killed module is still asked for, or merged into what the server applies, or dropped
+    aggregate: bool = False  # average the devices' adapters, which are personal otherwise
 
     def __post_init__(self) -> None:
         _one_of("labels", self.labels, LABELS)
@@ -60,6 +72,7 @@ class TrainingConfig:
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("overlap", self.overlap, OVERLAPS)
+        _one_of("killed", self.killed, KILLED)
         _one_of("aggregation", self.aggregation, ("", *AGGREGATIONS))
         for option, text in (("cuts", self.cuts), ("ranks", self.ranks)):
             numbers = parse_by_name(option, text, 0).numbers if text else []
@@ -92,6 +105,36 @@ class TrainingConfig:
 
             choices(self.codec)  # raises for a codec that there is not
         _ = self.data  # raises for what concerns the text
+        if self.dlora:
+            self._check_dlora()
+        elif self.kills or self.aggregate or self.killed != "keep":
+            raise BadRequest("active_fraction, bytes_per_step, killed and aggregate are for method dlora")
+
+    def _check_dlora(self) -> None:
+        if self.labels != "device":
+            raise BadRequest("method dlora keeps the labels on the devices: leave labels at the server out")
+        if self.stale:
+            raise BadRequest("method dlora has no overlap stale: its micro-batches overlap by themselves")
+        if not 0 < self.active_fraction <= 1:
+            raise BadRequest(f"active_fraction is {self.active_fraction}; choose a share above 0, up to 1")
+        _at_least("bytes_per_step", self.bytes_per_step, 0)
+        _at_least("kill_warmup", self.kill_warmup, 1)
+        _at_least("kill_anneal", self.kill_anneal, 0)
+        _at_least("kill_interval", self.kill_interval, 1)
+        if self.aggregate and self.kills:
+            raise BadRequest("an average of modules that some devices have killed means nothing: leave aggregate out")
+        if self.active_fraction < 1 and self.bytes_per_step:
+            raise BadRequest("active_fraction and bytes_per_step are two ways to say one thing: choose one")
+        if self.codec != "auto":
+            from split.streams import remembers_samples
+
+            if remembers_samples(self.codec):
+                raise BadRequest("ef and delta remember samples, which modules' rows are not: choose a codec without")
+
+    @property
+    def kills(self) -> bool:
+        """Whether Kill and Revive is at work."""
+        return self.active_fraction < 1 or self.bytes_per_step > 0
 
     @property
     def data(self) -> DataConfig:
@@ -127,13 +170,21 @@ class TrainingConfig:
     # What happens once `done` steps are done. Both sides know it from here, so no message has to say it.
 
     def aggregates_after(self, done: int) -> bool:
-        return done % self.aggregate_every == 0 or done == self.steps
+        return self._rests_after(done) and done > 0 and (self.aggregate or not self.dlora)
+
+    @property
+    def _rests_every(self) -> int:
+        """Steps between places at which a checkpoint or an evaluation may be."""
+        return 1 if self.dlora and not self.aggregate else self.aggregate_every
+
+    def _rests_after(self, done: int) -> bool:
+        return done % self._rests_every == 0 or done == self.steps
 
     def checkpoints_after(self, done: int) -> bool:
         """Whether a multiple of checkpoint_every was passed since the last aggregation, or the job ends here."""
-        before = (done - 1) // self.aggregate_every * self.aggregate_every
+        before = (done - 1) // self._rests_every * self._rests_every
         passed = done // self.checkpoint_every > before // self.checkpoint_every
-        return self.aggregates_after(done) and (passed or done == self.steps)
+        return self._rests_after(done) and (passed or done == self.steps)
 
     def evaluates_after(self, done: int) -> bool:
         """Evaluation is of the averaged adapter, so it falls on aggregations, like checkpoints."""
@@ -141,9 +192,9 @@ class TrainingConfig:
             return False
         if done in (0, self.steps):
             return True
-        if not self.evaluate_every or not self.aggregates_after(done):
+        if not self.evaluate_every or not self._rests_after(done):
             return False
-        before = (done - 1) // self.aggregate_every * self.aggregate_every
+        before = (done - 1) // self._rests_every * self._rests_every
         return done // self.evaluate_every > before // self.evaluate_every
 
     def to_json(self) -> str:
@@ -173,12 +224,13 @@ class TrainingConfig:
 def _fits(annotation: object, value: object) -> bool:
     allowed: dict[object, tuple[type, ...]] = {
         "int": (int,),
+        "bool": (bool,),
         "float": (int, float),
         "str": (str,),
         "str | None": (str, type(None)),
         "tuple[str, ...]": (tuple,),
     }
-    return isinstance(value, allowed[annotation]) and not isinstance(value, bool)
+    return isinstance(value, allowed[annotation]) and isinstance(value, bool) == (annotation == "bool")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -25,6 +25,7 @@ from split.perplexity import perplexity
 if TYPE_CHECKING:  # training imports nll() from here and needs neither library for it
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_NEARLY_ALL = 0.97  # of the positions: then choosing them takes longer than it saves
 _CHUNK_VALUES = 2**24  # logits made float32 at a time: 64 MiB
 
 
@@ -67,6 +68,17 @@ def nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
         ]
         total = torch.stack(parts).sum()
     return total, int((targets != IGNORE).sum())
+
+
+def nll_where_wanted(head: Callable[[Tensor], Tensor], last: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """`nll` of head(last), computed only at the positions at which something is predicted: prompts and padding take no
+    logits. head: works position by position; last: (batch, sequence, hidden); labels: (batch, sequence)."""
+    targets = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORE)], dim=1)
+    wanted = targets != IGNORE
+    if wanted.float().mean() > _NEARLY_ALL:
+        return nll(head(last), labels)
+    rows = F.pad(last[wanted], (0, 0, 0, 1))  # in `nll` the last position of a row predicts nothing: a row more
+    return nll(head(rows.unsqueeze(0)), F.pad(targets[wanted], (1, 0), value=IGNORE).unsqueeze(0))
 
 
 def _chunk_nll(logits: Tensor, targets: Tensor) -> Tensor:

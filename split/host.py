@@ -88,6 +88,7 @@ class StageHost:
         tell: Tell = lambda kind, device, data: None,
     ) -> None:
         self.trainer, self.config, self.tell = trainer, config, tell
+        self.ledger = trainer.ledger
         self._devices = frozenset(devices)  # that may take part
         self._awaited = set(devices)  # that the first step waits for
         self._adapters = JobAdapters(
@@ -154,8 +155,10 @@ class StageHost:
         return Outcome(server, average, self._losses, self._perplexities, self._resources, merged)
 
     def adapter_shapes(self, device: str) -> tuple[tuple[int, ...], ...] | None:
-        """Of the matrices of a device's adapter; None where they are the same for all."""
         return self._adapters.shapes_for(device)
+
+    def layout_for(self, device: str) -> None:
+        return None
 
     # ---- in the host's thread ----
 

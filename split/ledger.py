@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,8 +147,10 @@ class Ledger:
     _rapl_started: float | None = field(default_factory=lambda: _rapl_joules())
 
     @contextmanager
-    def computing(self, work: Hashable) -> Iterator[None]:
-        """Times the work; counts its FLOPs the first time that this `work` (a name and shapes) is done."""
+    def computing(self, work: Hashable, idle: Callable[[], float] = lambda: 0.0) -> Iterator[None]:
+        """Times the work; counts its FLOPs the first time that this `work` (a name and shapes) is done.
+
+        idle: seconds of it, at its end, in which nothing was computed."""
         known = self._flops_of.get(work)
         counter = _FlopCounter() if known is None else None
         start, own = time.perf_counter(), time.thread_time()
@@ -156,7 +158,7 @@ class Ledger:
             with counter or nullcontext():
                 yield
         finally:
-            seconds = self.slowed(time.perf_counter() - start, time.thread_time() - own)
+            seconds = self.slowed(time.perf_counter() - start - idle(), time.thread_time() - own)
             self.compute_seconds += seconds
             self.compute_by_work[str(work[0] if isinstance(work, tuple) else work)] += seconds
         if counter is not None:

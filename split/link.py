@@ -31,12 +31,14 @@ from split.tls import error_of
 from split.wire import encode_tensor
 
 if TYPE_CHECKING:
-    from split.host import StageHost
+    from split.members import Host
 
 log = logging.getLogger(__name__)
 
 Phase = stage_pb2.Phase
 HELD = "held_seconds"  # in an answer: how long the stage had the question
+ENDS = "ends"  # in STEP: no step of the device follows
+INPUT_GRADIENT = "input_gradient"  # in BACKWARD of a site, from the stage: 1 where the device has to answer
 _UNDER_WAY = "under_way_seconds"  # beside it, on the device: since the question was sent
 _QUEUED = 4  # frames that wait to be sent
 
@@ -62,6 +64,9 @@ class Frame:
     plan: Plan | None = None
     measured: stage_pb2.Measured | None = None
     probe: stage_pb2.Probe | None = None
+    site: int = 0
+    trained: bytes = b""
+    applied: bytes = b""
     frozen: stage_pb2.Frozen | None = None
     shape: Shape | None = None
 
@@ -84,7 +89,7 @@ class LocalLink:
 
     def __init__(
         self,
-        host: StageHost,
+        host: Host,
         device: str,
         terms: Terms,
         ledger: Ledger,
@@ -139,18 +144,19 @@ class LocalLink:
                 self._count(frame, upward, "none", frame.tensor.numel() * frame.tensor.element_size())
                 return frame
             encoder = self.coder if upward else self._far
-            message = encoder.encode(stream, frame.tensor, frame.step, frame.micro_batch)
+            message = encoder.encode(stream, frame.tensor, frame.step, frame.micro_batch, frame.site)
         if message is None:
             return frame
         self._count(frame, upward, message.codec, len(message.payload))
         decoder = self._far if upward else self.coder
         expected = decoder.expected(stream, tuple(message.shape), 2**62)
-        tensor = decoder.decode(stream, message, expected, frame.step, frame.micro_batch)
+        tensor = decoder.decode(stream, message, expected, frame.step, frame.micro_batch, frame.site)
         return replace(frame, tensor=tensor, encoded=None)
 
     def _count(self, frame: Frame, upward: bool, codec: str, size: int) -> None:
         way = "sent" if upward else "received"
-        self._ledger.traffic.crossed(way, Phase.Name(frame.phase).lower(), codec, size, size)
+        kind = Phase.Name(frame.phase).lower()
+        self._ledger.traffic.crossed(way, f"{kind} modules" if frame.site else kind, codec, size, size)
 
 
 class GrpcLink:
@@ -255,13 +261,18 @@ class GrpcLink:
     def _answer(self, message: stage_pb2.Frame) -> Frame:
         """A frame from the coordinator, whose size gRPC has bounded. The rest of it is checked by who asked."""
         tensor = None
-        seconds, shape = self._questions.answered(message)
+        seconds, shape = self._questions.answered(message) if is_answer(message) else (0.0, ())
         if message.HasField("tensor"):
             stream = stream_of(message.phase, upward=False, labels=self._labels)
             if message.HasField("shape"):  # of another adapter; whoever asked checks it
                 stream, shape = "", tuple(message.tensor.shape[:1])
             expected = self.coder.expected(stream, shape, math.prod(shape))
-            tensor = self.coder.decode(stream, message.tensor, expected, message.step, message.micro_batch)
+            if message.site:
+                evaluating = message.phase == Phase.EVALUATE
+                rows = self.coder.batch_size if evaluating else self.coder.rows(message.micro_batch)
+                expected = self.coder.expected_at_site(stream, rows)
+            place = message.step, message.micro_batch, message.site
+            tensor = self.coder.decode(stream, message.tensor, expected, *place)
         plan = None
         if message.HasField("plan"):
             plan = Plan.from_proto(message.plan, self.coder.batch_size)
@@ -278,6 +289,7 @@ class GrpcLink:
             agreement=message.agreement if message.HasField("agreement") else None,
             plan=plan,
             probe=message.probe if message.HasField("probe") else None,
+            site=message.site,
             frozen=message.frozen if message.HasField("frozen") else None,
             shape=Shape(message.shape.cut, message.shape.rank) if message.HasField("shape") else None,
         )
@@ -285,16 +297,19 @@ class GrpcLink:
 
 class Questions:
     """Frames that an answer is due to: since when, and of which shape. The answers come in the order of the questions;
-    a tensor in an answer has the shape of the question's, or, to OPEN, of the adapter."""
+    a tensor in an answer has the shape of the question's, or, to OPEN, of the adapter. What is said of a site between a
+    question and its answer asks, and answers, anew."""
 
     def __init__(self) -> None:
+        self._shapes: dict[tuple[int, int, int], tuple[int, ...]] = {}  # of questions that sites have come between
         self._due: dict[tuple[int, int, int], deque[tuple[float, tuple[int, ...]]]] = {}
         self._lock = threading.Lock()  # one thread asks, another hears the answers, of several evaluations at a time
 
     def asked(self, message: stage_pb2.Frame) -> None:
-        if message.phase not in (Phase.STEP, Phase.REPORT):
+        if message.phase not in (Phase.STEP, Phase.REPORT, Phase.MERGE):
             shape = (message.open.adapter_values,) if message.HasField("open") else tuple(message.tensor.shape)
             with self._lock:
+                shape = self._shapes.pop(_place(message), ()) if message.site else shape
                 self._due.setdefault(_place(message), deque()).append((time.perf_counter(), shape))
 
     def answered(self, message: stage_pb2.Frame) -> tuple[float, tuple[int, ...]]:
@@ -304,9 +319,17 @@ class Questions:
             if not due and message.phase != Phase.CLOSE:  # which also answers an OPEN that has come too late
                 raise BadFrame(f"{Phase.Name(message.phase)} of step {message.step} answers nothing")
             at, shape = due.popleft() if due else (time.perf_counter(), ())
+            if message.site:
+                self._shapes[_place(message)] = shape
             if not due:
                 self._due.pop(_place(message), None)
         return time.perf_counter() - at, shape
+
+
+def is_answer(message: stage_pb2.Frame | Frame) -> bool:
+    """Whether a frame from the stage answers the device's last one; the gradient of a site's outputs for which none
+    by its inputs is wanted goes before the answer."""
+    return not (message.site and message.phase == Phase.BACKWARD and not message.values[INPUT_GRADIENT])
 
 
 def _place(message: stage_pb2.Frame) -> tuple[int, int, int]:
@@ -335,6 +358,9 @@ def frame_to_proto(frame: Frame, job: str, session: str, coder: Coder, labels: s
         plan=None if frame.plan is None else frame.plan.to_proto(),
         measured=frame.measured,
         probe=frame.probe,
+        site=frame.site,
+        trained=frame.trained,
+        applied=frame.applied,
         frozen=frame.frozen,
         shape=None if frame.shape is None else stage_pb2.Shape(cut=frame.shape.cut, rank=frame.shape.rank),
     )
@@ -342,7 +368,7 @@ def frame_to_proto(frame: Frame, job: str, session: str, coder: Coder, labels: s
         message.tensor.CopyFrom(frame.encoded)
     elif frame.tensor is not None:
         stream = "" if frame.shape else stream_of(frame.phase, upward, labels)
-        encoded = coder.encode(stream, frame.tensor, frame.step, frame.micro_batch)
+        encoded = coder.encode(stream, frame.tensor, frame.step, frame.micro_batch, frame.site)
         message.tensor.CopyFrom(encoded)
     if frame.wanted is not None:
         message.wanted = pack_bits(frame.wanted)
@@ -356,4 +382,4 @@ def kind_and_sizes(message: stage_pb2.Frame) -> tuple[str, str, int, int]:
     payload = len(message.tensor.payload) + len(message.labels.payload) + len(message.probe.filling)
     codec = message.tensor.codec if message.HasField("tensor") else ""
     kind = Phase.Name(message.phase).lower() if message.phase in Phase.values() else "unknown"
-    return kind, codec, payload, message.ByteSize()
+    return f"{kind} modules" if message.site else kind, codec, payload, message.ByteSize()

@@ -4,16 +4,44 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 from protos.v1 import stage_pb2
 from split.coding import Plan
 from split.config import TrainingConfig
 from split.errors import BadFrame, IsthmusError
+from split.ledger import Ledger
 from split.link import Frame, Phase
 from split.plan.profile import LinkProfile
 
+if TYPE_CHECKING:
+    from split.dlora.sites import Layout
+
 Deliver = Callable[[Frame | IsthmusError], None]  # also names the stream: a device that joins again has another one
+
+
+class Host(Protocol):
+    """What serves the devices of a job; all of it may be called from any thread."""
+
+    ledger: Ledger
+
+    def join(self, device: str, frame: Frame, deliver: Deliver) -> Future[None]:
+        """A device's OPEN."""
+
+    def submit(self, device: str, frame: Frame, deliver: Deliver) -> Future[None]:
+        """A later frame. The future is done when it has been taken: who reads a network waits for it."""
+
+    def leave(self, device: str, deliver: Deliver) -> None: ...
+    def adapter_shapes(self, device: str) -> tuple[tuple[int, ...], ...] | None:
+        """Of the matrices of a device's adapter; None where they are the same for all."""
+
+    def layout_for(self, device: str) -> Layout | None:
+        """Where a device's modules are in the server's blocks (DLoRA)."""
+
+    def start_without(self, missing: set[str]) -> None: ...
+    def close(self) -> None: ...
 
 
 @dataclass

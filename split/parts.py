@@ -13,6 +13,8 @@ from transformers import PretrainedConfig
 
 from split.adapters.lora import A, add_lora, lora_config, lora_parameters
 from split.config import TrainingConfig
+from split.dlora.sites import adapter_of as adapter_of_modules
+from split.dlora.sites import layout_of
 from split.errors import BadRequest
 from split.merging import Merging
 from split.models.architectures import architecture_of
@@ -61,6 +63,8 @@ def parts_of(config: PretrainedConfig, training: TrainingConfig, shape: Shape | 
             f"hidden states of {frame / 2**20:.0f} MiB a step do not fit a message of "
             f"{MAX_MESSAGE_BYTES / 2**20:.0f} MiB; choose a smaller batch_size or sequence_length"
         )
+    if training.dlora:
+        return Parts(device, server, adapter_of_modules(layout_of(config, training).cut_at(cut, rank)))
     adapter = adapter_of(config, training, front, rank)  # checks the target modules for every cut
     size = 4 * sum(value.numel() for value in adapter.values())
     if size > _LARGEST_FRAME:
@@ -92,10 +96,10 @@ def device_stages(
 def server_stages(
     source: TensorSource, training: TrainingConfig, shapes: Mapping[str, Shape], where: torch.device | str
 ) -> list[Stage]:
-    """The server's segments, with LoRA of the job's rank."""
+    """The server's segments, with LoRA of the job's rank; without where all modules are the devices'."""
     cuts = [shape.cut for shape in shapes.values()]
     segments = build_stages(source, segments_of(source.config, training, cuts), device=where)
-    for segment in segments:
+    for segment in segments if not training.dlora else ():
         add_lora(segment, lora_config(training, source.config), training.seed)
     return segments
 

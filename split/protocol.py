@@ -11,6 +11,7 @@ from protos.v1 import stage_pb2
 from split.codecs.packing import unpack_bits
 from split.coding import Coder, Plan, Terms
 from split.config import TrainingConfig
+from split.dlora.sites import Layout
 from split.errors import BadFrame, BadTensor
 from split.link import Frame, Phase
 from split.plan.profile import MAX_PROBE_BYTES
@@ -37,7 +38,10 @@ _FROM_DEVICES = (
     Phase.REPORT,
     Phase.CLOSE,
     Phase.PROBE,
+    Phase.MERGE,
 )
+_AT_SITES = (Phase.FORWARD, Phase.BACKWARD, Phase.EVALUATE)
+EVALUATIONS_AHEAD = 2  # held-out batches that a device sends before the first one's answer has come
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,11 @@ class Rules:
     hidden_size: int
     vocabulary_size: int
     adapter: tuple[tuple[int, ...], ...]  # shapes of the matrices of a device's adapter
+    layout: Layout | None = None  # with method dlora
 
     def terms(self, samples: int = 1) -> Terms:
         """With a device of so many training sequences."""
-        return Terms(self.config, samples, self.adapter)
+        return Terms(self.config, samples, self.adapter, self.layout.widest if self.layout else 0)
 
     def decode(self, message: stage_pb2.Frame, session: str | None, coder: Coder) -> Frame:
         """The frame of a message in `session` (None: the first, which must be OPEN or PROBE). `coder`: of the session.
@@ -71,7 +76,8 @@ class Rules:
             check_tensor(message.labels, self._labels_of(message))
         if expected is not None:
             stream = stream_of(message.phase, upward=True, labels=self.config.labels)
-            tensor = coder.decode(stream, message.tensor, expected, message.step, message.micro_batch)
+            place = message.step, message.micro_batch, message.site
+            tensor = coder.decode(stream, message.tensor, expected, *place)
             if not _finite(tensor):
                 raise BadTensor(
                     f"{Phase.Name(message.phase)} of step {message.step} holds NaN or infinity: {_DIVERGED}"
@@ -82,7 +88,7 @@ class Rules:
                 raise BadTensor(f"labels outside the vocabulary of {self.vocabulary_size}")
         wanted = None
         if message.wanted:
-            if tensor is None or message.phase not in (Phase.FORWARD, Phase.EVALUATE) or with_labels:
+            if tensor is None or message.phase not in (Phase.FORWARD, Phase.EVALUATE) or with_labels or message.site:
                 raise BadFrame(f"{Phase.Name(message.phase)} with positions that are wanted")
             wanted = unpack_bits(message.wanted, tensor.shape[:2])
         return Frame(
@@ -96,6 +102,9 @@ class Rules:
             open=message.open if message.HasField("open") else None,
             measured=message.measured if message.HasField("measured") else None,
             probe=message.probe if message.HasField("probe") else None,
+            site=message.site,
+            trained=message.trained,
+            applied=message.applied,
         )
 
     def _check_envelope(self, message: stage_pb2.Frame, session: str | None, plan: Plan) -> None:
@@ -111,9 +120,16 @@ class Rules:
         if message.step > self.config.steps:
             raise BadFrame(f"step {message.step} of a job of {self.config.steps}")
         cut = message.phase in (Phase.FORWARD, Phase.BACKWARD)
-        if message.micro_batch >= (plan.micro_batches if cut else 1):
+        several = EVALUATIONS_AHEAD + 1 if self.layout and message.phase == Phase.EVALUATE else 1
+        if message.micro_batch >= (plan.micro_batches if cut else several):
             steps_have = "one" if plan.micro_batches == 1 else str(plan.micro_batches)
             raise BadFrame(f"micro_batch {message.micro_batch}; this job's steps have {steps_have}")
+        if message.site and (self.layout is None or message.phase not in _AT_SITES):
+            raise BadFrame(f"{Phase.Name(message.phase)} for site {message.site}, where there are none")
+        if self.layout is not None and message.site:
+            self.layout.site(message.site)
+        if self.layout is None and (message.phase == Phase.MERGE or message.trained or message.applied):
+            raise BadFrame(f"{Phase.Name(message.phase)} with modules, in a job without method dlora")
         if (message.phase == Phase.PROBE) != message.HasField("probe"):
             raise BadFrame("PROBE without its contents, or another frame with them")
         if max(len(message.probe.filling), message.probe.answer_bytes) > MAX_PROBE_BYTES:
@@ -125,7 +141,7 @@ class Rules:
             raise BadFrame(f"more than {_MAX_VALUES} values, or one with a name of over {_MAX_NAME} characters")
         if not all(math.isfinite(value) for value in message.values.values()):
             raise BadFrame(f"{Phase.Name(message.phase)} with a value that is not finite: {_DIVERGED}")
-        required = _REQUIRED_VALUES.get(message.phase, ())
+        required = () if message.site else _REQUIRED_VALUES.get(message.phase, ())
         if message.phase == Phase.FORWARD and self.config.labels == "server":
             required = ("tokens",)
         for name in required:
@@ -140,6 +156,12 @@ class Rules:
     def _tensor_of(self, message: stage_pb2.Frame, coder: Coder) -> Expected | None:
         phase, hidden, length = message.phase, self.hidden_size, self.config.sequence_length
         stream = stream_of(phase, upward=True, labels=self.config.labels)
+        if message.site:
+            rows = coder.batch_size if phase == Phase.EVALUATE else coder.rows(message.micro_batch)
+            return coder.expected_at_site(stream, rows)
+        if phase == Phase.MERGE and self.layout is not None:
+            values = sum(self._values_of(number) for number in self.layout.unpack(message.trained))
+            return coder.expected(stream, (values,), values)
         if phase in (Phase.FORWARD, Phase.BACKWARD):
             rows = coder.rows(message.micro_batch)
             return coder.expected(stream, (rows, length, hidden), rows * length * hidden)
@@ -149,6 +171,10 @@ class Rules:
             values = sum(math.prod(shape) for shape in self.adapter)
             return coder.expected(stream, (values,), values)
         return None
+
+    def _values_of(self, module: int) -> int:
+        assert self.layout is not None
+        return sum(math.prod(shape) for shape in self.layout.shapes(module).values())
 
     def _labels_of(self, message: stage_pb2.Frame) -> Expected:
         length = self.config.sequence_length

@@ -31,7 +31,7 @@ from split.coding import Terms
 from split.config import TrainingConfig
 from split.data import IGNORE, Sequences, batch_indices, micro_batch_slices
 from split.errors import BadFrame, BadTensor, WrongState
-from split.evaluate import nll
+from split.evaluate import nll_where_wanted
 from split.ledger import Ledger
 from split.link import Frame, Link, Phase
 from split.models.stage import Stage
@@ -39,6 +39,7 @@ from split.optim import Stepper
 from split.plan.choose import DEVICE_WORK, FRONT, FRONT_BACKWARD, RECENT, TAIL, candidates
 from split.plan.profile import LinkProfile, codec_seconds
 from split.precision import autocast
+from split.protocol import EVALUATIONS_AHEAD
 from split.server import ServerTrainer as ServerTrainer  # the other half
 from split.shapes import Shape
 
@@ -49,7 +50,6 @@ Reshape = Callable[[Shape], tuple[Sequence[Stage], str]]
 _PROBE_EVERY = 60.0  # seconds between looks at the link, unless it seems to have changed
 _NOISE = 0.05  # seconds of waiting a step that tell nothing
 _NEARLY_ALL = 0.97  # of the positions: then it is not worth saying which
-_EVALUATIONS_AHEAD = 2  # held-out batches that are sent before the first one's answer has come
 
 
 class Cancelled(WrongState):
@@ -175,9 +175,9 @@ class DeviceTrainer:
                 self._aggregate(link, step, done)
                 if self.config.evaluates_after(done):
                     self._evaluate(link, done)
-        link.send(Frame(Phase.REPORT, step=self.config.steps, values=_numbers(self.ledger.summary())))
+        link.send(Frame(Phase.REPORT, step=self.config.steps, values=numbers_of(self.ledger.summary())))
         link.send(Frame(Phase.CLOSE, step=self.config.steps))
-        _answer(link, Phase.CLOSE, self.config.steps)
+        answer_of(link, Phase.CLOSE, self.config.steps)
 
     def _open(self, link: Link) -> int | None:
         """The step to start at; None when the job was done before this device came back."""
@@ -202,7 +202,7 @@ class DeviceTrainer:
             raise BadTensor("the coordinator's answer to OPEN does not fit this device's stage")
         if answer.frozen is not None:
             self.frozen.take(self.frozen.decode(answer.frozen))
-        self._average = self._initial if answer.tensor is None else _tensor(answer, self._initial.shape)
+        self._average = self._initial if answer.tensor is None else tensor_like(answer, self._initial.shape)
         load_flat(self.parameters, self._average)
         start = answer.agreement.start_step
         self.stepper.drop_gradients()  # of a step that a broken link ended
@@ -278,7 +278,7 @@ class DeviceTrainer:
             with self.ledger.computing((FRONT, input_ids.shape)), autocast(self._dtype, self._device):
                 smashed = functional_call(self.front, batch.adapter, (input_ids,))
             batch.smashed[batch.begun] = smashed
-            hidden_states, wanted = _of_use(smashed.detach().float(), batch.labels[part])
+            hidden_states, wanted = of_use(smashed.detach().float(), batch.labels[part])
             frame = Frame(Phase.FORWARD, batch.step, batch.begun, hidden_states, wanted=wanted)
             if self.tail is None:
                 values = {"tokens": float(batch.tokens)}
@@ -316,15 +316,14 @@ class DeviceTrainer:
         """The last hidden states of a micro-batch have come: its loss, and the gradient by them."""
         assert self.tail is not None
         number = batch.asked
-        _check(answer, Phase.FORWARD, batch.step, number)
+        check_answer(answer, Phase.FORWARD, batch.step, number)
         part = batch.parts[number]
-        last = _tensor(answer, batch.smashed[number].shape).to(self._device).requires_grad_()
-        with self.ledger.computing((TAIL, last.shape)):
+        last = tensor_like(answer, batch.smashed[number].shape).to(self._device).requires_grad_()
+        labels = batch.labels[part]
+        with self.ledger.computing((TAIL, last.shape, int((labels != IGNORE).sum()))):
             with autocast(self._dtype, self._device):
-                logits = self.tail(last)
-            total, _ = nll(logits, batch.labels[part])
+                total, _ = nll_where_wanted(self.tail, last, labels)
             (total / max(batch.tokens, 1)).backward()
-        del logits
         assert last.grad is not None
         batch.loss += float(total.detach())
         batch.asked += 1
@@ -333,13 +332,13 @@ class DeviceTrainer:
     def _front_backward(self, batch: _Batch, answer: Frame) -> None:
         """The gradient at the cut of a micro-batch has come."""
         number = batch.done
-        _check(answer, Phase.FORWARD if self.tail is None else Phase.BACKWARD, batch.step, number)
+        check_answer(answer, Phase.FORWARD if self.tail is None else Phase.BACKWARD, batch.step, number)
         if self.tail is None:
             batch.loss += _value(answer, "nll")
             batch.asked += 1
         smashed = batch.smashed.pop(number)
         if self.parameters:
-            gradient = _tensor(answer, smashed.shape).to(self._device, smashed.dtype)
+            gradient = tensor_like(answer, smashed.shape).to(self._device, smashed.dtype)
             with self.ledger.computing((FRONT_BACKWARD, smashed.shape)):
                 smashed.backward(gradient)
         batch.done += 1
@@ -356,12 +355,12 @@ class DeviceTrainer:
         gain = mine - self._average if link.coder.adapters_differ("adapters_up") else mine
         differs = link.coder.adapters_differ("adapters_down")
         link.send(Frame(Phase.AGGREGATE, step, tensor=gain, measured=self._measured(link)))
-        answer = _answer(link, Phase.AGGREGATE, step)
+        answer = answer_of(link, Phase.AGGREGATE, step)
         if answer.shape is not None:
             self._move(link, answer.shape)
-            self._average = _tensor(answer, self._initial.shape)
+            self._average = tensor_like(answer, self._initial.shape)
         else:
-            average = _tensor(answer, mine.shape)
+            average = tensor_like(answer, mine.shape)
             self._average = self._average + average if differs else average
         load_flat(self.parameters, self._average)
         if answer.frozen is not None:  # what was trained is in it, and training begins anew
@@ -379,17 +378,17 @@ class DeviceTrainer:
 
         def take() -> None:
             nonlocal total, count
-            loss, tokens = self._evaluated(_answer(link, Phase.EVALUATE, done), *waiting.popleft())
+            loss, tokens = self._evaluated(answer_of(link, Phase.EVALUATE, done), *waiting.popleft())
             total, count = total + loss, count + tokens
 
         for input_ids, labels in _batches(self.validation, self.config.batch_size):
             with self.ledger.computing(("evaluate front", input_ids.shape)):
                 smashed = self.front(input_ids.to(self._device)).float()
-            hidden_states, wanted = _of_use(smashed, labels.to(self._device))
+            hidden_states, wanted = of_use(smashed, labels.to(self._device))
             frame = Frame(Phase.EVALUATE, done, tensor=hidden_states, wanted=wanted)
             link.send(replace(frame, labels=labels, wanted=None) if self.tail is None else frame)
             waiting.append((smashed.shape, labels))
-            if len(waiting) > _EVALUATIONS_AHEAD:
+            if len(waiting) > EVALUATIONS_AHEAD:
                 take()
         while waiting:
             take()
@@ -399,13 +398,13 @@ class DeviceTrainer:
     def _evaluated(self, answer: Frame, shape: torch.Size, labels: Tensor) -> tuple[float, int]:
         if self.tail is None:
             return _value(answer, "nll"), int(_value(answer, "tokens"))
-        last = _tensor(answer, shape).to(self._device)
-        with self.ledger.computing(("evaluate tail", last.shape)):
-            loss, tokens = nll(self.tail(last), labels.to(self._device))
+        last = tensor_like(answer, shape).to(self._device)
+        with self.ledger.computing(("evaluate tail", last.shape, int((labels != IGNORE).sum()))):
+            loss, tokens = nll_where_wanted(self.tail, last, labels.to(self._device))
         return float(loss), tokens
 
 
-def _of_use(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+def of_use(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
     """What has to cross for a loss on `labels` (rows, sequence): hidden states (rows, sequence, hidden) with zeros
     behind the last predicted position of each row, which nothing before them can see, and the positions whose last
     hidden states are of use, (rows, sequence) bool; None where that is nearly all."""
@@ -421,13 +420,13 @@ def _batches(sequences: Sequences, size: int) -> Iterator[tuple[Tensor, Tensor]]
     yield from zip(sequences.input_ids.split(size), sequences.labels.split(size), strict=True)
 
 
-def _answer(link: Link, phase: stage_pb2.Phase, step: int) -> Frame:
+def answer_of(link: Link, phase: stage_pb2.Phase, step: int) -> Frame:
     answer = link.receive()
-    _check(answer, phase, step, 0)
+    check_answer(answer, phase, step, 0)
     return answer
 
 
-def _check(answer: Frame, phase: stage_pb2.Phase, step: int, micro_batch: int) -> None:
+def check_answer(answer: Frame, phase: stage_pb2.Phase, step: int, micro_batch: int) -> None:
     if (answer.phase, answer.step, answer.micro_batch) != (phase, step, micro_batch):
         got, want = Phase.Name(answer.phase), Phase.Name(phase)
         raise BadTensor(
@@ -436,7 +435,7 @@ def _check(answer: Frame, phase: stage_pb2.Phase, step: int, micro_batch: int) -
         )
 
 
-def _tensor(frame: Frame, shape: torch.Size) -> Tensor:
+def tensor_like(frame: Frame, shape: torch.Size) -> Tensor:
     if frame.tensor is None or frame.tensor.shape != shape or frame.tensor.dtype != torch.float32:
         raise BadTensor(f"the coordinator's {Phase.Name(frame.phase)} does not have the shape {tuple(shape)}")
     return frame.tensor
@@ -455,7 +454,7 @@ def tensor_of(frame: Frame) -> Tensor:
     return frame.tensor
 
 
-def _numbers(summary: Mapping[str, object]) -> dict[str, float]:
+def numbers_of(summary: Mapping[str, object]) -> dict[str, float]:
     """The numbers of a ledger's summary, for a REPORT frame; not the bytes by kind, which both sides count."""
     numbers = {name: float(value) for name, value in summary.items() if isinstance(value, int | float)}
     return {**numbers, "energy_measured": float(summary["energy_source"] != "estimated")}

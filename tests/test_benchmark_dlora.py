@@ -17,7 +17,8 @@ from benchmarks.dlora_costs import Costs, Spent
 from benchmarks.dlora_runs import Case, Outcome, Texts, run, spread
 from benchmarks.dlora_summary import BYTES_A_VALUE, keys, summarise
 from split.adapters.kill_policy import KillPolicy
-from split.adapters.module_costs import KEEP, module_costs
+from split.adapters.module_costs import module_costs
+from split.config import KEEP
 from split.documents import Document
 from split.models.source import open_model
 

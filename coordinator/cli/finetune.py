@@ -30,6 +30,7 @@ _DEFAULTS = TrainingConfig()
 _TEXT = "Text"
 _TRAINING = "Training"
 _LINK = "Link"
+_DLORA = "DLoRA"
 
 
 def finetune(
@@ -41,7 +42,8 @@ def finetune(
     method: Annotated[
         str,
         typer.Option(
-            help="splitlora: split over the devices. centralised: unsplit, in this process, on --data (the yardstick)."
+            help="splitlora: split over the devices. dlora: likewise, but all that is trained is on the devices, each "
+            "with an adapter of its own. centralised: unsplit, in this process, on --data (the yardstick)."
         ),
     ] = "splitlora",
     labels: Annotated[
@@ -146,6 +148,42 @@ def finetune(
             rich_help_panel=_LINK,
         ),
     ] = _DEFAULTS.overlap,
+    active_fraction: Annotated[
+        float,
+        typer.Option(
+            help="Kill and Revive goes down to modules that take this share of all modules' bytes; 1: it kills none.",
+            rich_help_panel=_DLORA,
+        ),
+    ] = _DEFAULTS.active_fraction,
+    bytes_per_step: Annotated[
+        int,
+        typer.Option(help="Instead: down to so many bytes a step of a device, both ways.", rich_help_panel=_DLORA),
+    ] = _DEFAULTS.bytes_per_step,
+    killed: Annotated[
+        str,
+        typer.Option(
+            help="A killed module. keep: frozen, and still asked for. merge: frozen, and its values go to the "
+            "coordinator, which applies it (the device's owner has to allow modules-leave). drop: left out.",
+            rich_help_panel=_DLORA,
+        ),
+    ] = _DEFAULTS.killed,
+    kill_warmup: Annotated[
+        int, typer.Option(help="Steps with all modules active, which score them.", rich_help_panel=_DLORA)
+    ] = _DEFAULTS.kill_warmup,
+    kill_anneal: Annotated[
+        int, typer.Option(help="Steps in which the share goes down from there.", rich_help_panel=_DLORA)
+    ] = _DEFAULTS.kill_anneal,
+    kill_interval: Annotated[
+        int, typer.Option(help="Steps between decisions.", rich_help_panel=_DLORA)
+    ] = _DEFAULTS.kill_interval,
+    aggregate: Annotated[
+        bool,
+        typer.Option(
+            "--aggregate",
+            help="Average the devices' adapters every --aggregate-every steps (owners have to allow modules-leave).",
+            rich_help_panel=_DLORA,
+        ),
+    ] = False,
     aggregate_every: Annotated[
         int, typer.Option(help="Steps between averages of the devices' adapters.", rich_help_panel=_TRAINING)
     ] = _DEFAULTS.aggregate_every,
@@ -211,7 +249,17 @@ def finetune(
         prompt_column=prompt_column,
         completion_column=completion_column,
         validation_fraction=validation_fraction,
+        dlora=method == "dlora",
+        active_fraction=active_fraction,
+        bytes_per_step=bytes_per_step,
+        killed=killed,
+        kill_warmup=kill_warmup,
+        kill_anneal=kill_anneal,
+        kill_interval=kill_interval,
+        aggregate=aggregate,
     )
+    if training.dlora and not aggregate and out is not None:
+        raise BadRequest("--out: the devices keep their adapters; only with --aggregate there is one to write here")
     if out is not None:
         out = new_folder(out)
     if method == "centralised":
@@ -271,8 +319,9 @@ def finetune(
         print_json(report)
     else:
         print_report(report)
-        console.print(f"job {job.id} is done; adapter: {report['adapter']}", soft_wrap=True)
-        if out is None:
+        where = report["adapter"] or f"on each device, in its state folder under jobs/{job.id}/adapter"
+        console.print(f"job {job.id} is done; adapter: {where}", soft_wrap=True)
+        if out is None and report["adapter"]:
             console.print(f"isthmus export {job.id} --out DIR writes it where you want it")
 
 

@@ -61,7 +61,7 @@ class _View:
             loss = data["loss"]
             self.bar.update(self.task, completed=data["step"], loss="" if loss is None else f"loss {loss:.4f}")
             for name in data["devices"]:
-                self.devices.setdefault(name, _DeviceLine()).step = data["step"]
+                self.devices.setdefault(name, _DeviceLine()).step = data.get("device_step", data["step"])
         elif event.kind == "evaluation":
             for name, value in data["devices"].items():
                 self.devices.setdefault(name, _DeviceLine()).perplexity = value
@@ -70,6 +70,8 @@ class _View:
             self.notes.append(f"checkpoint at step {data['step']}")
         elif event.kind == "started" and "url" in data:
             self.notes.append(f"{data['model']} is served at {data['url']}")
+        elif event.kind == "modules":
+            self.notes.append(f"{event.device}, step {data['step']}: {data['message']}")
         elif event.kind == "aggregation":
             self.aggregation = f", {data['method']} (error {data['aggregation_error'] or 0.0:.2g})"
         elif event.kind in ("log", "plan", "shape"):
@@ -130,6 +132,8 @@ def print_report(report: dict[str, Any]) -> None:
             f"{device.get('wait_seconds', 0) - device.get('link_seconds', 0):.1f} s",
         )
     console.print(table)
+    for device, picture in report.get("heat_maps", {}).items():
+        console.print(f"which modules of {device} trained when: {picture}", soft_wrap=True)
     errors = [error for error in report["aggregation"]["aggregation_error"].values() if error is not None]
     if len(report["devices"]) > 1 and errors:
         method = report["aggregation"]["method"]

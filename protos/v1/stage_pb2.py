@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/v1/stage.proto\x12\nisthmus.v1\"F\n\x06Tensor\x12\r\n\x05\x63odec\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\"\x9a\x04\n\x05\x46rame\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x13\n\x0bmicro_batch\x18\x04 \x01(\r\x12 \n\x05phase\x18\x05 \x01(\x0e\x32\x11.isthmus.v1.Phase\x12\"\n\x06tensor\x18\x06 \x01(\x0b\x32\x12.isthmus.v1.Tensor\x12\"\n\x06labels\x18\x07 \x01(\x0b\x32\x12.isthmus.v1.Tensor\x12-\n\x06values\x18\x08 \x03(\x0b\x32\x1d.isthmus.v1.Frame.ValuesEntry\x12\x1e\n\x04open\x18\t \x01(\x0b\x32\x10.isthmus.v1.Open\x12(\n\tagreement\x18\n \x01(\x0b\x32\x15.isthmus.v1.Agreement\x12\x1e\n\x04plan\x18\x0b \x01(\x0b\x32\x10.isthmus.v1.Plan\x12&\n\x08measured\x18\x0c \x01(\x0b\x32\x14.isthmus.v1.Measured\x12 \n\x05probe\x18\r \x01(\x0b\x32\x11.isthmus.v1.Probe\x12\x0e\n\x06wanted\x18\x0e \x01(\x0c\x12\"\n\x06\x66rozen\x18\x0f \x01(\x0b\x32\x12.isthmus.v1.Frozen\x12 \n\x05shape\x18\x10 \x01(\x0b\x32\x11.isthmus.v1.Shape\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\"\n\x05Shape\x12\x0b\n\x03\x63ut\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\"\x9a\x01\n\x06\x46rozen\x12\x10\n\x08replaces\x18\x01 \x01(\x08\x12,\n\x05ranks\x18\x02 \x03(\x0b\x32\x1d.isthmus.v1.Frozen.RanksEntry\x12\"\n\x06values\x18\x03 \x01(\x0b\x32\x12.isthmus.v1.Tensor\x1a,\n\nRanksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\xd0\x02\n\x08Measured\x12\x1a\n\x12round_trip_seconds\x18\x01 \x01(\x01\x12\x1b\n\x13up_bytes_per_second\x18\x02 \x01(\x01\x12\x1d\n\x15\x64own_bytes_per_second\x18\x03 \x01(\x01\x12=\n\rcodec_seconds\x18\x04 \x03(\x0b\x32&.isthmus.v1.Measured.CodecSecondsEntry\x12\x41\n\x0f\x63ompute_seconds\x18\x05 \x03(\x0b\x32(.isthmus.v1.Measured.ComputeSecondsEntry\x1a\x33\n\x11\x43odecSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x35\n\x13\x43omputeSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x97\x01\n\x04Plan\x12\x15\n\rmicro_batches\x18\x01 \x01(\r\x12\r\n\x05\x64\x65pth\x18\x02 \x01(\r\x12,\n\x06\x63odecs\x18\x03 \x03(\x0b\x32\x1c.isthmus.v1.Plan.CodecsEntry\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x1a-\n\x0b\x43odecsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\".\n\x05Probe\x12\x0f\n\x07\x66illing\x18\x01 \x01(\x0c\x12\x14\n\x0c\x61nswer_bytes\x18\x02 \x01(\r\"\x8a\x01\n\x04Open\x12\x0e\n\x06\x63odecs\x18\x01 \x03(\t\x12\x0f\n\x07samples\x18\x02 \x01(\x04\x12\x14\n\x0cstage_digest\x18\x03 \x01(\t\x12\x11\n\tlast_step\x18\x04 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_values\x18\x05 \x01(\x04\x12 \n\x05shape\x18\x06 \x01(\x0b\x32\x11.isthmus.v1.Shape\"\x7f\n\tAgreement\x12\x12\n\nstart_step\x18\x01 \x01(\x04\x12\x12\n\nbatch_size\x18\x03 \x01(\r\x12\x17\n\x0fsequence_length\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\x16\n\x0e\x61\x64\x61pter_values\x18\x06 \x01(\x04J\x04\x08\x02\x10\x03*\x8c\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x08\n\x04OPEN\x10\x01\x12\x0b\n\x07\x46ORWARD\x10\x02\x12\x0c\n\x08\x42\x41\x43KWARD\x10\x03\x12\x08\n\x04STEP\x10\x04\x12\r\n\tAGGREGATE\x10\x05\x12\x0c\n\x08\x45VALUATE\x10\x06\x12\n\n\x06REPORT\x10\x07\x12\t\n\x05\x43LOSE\x10\x08\x12\t\n\x05PROBE\x10\t2=\n\x05Stage\x12\x34\n\x08\x45xchange\x12\x11.isthmus.v1.Frame\x1a\x11.isthmus.v1.Frame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/v1/stage.proto\x12\nisthmus.v1\"F\n\x06Tensor\x12\r\n\x05\x63odec\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\r\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\"\xca\x04\n\x05\x46rame\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x13\n\x0bmicro_batch\x18\x04 \x01(\r\x12 \n\x05phase\x18\x05 \x01(\x0e\x32\x11.isthmus.v1.Phase\x12\"\n\x06tensor\x18\x06 \x01(\x0b\x32\x12.isthmus.v1.Tensor\x12\"\n\x06labels\x18\x07 \x01(\x0b\x32\x12.isthmus.v1.Tensor\x12-\n\x06values\x18\x08 \x03(\x0b\x32\x1d.isthmus.v1.Frame.ValuesEntry\x12\x1e\n\x04open\x18\t \x01(\x0b\x32\x10.isthmus.v1.Open\x12(\n\tagreement\x18\n \x01(\x0b\x32\x15.isthmus.v1.Agreement\x12\x1e\n\x04plan\x18\x0b \x01(\x0b\x32\x10.isthmus.v1.Plan\x12&\n\x08measured\x18\x0c \x01(\x0b\x32\x14.isthmus.v1.Measured\x12 \n\x05probe\x18\r \x01(\x0b\x32\x11.isthmus.v1.Probe\x12\x0e\n\x06wanted\x18\x0e \x01(\x0c\x12\"\n\x06\x66rozen\x18\x0f \x01(\x0b\x32\x12.isthmus.v1.Frozen\x12 \n\x05shape\x18\x10 \x01(\x0b\x32\x11.isthmus.v1.Shape\x12\x0c\n\x04site\x18\x11 \x01(\r\x12\x0f\n\x07trained\x18\x12 \x01(\x0c\x12\x0f\n\x07\x61pplied\x18\x13 \x01(\x0c\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\"\n\x05Shape\x12\x0b\n\x03\x63ut\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\"\x9a\x01\n\x06\x46rozen\x12\x10\n\x08replaces\x18\x01 \x01(\x08\x12,\n\x05ranks\x18\x02 \x03(\x0b\x32\x1d.isthmus.v1.Frozen.RanksEntry\x12\"\n\x06values\x18\x03 \x01(\x0b\x32\x12.isthmus.v1.Tensor\x1a,\n\nRanksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\xd0\x02\n\x08Measured\x12\x1a\n\x12round_trip_seconds\x18\x01 \x01(\x01\x12\x1b\n\x13up_bytes_per_second\x18\x02 \x01(\x01\x12\x1d\n\x15\x64own_bytes_per_second\x18\x03 \x01(\x01\x12=\n\rcodec_seconds\x18\x04 \x03(\x0b\x32&.isthmus.v1.Measured.CodecSecondsEntry\x12\x41\n\x0f\x63ompute_seconds\x18\x05 \x03(\x0b\x32(.isthmus.v1.Measured.ComputeSecondsEntry\x1a\x33\n\x11\x43odecSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x35\n\x13\x43omputeSecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x97\x01\n\x04Plan\x12\x15\n\rmicro_batches\x18\x01 \x01(\r\x12\r\n\x05\x64\x65pth\x18\x02 \x01(\r\x12,\n\x06\x63odecs\x18\x03 \x03(\x0b\x32\x1c.isthmus.v1.Plan.CodecsEntry\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x1a-\n\x0b\x43odecsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\".\n\x05Probe\x12\x0f\n\x07\x66illing\x18\x01 \x01(\x0c\x12\x14\n\x0c\x61nswer_bytes\x18\x02 \x01(\r\"\x8a\x01\n\x04Open\x12\x0e\n\x06\x63odecs\x18\x01 \x03(\t\x12\x0f\n\x07samples\x18\x02 \x01(\x04\x12\x14\n\x0cstage_digest\x18\x03 \x01(\t\x12\x11\n\tlast_step\x18\x04 \x01(\x04\x12\x16\n\x0e\x61\x64\x61pter_values\x18\x05 \x01(\x04\x12 \n\x05shape\x18\x06 \x01(\x0b\x32\x11.isthmus.v1.Shape\"\x7f\n\tAgreement\x12\x12\n\nstart_step\x18\x01 \x01(\x04\x12\x12\n\nbatch_size\x18\x03 \x01(\r\x12\x17\n\x0fsequence_length\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\x16\n\x0e\x61\x64\x61pter_values\x18\x06 \x01(\x04J\x04\x08\x02\x10\x03*\x97\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x08\n\x04OPEN\x10\x01\x12\x0b\n\x07\x46ORWARD\x10\x02\x12\x0c\n\x08\x42\x41\x43KWARD\x10\x03\x12\x08\n\x04STEP\x10\x04\x12\r\n\tAGGREGATE\x10\x05\x12\x0c\n\x08\x45VALUATE\x10\x06\x12\n\n\x06REPORT\x10\x07\x12\t\n\x05\x43LOSE\x10\x08\x12\t\n\x05PROBE\x10\t\x12\t\n\x05MERGE\x10\n2=\n\x05Stage\x12\x34\n\x08\x45xchange\x12\x11.isthmus.v1.Frame\x1a\x11.isthmus.v1.Frame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,36 +41,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MEASURED_COMPUTESECONDSENTRY']._serialized_options = b'8\001'
   _globals['_PLAN_CODECSENTRY']._loaded_options = None
   _globals['_PLAN_CODECSENTRY']._serialized_options = b'8\001'
-  _globals['_PHASE']._serialized_start=1655
-  _globals['_PHASE']._serialized_end=1795
+  _globals['_PHASE']._serialized_start=1703
+  _globals['_PHASE']._serialized_end=1854
   _globals['_TENSOR']._serialized_start=37
   _globals['_TENSOR']._serialized_end=107
   _globals['_FRAME']._serialized_start=110
-  _globals['_FRAME']._serialized_end=648
-  _globals['_FRAME_VALUESENTRY']._serialized_start=603
-  _globals['_FRAME_VALUESENTRY']._serialized_end=648
-  _globals['_SHAPE']._serialized_start=650
-  _globals['_SHAPE']._serialized_end=684
-  _globals['_FROZEN']._serialized_start=687
-  _globals['_FROZEN']._serialized_end=841
-  _globals['_FROZEN_RANKSENTRY']._serialized_start=797
-  _globals['_FROZEN_RANKSENTRY']._serialized_end=841
-  _globals['_MEASURED']._serialized_start=844
-  _globals['_MEASURED']._serialized_end=1180
-  _globals['_MEASURED_CODECSECONDSENTRY']._serialized_start=1074
-  _globals['_MEASURED_CODECSECONDSENTRY']._serialized_end=1125
-  _globals['_MEASURED_COMPUTESECONDSENTRY']._serialized_start=1127
-  _globals['_MEASURED_COMPUTESECONDSENTRY']._serialized_end=1180
-  _globals['_PLAN']._serialized_start=1183
-  _globals['_PLAN']._serialized_end=1334
-  _globals['_PLAN_CODECSENTRY']._serialized_start=1289
-  _globals['_PLAN_CODECSENTRY']._serialized_end=1334
-  _globals['_PROBE']._serialized_start=1336
-  _globals['_PROBE']._serialized_end=1382
-  _globals['_OPEN']._serialized_start=1385
-  _globals['_OPEN']._serialized_end=1523
-  _globals['_AGREEMENT']._serialized_start=1525
-  _globals['_AGREEMENT']._serialized_end=1652
-  _globals['_STAGE']._serialized_start=1797
-  _globals['_STAGE']._serialized_end=1858
+  _globals['_FRAME']._serialized_end=696
+  _globals['_FRAME_VALUESENTRY']._serialized_start=651
+  _globals['_FRAME_VALUESENTRY']._serialized_end=696
+  _globals['_SHAPE']._serialized_start=698
+  _globals['_SHAPE']._serialized_end=732
+  _globals['_FROZEN']._serialized_start=735
+  _globals['_FROZEN']._serialized_end=889
+  _globals['_FROZEN_RANKSENTRY']._serialized_start=845
+  _globals['_FROZEN_RANKSENTRY']._serialized_end=889
+  _globals['_MEASURED']._serialized_start=892
+  _globals['_MEASURED']._serialized_end=1228
+  _globals['_MEASURED_CODECSECONDSENTRY']._serialized_start=1122
+  _globals['_MEASURED_CODECSECONDSENTRY']._serialized_end=1173
+  _globals['_MEASURED_COMPUTESECONDSENTRY']._serialized_start=1175
+  _globals['_MEASURED_COMPUTESECONDSENTRY']._serialized_end=1228
+  _globals['_PLAN']._serialized_start=1231
+  _globals['_PLAN']._serialized_end=1382
+  _globals['_PLAN_CODECSENTRY']._serialized_start=1337
+  _globals['_PLAN_CODECSENTRY']._serialized_end=1382
+  _globals['_PROBE']._serialized_start=1384
+  _globals['_PROBE']._serialized_end=1430
+  _globals['_OPEN']._serialized_start=1433
+  _globals['_OPEN']._serialized_end=1571
+  _globals['_AGREEMENT']._serialized_start=1573
+  _globals['_AGREEMENT']._serialized_end=1700
+  _globals['_STAGE']._serialized_start=1856
+  _globals['_STAGE']._serialized_end=1917
 # @@protoc_insertion_point(module_scope)

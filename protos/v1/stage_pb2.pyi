@@ -19,6 +19,7 @@ class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REPORT: _ClassVar[Phase]
     CLOSE: _ClassVar[Phase]
     PROBE: _ClassVar[Phase]
+    MERGE: _ClassVar[Phase]
 PHASE_UNSPECIFIED: Phase
 OPEN: Phase
 FORWARD: Phase
@@ -29,6 +30,7 @@ EVALUATE: Phase
 REPORT: Phase
 CLOSE: Phase
 PROBE: Phase
+MERGE: Phase
 
 class Tensor(_message.Message):
     __slots__ = ("codec", "dtype", "shape", "payload")
@@ -43,7 +45,7 @@ class Tensor(_message.Message):
     def __init__(self, codec: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("job", "session", "step", "micro_batch", "phase", "tensor", "labels", "values", "open", "agreement", "plan", "measured", "probe", "wanted", "frozen", "shape")
+    __slots__ = ("job", "session", "step", "micro_batch", "phase", "tensor", "labels", "values", "open", "agreement", "plan", "measured", "probe", "wanted", "frozen", "shape", "site", "trained", "applied")
     class ValuesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +69,9 @@ class Frame(_message.Message):
     WANTED_FIELD_NUMBER: _ClassVar[int]
     FROZEN_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    TRAINED_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
     job: str
     session: str
     step: int
@@ -83,7 +88,10 @@ class Frame(_message.Message):
     wanted: bytes
     frozen: Frozen
     shape: Shape
-    def __init__(self, job: _Optional[str] = ..., session: _Optional[str] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., labels: _Optional[_Union[Tensor, _Mapping]] = ..., values: _Optional[_Mapping[str, float]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., agreement: _Optional[_Union[Agreement, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., wanted: _Optional[bytes] = ..., frozen: _Optional[_Union[Frozen, _Mapping]] = ..., shape: _Optional[_Union[Shape, _Mapping]] = ...) -> None: ...
+    site: int
+    trained: bytes
+    applied: bytes
+    def __init__(self, job: _Optional[str] = ..., session: _Optional[str] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., labels: _Optional[_Union[Tensor, _Mapping]] = ..., values: _Optional[_Mapping[str, float]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., agreement: _Optional[_Union[Agreement, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., measured: _Optional[_Union[Measured, _Mapping]] = ..., probe: _Optional[_Union[Probe, _Mapping]] = ..., wanted: _Optional[bytes] = ..., frozen: _Optional[_Union[Frozen, _Mapping]] = ..., shape: _Optional[_Union[Shape, _Mapping]] = ..., site: _Optional[int] = ..., trained: _Optional[bytes] = ..., applied: _Optional[bytes] = ...) -> None: ...
 
 class Shape(_message.Message):
     __slots__ = ("cut", "rank")

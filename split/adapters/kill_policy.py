@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from split.adapters.module_costs import KILLED, MERGE
+from split.config import KILLED, MERGE
 from split.errors import BadRequest
 
 BUDGETS = ("values", "modules")

@@ -9,22 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import nn
 from transformers import PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
 
-from split.adapters.lora import lora_config
-from split.config import TrainingConfig
+from split.config import KEEP, MERGE, TrainingConfig
+from split.dlora.sites import layout_of
 from split.errors import BadRequest
-from split.models.architectures import architecture_of
-from split.models.stage import StageSpec, skeleton
-
-KEEP, MERGE, DROP = "keep", "merge", "drop"
-KILLED = (KEEP, MERGE, DROP)
-"""What becomes of a killed module: its branch stays at the device, frozen; the cloud adds it to its weights (it has to
-be given A and B for that); or the model goes on without it. Only the last two exchange nothing."""
-
-_SHARED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "mlp", "up_proj": "mlp"}
 
 
 @dataclass(frozen=True)
@@ -76,41 +65,22 @@ def module_costs(config: PreTrainedConfig, training: TrainingConfig) -> dict[str
 
     Raises BadRequest for target modules or a cut that the model does not have.
     """
-    architecture = architecture_of(config)
     layers = config.num_hidden_layers
     if not 0 <= training.cut_layer < layers:
         raise BadRequest(f"cut_layer {training.cut_layer} leaves the cloud no blocks: choose 0 to {layers - 1}")
-    targets = lora_config(training, config).target_modules
-    whole = skeleton(config, StageSpec(0, layers, embeds=True, head=True))
-    in_block = [name for name in architecture.linear_modules if name in (targets or ())]
-    sites = list(dict.fromkeys(_SHARED.get(name, name) for name in in_block))
-    found: dict[tuple[int, int], tuple[str, ModuleCost]] = {}
-    for name, module in whole.named_modules():
-        last = name.rpartition(".")[2]
-        if last not in in_block or not name.startswith(f"{architecture.layers}."):
-            continue
-        block = int(name.removeprefix(f"{architecture.layers}.").partition(".")[0])
-        d_in, d_out = _widths(module)
-        site = _SHARED.get(last, last)
-        found[block, in_block.index(last)] = (
-            name,
-            ModuleCost(
-                site=f"{architecture.layers}.{block}.{site}",
-                order=block * len(sites) + sites.index(site),
-                d_in=d_in,
-                d_out=d_out,
-                rank=training.rank,
-                remote=block >= training.cut_layer,
-            ),
+    layout = layout_of(config, training)
+    return {
+        module.name: ModuleCost(
+            site=site.name,
+            order=site.number - 1,
+            d_in=module.inputs,
+            d_out=module.outputs,
+            rank=training.rank,
+            remote=module.block >= training.cut_layer,
         )
-    return dict(found[key] for key in sorted(found))
-
-
-def _widths(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    assert isinstance(module, Conv1D)  # GPT-2's linear layers are stored transposed
-    return int(module.weight.shape[0]), int(module.weight.shape[1])
+        for site in layout.sites
+        for module in site.modules
+    }
 
 
 def marginal_values(costs: Mapping[str, ModuleCost], name: str, chosen: Iterable[str]) -> int:

@@ -13,6 +13,7 @@ from functools import cached_property
 from transformers import PretrainedConfig
 
 from split.config import TrainingConfig
+from split.dlora.sites import Site, layout_of
 from split.models.stage import StageSpec, skeleton
 from split.parts import adapter_of
 
@@ -63,6 +64,25 @@ class Costs:
         shapes = adapter_of(self.config, self.training, StageSpec(0, 1, embeds=True, head=False), 1)
         return sum(value.numel() for value in shapes.values())
 
+    @cached_property
+    def site_inputs(self) -> int:
+        """Widths of what the LoRA modules of one block read, each once for those that share it."""
+        return sum(site.inputs for site in self._sites)
+
+    @cached_property
+    def site_values(self) -> int:
+        """Those, and what the modules give: what one block's modules exchange each way, a token (DLoRA)."""
+        return sum(site.inputs + sum(module.outputs for module in site.modules) for site in self._sites)
+
+    @property
+    def sites(self) -> int:
+        """Of one block."""
+        return len(self._sites)
+
+    @cached_property
+    def _sites(self) -> list[Site]:
+        return [site for site in layout_of(self.config, self.training).sites if site.block == 0]
+
     def forward(self, blocks: int, rank: int, tokens: int) -> float:
         """Operations of blocks on so many tokens."""
         attention = 4 * self.training.sequence_length * self.hidden
@@ -102,13 +122,15 @@ class Costs:
         )
 
     def adapter_values(self, cut: int, rank: int) -> int:
-        return cut * rank * self.lora_values
+        return (self.layers if self.training.dlora else cut) * rank * self.lora_values
 
     def memory(self, cut: int, rank: int) -> float:
         """Bytes that a device needs: libraries, weights, LoRA with its optimiser, what a step keeps for backward."""
         weights = cut * self.block_values + self.end_values
         adapter = _LORA_COPIES[self.training.optimizer] * self.adapter_values(cut, rank)
         kept = cut * (_WIDE * self.hidden + _NARROW * self._mlp) if rank else 0
+        if self.training.dlora and rank:  # what the modules of the server's blocks have been given
+            kept += (self.layers - cut) * self.site_inputs
         kept += 4 * self.hidden  # what crosses, each way, and the head's own
         if self.training.labels == "device":
             kept += _LOGITS * int(self.config.vocab_size)

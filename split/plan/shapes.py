@@ -226,9 +226,20 @@ class _Device:
         counts = [self.costs.training.micro_batches or count for count in (1, 2, 4, 8) if count <= most]
         size = self._adapter_bytes * self.costs.adapter_values(shape.cut, shape.rank)
         adapters = size / self.able.link.up + size / self.able.link.down
+        if self.costs.training.dlora:
+            return min(step_seconds(costs, count, count) + self._modules(shape, count) for count in counts)
         return min(step_seconds(costs, count, count) for count in counts) + (
             adapters / self.costs.training.aggregate_every
         )
+
+    def _modules(self, shape: Shape, count: int) -> float:
+        """Seconds of a step in which modules of the server's blocks are asked for (DLoRA), in `count` micro-batches."""
+        costs, link = self.costs, self.able.link
+        blocks = costs.layers - shape.cut if shape.rank else 0
+        values = blocks * costs.tokens * costs.site_values  # each way, forward and backward together
+        size = values * self._costs.size["hidden_up"] / (costs.tokens * costs.hidden)
+        waits = 2 * blocks * costs.sites * link.round_trip / count
+        return size / link.up + size / link.down + waits
 
     @property
     def _adapter_bytes(self) -> float:

@@ -150,7 +150,7 @@ def _wide_blocks(choice: RuntimeChoice) -> Blocks:
 
 
 def _seconds(blocks: Blocks, choice: RuntimeChoice, stop: Callable[[], bool]) -> float:
-    """Of a token: the lower quartile of some, since what else the machine does by chance only ever adds."""
+    """Of a token after a prompt: the median of some, as an answer has slow ones, too."""
     if stop():
         raise Stopped
     room = _PROMPT + _WARM_UP + _TOKENS
@@ -169,7 +169,7 @@ def _seconds(blocks: Blocks, choice: RuntimeChoice, stop: Callable[[], bool]) ->
 
 
 class Blocks:
-    """Alike blocks of a Llama as a TensorSource. What their weights are does not matter for time."""
+    """Blocks of a Llama as a TensorSource, all of one shape."""
 
     def __init__(self, width: int, count: int) -> None:
         self.count = count

@@ -76,7 +76,7 @@ class House:
         wait: float = LIMIT,
     ) -> str:
         spec = pb.JobSpec(
-            method="splitlora",
+            method="dlora" if config.dlora else "splitlora",
             model=str(model or self.model),
             dataset=dataset,
             devices=devices,
@@ -95,9 +95,8 @@ class House:
             process = self.cluster.processes.get(name)
             if process is None or process.poll() is not None:
                 enrolled = (self.cluster.folder / name / "coordinator.json").exists()
-                self.cluster.start_device(
-                    name, {"notes": self.texts[name]}, arguments=["--threads", "1"], enrolled=enrolled, **settings
-                )
+                chosen = {"arguments": ["--threads", "1"], **settings}
+                self.cluster.start_device(name, {"notes": self.texts[name]}, enrolled=enrolled, **chosen)
         self.cluster.wait_connected(devices)
 
     def cancel_all(self) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import split.evaluate
 from split.documents import DataConfig
 from split.errors import BadData, BadModelFolder, BadRequest
-from split.evaluate import evaluate_files, nll
+from split.evaluate import evaluate_files, nll, nll_where_wanted
 from split.perplexity import PERPLEXITY, perplexity
 
 TEXT = (
@@ -331,3 +331,25 @@ def test_adapters_that_do_not_fit_are_refused(model: Path, adapter: Path, text: 
 def test_a_device_that_is_not_there_is_refused(model: Path, text: Path) -> None:
     with pytest.raises(BadRequest, match="device 'toaster' cannot be used"):
         evaluate_files(str(model), [text], data=DATA, device="toaster")
+
+
+@pytest.mark.parametrize("predicted", ["few", "nearly all", "none", "the last only"])
+def test_logits_only_where_something_is_predicted_give_the_same_loss_and_gradient(predicted: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    last = torch.randn(3, 8, 16, generator=generator)
+    labels = torch.randint(0, 50, (3, 8), generator=generator)
+    if predicted == "few":
+        labels[0], labels[1:, :5] = -100, -100
+    elif predicted == "none":
+        labels[:] = -100
+    elif predicted == "the last only":
+        labels[:, :-1] = -100
+    head = torch.nn.Linear(16, 50)
+    found = []
+    for way in (lambda x: nll(head(x), labels), lambda x: nll_where_wanted(head, x, labels)):
+        inputs = last.clone().requires_grad_()
+        total, tokens = way(inputs)
+        total.backward()
+        found.append((float(total.detach()), tokens, inputs.grad))
+    assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-6)
+    torch.testing.assert_close(found[0][2], found[1][2])

@@ -1,0 +1,130 @@
+"""DLoRA in this process: the backbone and devices as threads on LocalLinks. For tests and benchmarks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from split.adapters.lora import initial_adapter
+from split.checkpoint import CheckpointFolder, DeviceRecord
+from split.config import TrainingConfig
+from split.dlora.backbone import Backbone
+from split.dlora.device import DloraTrainer
+from split.dlora.host import BackboneHost
+from split.dlora.sites import layout_of
+from split.errors import IsthmusError
+from split.ledger import Ledger
+from split.link import LocalLink
+from split.local import Text
+from split.models.source import TensorSource
+from split.parts import device_stages, parts_of, server_stages
+from split.plan.profile import LinkProfile
+from split.precision import pick_device, pick_precision
+from split.shapes import Shape
+
+Tell = Callable[[str, str, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class DloraRun:
+    """What a run left: each device's adapter by names in the whole model, its ledger; the server's; the average."""
+
+    adapters: dict[str, dict[str, Tensor]]
+    ledgers: dict[str, Ledger]
+    server: Ledger
+    average: Tensor | None
+
+
+def backbone_of(
+    source: TensorSource, config: TrainingConfig, shapes: Mapping[str, Shape], device: str = "cpu"
+) -> Backbone:
+    where = pick_device(device)
+    stages = server_stages(source, config, shapes, where)
+    return Backbone(stages, layout_of(source.config, config), Ledger(), dtype=pick_precision(config.precision, where))
+
+
+def device_of(
+    source: TensorSource,
+    config: TrainingConfig,
+    text: Text,
+    record: DeviceRecord | None = None,
+    device: str = "cpu",
+    shape: Shape | None = None,
+) -> DloraTrainer:
+    """shape: of the device; None: the job's."""
+    where, shape = pick_device(device), shape or Shape(config.cut_layer, config.rank)
+    stages = device_stages(source, config, shape, where)
+    dtype = pick_precision(config.precision, where)
+    return DloraTrainer(stages, source.config, config, *text, Ledger(), dtype=dtype, record=record, shape=shape)
+
+
+def train_dlora_locally(
+    source: TensorSource,
+    config: TrainingConfig,
+    texts: Sequence[Text],
+    *,
+    device: str = "cpu",
+    shapes: Sequence[Shape] | None = None,
+    profile: LinkProfile = LinkProfile(),
+    checkpoints: Path | None = None,
+    tell: Tell = lambda kind, device, data: None,
+) -> DloraRun:
+    """Trains the devices d0, d1, ... on their texts, as `train_split_locally` does for the other split.
+
+    checkpoints: a folder for records; what is there is gone on from. Raises the first error of a device or the stage.
+    """
+    own = Shape(config.cut_layer, config.rank)
+    named = {f"d{number}": shapes[number] if shapes else own for number in range(len(texts))}
+    trainers = {
+        name: device_of(
+            source, config, text, DeviceRecord(checkpoints / name) if checkpoints else None, device, named[name]
+        )
+        for name, text in zip(named, texts, strict=True)
+    }
+    kept = CheckpointFolder(checkpoints / "server") if checkpoints else None
+    errors: list[BaseException] = []
+    ended = threading.Event()
+
+    def told(kind: str, name: str, data: dict[str, Any]) -> None:
+        tell(kind, name, data)
+        if kind == "failed":
+            errors.append(IsthmusError(str(data["message"])))
+        if kind in ("finished", "failed"):
+            ended.set()
+
+    host = BackboneHost(
+        backbone_of(source, config, named, device),
+        config,
+        {name: trainer.layout for name, trainer in trainers.items()},
+        initial_adapter=initial_adapter(parts_of(source.config, config).adapter, config.seed),
+        checkpoints=kept,
+        resume=kept.last() if kept else None,
+        tell=told,
+    )
+
+    def work(name: str, trainer: DloraTrainer) -> None:
+        link = LocalLink(host, name, trainer.terms, trainer.ledger, profile=profile)
+        try:
+            trainer.run(link, cancelled=threading.Event())
+        except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
+            errors.append(error)
+            link.close()
+
+    threads = [threading.Thread(target=work, args=pair, name=pair[0], daemon=True) for pair in trainers.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if not errors:
+        ended.wait()
+    host.close()
+    if errors:
+        raise errors[0]
+    adapters = {name: trainer.adapter() for name, trainer in trainers.items()}
+    ledgers = {name: trainer.ledger for name, trainer in trainers.items()}
+    return DloraRun(adapters, ledgers, host.ledger, host.average)

@@ -1,0 +1,142 @@
+"""The device's LoRA modules: those of the server's blocks, of which only A and B are here, and who of all is active."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from split.adapters.lora import initial_adapter
+from split.dlora.sites import Layout, Module, Site
+from split.errors import BadTensor
+from split.link import Frame
+from split.models.stage import Stage
+
+_Place = tuple[int, int]  # micro-batch, site
+
+
+class RemoteModules:
+    """Computes what the server asks for. The inputs of a forward pass stay here until their backward pass."""
+
+    def __init__(self, layout: Layout, seed: int, device: torch.device) -> None:
+        self.layout, self._device = layout, device
+        empty = {
+            name: torch.empty(shape, device="meta")
+            for number in sorted(layout.remote)
+            for name, shape in layout.shapes(number).items()
+        }
+        self.parameters = {name: nn.Parameter(value.to(device)) for name, value in initial_adapter(empty, seed).items()}
+        self._under_way: dict[_Place, tuple[Tensor, Tensor]] = {}
+
+    def pair(self, module: Module) -> tuple[nn.Parameter, nn.Parameter]:
+        return tuple(self.parameters[name] for name in module.shapes(0))  # type: ignore[return-value]
+
+    def outputs(self, site: Site, applied: frozenset[int], inputs: Tensor, *, keep_as: int | None = None) -> Tensor:
+        """(rows, inputs) -> what the applied modules of the site add, side by side: (rows, outputs).
+
+        keep_as: the micro-batch whose backward pass will come; None: none will."""
+        inputs = inputs.to(self._device)
+        if keep_as is not None:
+            inputs.requires_grad_()
+        with torch.set_grad_enabled(keep_as is not None):
+            outputs = torch.cat(list(self._added(site, applied, inputs)), dim=1)
+        if keep_as is not None:
+            self._under_way[keep_as, site.number] = inputs, outputs
+        return outputs.detach()
+
+    def _added(self, site: Site, applied: frozenset[int], inputs: Tensor) -> Iterable[Tensor]:
+        for module in site.modules:
+            if module.number in applied:
+                a, b = self.pair(module)
+                yield F.linear(F.linear(inputs, a), b) * self.layout.scale
+
+    def backward(self, site: Site, micro_batch: int, gradients: Tensor, *, wanted: bool) -> Tensor | None:
+        """(rows, outputs), by what `outputs` gave: adds to the trained modules' gradients.
+
+        Returns the gradient by the inputs, (rows, inputs), if it is wanted. Raises BadTensor for what is not due."""
+        inputs, outputs = self._under_way.pop((micro_batch, site.number), (None, None))
+        if inputs is None or outputs is None or outputs.shape != gradients.shape:
+            raise BadTensor(f"gradients for site {site.number} of micro-batch {micro_batch} that are not due")
+        of = [value for module in site.modules for value in self.pair(module) if value.requires_grad]
+        if wanted:
+            of.append(inputs)  # type: ignore[arg-type]
+        if of:
+            outputs.backward(gradients.to(self._device, outputs.dtype), inputs=of)
+        return inputs.grad if wanted else None
+
+    def drop(self) -> None:
+        """Forgets what a step that was cut off had under way."""
+        self._under_way.clear()
+
+
+class ActiveSet:
+    """Which modules train, which the server asks for, which it has merged. `killed`: what becomes of killed ones."""
+
+    def __init__(self, layout: Layout, parameters: Mapping[str, nn.Parameter], front: Stage, killed: str) -> None:
+        """parameters: of all modules, by their names in the whole model."""
+        self.layout, self._killed = layout, killed
+        self._pairs = {module.number: tuple(parameters[name] for name in module.shapes(0)) for module in layout.modules}
+        names = {front.global_name(name): layer for name, layer in front.model.named_modules()}
+        self._front = {
+            number: layer
+            for number in layout.front
+            if isinstance(layer := names[layout.modules[number].name], LoraLayer)
+        }
+        self.trained = frozenset(self._pairs)
+        self._sent: set[int] = set()  # that the server has merged, in this session
+
+    def train(self, numbers: frozenset[int]) -> None:
+        """These are active from now on, all others are killed. A killed module's values and moments stay."""
+        self.trained = numbers
+        self._sent -= numbers
+        for number, pair in self._pairs.items():
+            for value in pair:
+                value.requires_grad_(number in numbers)
+                value.grad = None
+        if self._killed == "drop":
+            for number, layer in self._front.items():
+                layer._disable_adapters = number not in numbers
+
+    def began(self) -> None:
+        """A new session: the server knows of no merged module."""
+        self._sent.clear()
+
+    @property
+    def applied(self) -> frozenset[int]:
+        """That the server has to ask for. A killed module that has not learnt anything (B is zero) adds nothing."""
+        kept: Iterable[int] = ()
+        if self._killed == "keep":
+            kept = (number for number in self.layout.remote - self.trained if self._adds(number))
+        return (self.trained & self.layout.remote).union(kept)
+
+    def to_merge(self) -> list[tuple[int, Tensor]]:
+        """Killed modules that the server shall apply and has not yet: numbers and values, A then B, flat."""
+        if self._killed != "merge":
+            return []
+        due = [number for number in sorted(self.layout.remote - self.trained) if self._adds(number)]
+        due = [number for number in due if number not in self._sent]
+        self._sent.update(due)
+        return [(number, torch.cat([v.detach().reshape(-1).cpu() for v in self._pairs[number]])) for number in due]
+
+    def dropped(self) -> list[str]:
+        """Names of B's that the adapter has as zeros: of dropped modules."""
+        if self._killed != "drop":
+            return []
+        gone = frozenset(self._pairs) - self.trained
+        return [f"{name}.lora_B.weight" for name in self.layout.names(gone)]
+
+    def _adds(self, number: int) -> bool:
+        return bool(self._pairs[number][1].detach().any())
+
+
+def asked_site(layout: Layout, frame: Frame, rows: int, width: int | None = None) -> tuple[Site, Tensor]:
+    """The site of a frame from the server, and its tensor. Raises BadFrame or BadTensor unless it is (rows, width);
+    width None: of the site's inputs."""
+    site = layout.site(frame.site)
+    shape = (rows, site.inputs if width is None else width)
+    if frame.tensor is None or frame.tensor.shape != shape:
+        raise BadTensor(f"what the coordinator sent for site {frame.site} does not have the shape {shape}")
+    return site, frame.tensor

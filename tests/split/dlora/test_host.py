@@ -1,0 +1,297 @@
+"""Devices that go away in the midst of an exchange, and frames that are not due: every step counts once."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from split.adapters.lora import initial_adapter
+from split.checkpoint import CheckpointFolder, DeviceRecord
+from split.config import TrainingConfig
+from split.dlora.device import DloraTrainer
+from split.dlora.host import BackboneHost
+from split.dlora.local import backbone_of, device_of, train_dlora_locally
+from split.dlora.sites import layout_of
+from split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
+from split.link import INPUT_GRADIENT, Frame, LocalLink, Phase
+from split.models.source import ModelFolder
+from split.parts import parts_of
+from split.shapes import Shape
+from tests.split.dlora.jobs import CONFIG, assert_same, dlora_run, text
+from tests.split.tiny_models import make_model
+
+SMALL = dataclasses.replace(
+    CONFIG, steps=4, batch_size=2, rank=2, micro_batches=2, target_modules=("q_proj", "v_proj", "down_proj"),
+    optimizer="sgd", learning_rate=0.5, schedule="constant", checkpoint_every=2, validation_fraction=0.1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama"), "llama", layers=3, hidden=16)
+
+
+class Job:
+    """A host, and devices with text of their own."""
+
+    def __init__(self, folder: Path, config: TrainingConfig, devices: int = 1, records: Path | None = None) -> None:
+        self.source, self.config, self.records = ModelFolder(folder), config, records
+        self.events: list[tuple[str, str, dict[str, Any]]] = []
+        self.finished = threading.Event()
+        kept = CheckpointFolder(records / "server") if records else None
+        self.host = BackboneHost(
+            backbone_of(self.source, config, {"d0": Shape(config.cut_layer, config.rank)}),
+            config,
+            dict.fromkeys([f"d{number}" for number in range(devices)], layout_of(self.source.config, config)),
+            initial_adapter=initial_adapter(parts_of(self.source.config, config).adapter, config.seed),
+            checkpoints=kept,
+            resume=kept.last() if kept else None,
+            tell=self._tell,
+        )
+
+    def _tell(self, kind: str, device: str, data: dict[str, Any]) -> None:
+        self.events.append((kind, device, data))
+        if kind in ("finished", "failed"):
+            self.finished.set()
+
+    def trainer(self, number: int = 0) -> DloraTrainer:
+        record = DeviceRecord(self.records / f"d{number}") if self.records else None
+        return device_of(self.source, self.config, (text(number, 20), text(9, 3)), record)
+
+    def link(self, trainer: DloraTrainer, number: int = 0, frames: int = -1) -> LocalLink:
+        return CutLink(self.host, f"d{number}", trainer, frames)
+
+    def told(self, kind: str) -> list[dict[str, Any]]:
+        return [data for which, _, data in self.events if which == kind]
+
+
+class CutLink(LocalLink):
+    """A link that breaks after a number of frames sent, the last of which gets lost; -1: it does not."""
+
+    def __init__(self, host: BackboneHost, device: str, trainer: DloraTrainer, frames: int) -> None:
+        super().__init__(host, device, trainer.terms, trainer.ledger, timeout=60)
+        self._left = frames
+
+    def send(self, frame: Frame) -> None:
+        if self._left == 0:
+            self.close()
+            raise LinkLost("the link was cut")
+        self._left -= 1
+        super().send(frame)
+
+
+def run(trainer: DloraTrainer, link: LocalLink) -> None:
+    try:
+        trainer.run(link, cancelled=threading.Event())
+    finally:
+        link.close()
+
+
+def undisturbed(folder: Path, config: TrainingConfig, devices: int = 1) -> tuple[dict[str, Any], list[float]]:
+    run, losses = dlora_run(folder, config, [text(number, 20) for number in range(devices)])
+    return run.adapters, losses["d0"]
+
+
+def test_a_link_that_breaks_at_any_frame_costs_no_step_and_counts_none_twice(llama: Path) -> None:
+    adapters, losses = undisturbed(llama, SMALL)
+    whole = Job(llama, SMALL)
+    counted = whole.trainer()
+    run(counted, link := whole.link(counted, frames=10**6))
+    whole.host.close()
+    frames = 10**6 - link._left
+    assert frames > 60
+    for cut in range(1, frames, 5):
+        job = Job(llama, SMALL)
+        trainer = job.trainer()
+        with pytest.raises(LinkLost):
+            run(trainer, job.link(trainer, frames=cut))
+        run(trainer, job.link(trainer))
+        assert job.finished.wait(60)
+        job.host.close()
+        assert_same(trainer.adapter(), adapters["d0"])
+        steps = job.told("step")
+        assert [data["device_step"] for data in steps] == [1, 2, 3, 4], cut
+        assert [data["loss"] for data in steps] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("cut", [30, 60, 75])
+def test_a_device_that_is_restarted_goes_on_from_its_record(llama: Path, tmp_path: Path, cut: int) -> None:
+    adapters, _ = undisturbed(llama, SMALL)
+    job = Job(llama, SMALL, records=tmp_path)
+    first = job.trainer()
+    with pytest.raises(LinkLost):
+        run(first, job.link(first, frames=cut))
+    again = job.trainer()
+    assert again.step == first.step // 2 * 2
+    run(again, job.link(again))
+    assert job.finished.wait(60)
+    job.host.close()
+    assert_same(again.adapter(), adapters["d0"])
+    assert job.told("step")[-1]["device_step"] == SMALL.steps
+
+
+def test_a_job_that_is_resumed_after_the_coordinators_death_is_the_undisturbed_one(llama: Path, tmp_path: Path) -> None:
+    adapters, _ = undisturbed(llama, SMALL, 2)
+    job = Job(llama, SMALL, 2, tmp_path)
+    done, halfway = job.trainer(0), job.trainer(1)
+    run(done, job.link(done, 0))
+    with pytest.raises(LinkLost):
+        run(halfway, job.link(halfway, 1, frames=50))
+    job.host.close()
+    resumed = Job(llama, SMALL, 2, tmp_path)
+    for number in (0, 1):
+        trainer = resumed.trainer(number)
+        run(trainer, resumed.link(trainer, number))
+        assert_same(trainer.adapter(), adapters[f"d{number}"])
+    assert resumed.finished.wait(60)
+    resumed.host.close()
+    assert {data["devices"][0] for data in resumed.told("step")} == {"d1"}  # the other had nothing left to do
+
+
+@pytest.mark.parametrize("cut", [10, 45, 70, 81])
+def test_with_averages_a_device_that_comes_back_goes_on_from_the_last_one(
+    llama: Path, tmp_path: Path, cut: int
+) -> None:
+    config = dataclasses.replace(SMALL, aggregate=True, aggregate_every=2)
+    expected = train_dlora_locally(ModelFolder(llama), config, [(text(n, 20), text(9, 3)) for n in (0, 1)])
+    job = Job(llama, config, 2, tmp_path)
+    trainers = [job.trainer(0), job.trainer(1)]
+    other = threading.Thread(target=run, args=(trainers[1], job.link(trainers[1], 1)))
+    other.start()
+    with pytest.raises(LinkLost):
+        run(trainers[0], job.link(trainers[0], 0, frames=cut))
+    run(trainers[0], job.link(trainers[0], 0))
+    other.join(60)
+    assert job.finished.wait(60)
+    job.host.close()
+    assert_same(trainers[0].adapter(), trainers[1].adapter(), 0)
+    points = [data["step"] for data in job.told("checkpoint")]
+    assert points == [2, 4]
+    assert expected.average is not None
+    assert job.host.average is not None
+    assert torch.isfinite(job.host.average).all()
+
+
+def test_a_device_that_goes_away_is_not_waited_for(llama: Path) -> None:
+    job = Job(llama, SMALL, 2)
+    gone, stays = job.trainer(0), job.trainer(1)
+    with pytest.raises(LinkLost):
+        run(gone, job.link(gone, 0, frames=20))
+    run(stays, job.link(stays, 1))
+    assert not job.finished.is_set()  # the other may come back
+    job.host.start_without({"d0"})
+    assert job.finished.wait(60)
+    job.host.close()
+
+
+def test_a_job_in_which_no_module_is_left_ends_with_a_line(llama: Path) -> None:
+    """The device's own blocks exchange nothing, so their modules would go on: here it has none."""
+    small = {"steps": 30, "cut_layer": 0, "bytes_per_step": 1, "kill_warmup": 3, "kill_anneal": 0, "kill_interval": 1}
+    config = dataclasses.replace(SMALL, **small)  # type: ignore[arg-type]
+    job = Job(llama, config)
+    trainer = job.trainer()
+    run(trainer, job.link(trainer))
+    assert job.finished.wait(60)
+    job.host.close()
+    assert [data["device_step"] for data in job.told("step")] == [1, 2, 3]
+    assert [data["message"] for data in job.told("log")][-1] == (
+        "d0: after step 3 no module is left that trains: its training has ended"
+    )
+    assert [data["step"] for data in job.told("evaluation")] == [0, 30]
+    assert trainer.step == 30
+
+
+Change = Callable[[Frame], Frame]
+FRAMES: dict[str, tuple[Phase, Change]] = {
+    "another site": (Phase.FORWARD, lambda f: dataclasses.replace(f, site=f.site + 1) if f.site else f),
+    "a site that there is not": (Phase.FORWARD, lambda f: dataclasses.replace(f, site=99) if f.site else f),
+    "a row too few": (
+        Phase.FORWARD,
+        lambda f: dataclasses.replace(f, tensor=f.tensor[1:]) if f.site and f.tensor is not None else f,
+    ),
+    "gradients in the place of outputs": (
+        Phase.FORWARD,
+        lambda f: dataclasses.replace(f, phase=Phase.BACKWARD) if f.site else f,
+    ),
+    "a micro-batch that is not under way": (
+        Phase.FORWARD,
+        lambda f: dataclasses.replace(f, micro_batch=f.micro_batch + 1) if f.site else f,
+    ),
+    "no set of modules": (Phase.FORWARD, lambda f: f if f.site else dataclasses.replace(f, trained=b"")),
+    "modules that train and are not applied": (
+        Phase.FORWARD,
+        lambda f: f if f.site else dataclasses.replace(f, applied=bytes(len(f.applied))),
+    ),
+    "modules of the device's own blocks": (
+        Phase.FORWARD,
+        lambda f: f if f.site else dataclasses.replace(f, applied=f.trained),
+    ),
+    "a step too early": (Phase.STEP, lambda f: dataclasses.replace(f, step=f.step + 1)),
+    "values to merge": (
+        Phase.STEP,
+        lambda f: dataclasses.replace(
+            f, phase=Phase.MERGE, step=f.step + 1, tensor=torch.zeros(64), trained=b"\x40\x00"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FRAMES)
+def test_a_frame_that_is_not_due_ends_that_device_alone(llama: Path, what: str) -> None:
+    phase, change = FRAMES[what]
+
+    class Bad(CutLink):
+        def send(self, frame: Frame) -> None:
+            super().send(change(frame) if frame.phase == phase else frame)
+
+    job = Job(llama, dataclasses.replace(SMALL, micro_batches=1), 2)
+    bad, good = job.trainer(0), job.trainer(1)
+    with pytest.raises(BadRequest):
+        run(bad, Bad(job.host, "d0", bad, -1))
+    run(good, job.link(good, 1))
+    job.host.start_without({"d0"})
+    assert job.finished.wait(60)
+    job.host.close()
+
+
+def test_a_device_refuses_what_it_has_not_asked_for(llama: Path) -> None:
+    """A coordinator that sends something else than the protocol says is not answered."""
+    job = Job(llama, dataclasses.replace(SMALL, micro_batches=1))
+    trainer = job.trainer()
+    changes: list[Change] = [
+        lambda f: dataclasses.replace(f, site=77),
+        lambda f: dataclasses.replace(f, step=f.step + 1),
+        lambda f: dataclasses.replace(f, tensor=None),
+        lambda f: dataclasses.replace(f, phase=Phase.BACKWARD, values={INPUT_GRADIENT: 1.0}),
+    ]
+    for change in changes:
+
+        class Odd(CutLink):
+            def receive(self) -> Frame:
+                answer = super().receive()
+                return self.change(answer) if answer.site else answer  # type: ignore[attr-defined,no-any-return]
+
+        link = Odd(job.host, "d0", trainer, -1)
+        link.change = change  # type: ignore[attr-defined]
+        with pytest.raises((BadRequest, BadFrame)):
+            run(trainer, link)
+    job.host.close()
+
+
+def test_an_error_of_the_blocks_is_told_to_the_device(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(llama, SMALL)
+    trainer = job.trainer()
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(job.host.backbone, "forward", full)
+    with pytest.raises(IsthmusError, match="the stage failed: MemoryError"):
+        run(trainer, job.link(trainer))
+    job.host.close()
