@@ -84,9 +84,14 @@ def write_json(path: Path | None, result: dict[str, Any], tell: bool = True) -> 
 def start_job(
     connection: Connection, model: str, dataset: str, devices: Sequence[str], training: TrainingConfig
 ) -> str:
-    """Submits a SplitLoRA job; returns its id."""
+    """Submits a job of the method that its configuration is for; returns its id."""
     spec = pb.JobSpec(
-        method="splitlora", model=model, dataset=dataset, devices=devices, training=training.to_json(), wait_seconds=60
+        method="dlora" if training.dlora else "splitlora",
+        model=model,
+        dataset=dataset,
+        devices=devices,
+        training=training.to_json(),
+        wait_seconds=60,
     )
     return submit(connection, spec).id
 

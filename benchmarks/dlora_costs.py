@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from split.adapters.module_costs import MERGE, ModuleCost, exchange, module_flops
-from split.config import TrainingConfig
+from split.adapters.module_costs import ModuleCost, exchange, module_flops
+from split.config import MERGE, TrainingConfig
 from split.models.architectures import architecture_of
 from split.models.stage import StageSpec, skeleton
 

@@ -24,8 +24,8 @@ from benchmarks.dlora_costs import Costs, Spent
 from benchmarks.dlora_wires import Wires
 from split.adapters.kill_policy import KillPolicy
 from split.adapters.lora import draw_initial_values, lora_config
-from split.adapters.module_costs import DROP, MERGE, module_costs
-from split.config import TrainingConfig
+from split.adapters.module_costs import module_costs
+from split.config import DROP, MERGE, TrainingConfig
 from split.data import Sequences, batch_indices, build_sequences
 from split.documents import Document, read_documents, split_documents
 from split.evaluate import load_model, nll
