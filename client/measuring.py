@@ -1,5 +1,5 @@
-"""What this device can do, measured while it has no task: how fast it trains, and its link to the coordinator, in every
-session and now and then again; and, for a served model, how fast it decodes, once."""
+"""What this device can do, measured while it has no task: its link to the coordinator, in every session and now and
+then again; how fast it trains, in every session; and, for a served model, how fast it decodes, once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from client.identity import Identity
-from client.runner import SERVE, TRAINING, DeviceOptions
+from client.runner import DLORA, SERVE, TRAINING, DeviceOptions
 from split.errors import IsthmusError
 from split.plan.probing import measure_link
 from split.plan.profile import LinkProfile
@@ -40,7 +40,7 @@ class Measurements:
     def __init__(self, identity: Identity, options: DeviceOptions) -> None:
         self._identity, self._options = identity, options
         self._path = options.state / "speed.json"
-        self._serves, self._trains = SERVE in options.allow, TRAINING in options.allow
+        self._serves, self._trains = SERVE in options.allow, bool({TRAINING, DLORA} & set(options.allow))
         self._speeds = kept_speeds(self._path, options.device, options.threads) if self._serves else []
         self._training = 0.0  # FLOP/s; 0: not measured yet
         self._link: LinkProfile | None = None
@@ -76,8 +76,8 @@ class Measurements:
 
     def _measure(self, stop: Callable[[], bool]) -> None:
         options = self._options
-        if self._trains:
-            self._training = measure_training(options.device, slow_down=options.slow_down, stop=stop)
+        if self._trains and not self._training:
+            self._training = measure_training_apart(options, stop=stop)
             log.info("training: %.3g GFLOP/s", self._training / 1e9)
         if self._serves and len(self._speeds) < len(kinds(options.device)):
             self._speeds = measure_apart(self._path, options.device, options.threads, stop=stop)
@@ -92,8 +92,19 @@ def measure_apart(path: Path, device: str, threads: int, *, stop: Callable[[], b
 
     Raises Stopped, IsthmusError when the process fails.
     """
-    command = [sys.executable, "-m", "client.measuring", str(path), device, str(threads)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+    _apart(["speeds", device, str(threads), str(path)], stop)
+    return kept_speeds(path, device, threads)
+
+
+def measure_training_apart(options: DeviceOptions, *, stop: Callable[[], bool]) -> float:
+    """As `measure_training`, likewise."""
+    return float(_apart(["training", options.device, str(options.threads), str(options.slow_down)], stop))
+
+
+def _apart(arguments: Sequence[str], stop: Callable[[], bool]) -> str:
+    """What `main` prints for these arguments."""
+    command = [sys.executable, "-m", "client.measuring", *arguments]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         try:
             while process.poll() is None:
                 if stop():
@@ -102,23 +113,31 @@ def measure_apart(path: Path, device: str, threads: int, *, stop: Callable[[], b
                     process.wait(_POLL)
         finally:
             process.terminate()  # it removes what it has on disk
+        printed = process.stdout.read() if process.stdout is not None else ""
     if process.returncode:
         raise IsthmusError(f"the process that measures ended with status {process.returncode}")
-    return kept_speeds(path, device, threads)
+    return printed
 
 
 def _any(*conditions: Callable[[], bool]) -> bool:
     return any(condition() for condition in conditions)
 
 
-def main(path: str, device: str, threads: str) -> None:
-    """What `measure_apart` starts. It ends with whoever has started it."""
+def main(what: str, device: str, threads: str, rest: str) -> None:
+    """What `_apart` starts. It ends with whoever has started it. rest: a file for speeds, or how much to slow down."""
     ended, parent = threading.Event(), os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     if int(threads):
         torch.set_num_threads(int(threads))
+
+    def stop() -> bool:
+        return ended.is_set() or os.getppid() != parent
+
     with contextlib.suppress(Stopped):
-        measure_speeds(Path(path), device, int(threads), stop=lambda: ended.is_set() or os.getppid() != parent)
+        if what == "training":
+            print(measure_training(device, slow_down=float(rest), stop=stop))
+        else:
+            measure_speeds(Path(rest), device, int(threads), stop=stop)
 
 
 if __name__ == "__main__":

@@ -99,12 +99,14 @@ class OptimizerRecord:
 
 @dataclass(frozen=True)
 class DeviceState:
-    """A device's side after `step` steps. adapter: flat. controller: JSON of what decides which modules are active."""
+    """A device's side after `step` steps. adapter: flat. controller: JSON-able, of what decides which modules train.
+    told: the values of its last STEP."""
 
     step: int
     adapter: Tensor
     optimizer: dict[str, Tensor]
     controller: dict[str, Any]
+    told: dict[str, float] = field(default_factory=dict)
 
 
 class DeviceRecord:
@@ -115,7 +117,8 @@ class DeviceRecord:
 
     def save(self, state: DeviceState) -> None:
         tensors = {"adapter": state.adapter, **{f"optimizer/{name}": value for name, value in state.optimizer.items()}}
-        _save(self.folder, state.step, tensors, {"step": state.step, "controller": state.controller})
+        described = {"step": state.step, "controller": state.controller, "told": state.told}
+        _save(self.folder, state.step, tensors, described)
 
     def last(self) -> DeviceState | None:
         """The newest one; None before the first. Raises WrongState when it cannot be read."""
@@ -130,7 +133,8 @@ class DeviceRecord:
             return None
         tensors, described = _load(self.folder, step)
         optimizer = _part(tensors, "optimizer/")
-        return DeviceState(described["step"], tensors["adapter"], optimizer, described["controller"])
+        controller, told = described["controller"], described["told"]
+        return DeviceState(described["step"], tensors["adapter"], optimizer, controller, told)
 
 
 def _save(folder: Path, step: int, tensors: dict[str, Tensor], described: Mapping[str, object]) -> Path:

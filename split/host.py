@@ -8,8 +8,6 @@ nobody is left, the stage goes back to the last aggregation: the devices' part o
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -17,7 +15,6 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from protos.v1 import stage_pb2
@@ -27,6 +24,7 @@ from split.coding import Plan
 from split.config import TrainingConfig
 from split.errors import BadFrame, BadRequest, IsthmusError, LinkLost, WrongState
 from split.evaluate import nll
+from split.inbox import Inbox
 from split.job_adapters import JobAdapters, Segments
 from split.link import Frame, Phase
 from split.members import Deliver, Member
@@ -118,9 +116,8 @@ class StageHost:
         if resume:
             self._go_back_to(resume)
         self._point = resume or self._snapshot(None)  # the last aggregation, or the start
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="stage-host", daemon=True)
-        self._thread.start()
+        self._inbox = Inbox("stage-host", look=self._drop_silent, fail=self._fail)
+        self._inbox.start()
 
     # ---- called from any thread ----
 
@@ -145,8 +142,7 @@ class StageHost:
 
     def close(self) -> None:
         """Ends the thread once what was submitted is done."""
-        self._inbox.put(None)
-        self._thread.join()
+        self._inbox.close()
 
     def outcome(self) -> Outcome:
         """After `finished`."""
@@ -162,38 +158,12 @@ class StageHost:
 
     # ---- in the host's thread ----
 
-    def _run(self) -> None:
-        torch.get_num_threads()  # takes up the process's setting: a Ray worker's new threads compute with one
-        while True:
-            try:
-                work = self._inbox.get(timeout=1.0)
-            except queue.Empty:
-                work = self._drop_silent
-            if work is None:
-                return
-            try:
-                work()
-            except IsthmusError as error:
-                self._fail(error)
-            except Exception as error:  # a bug or no memory: every device is told, nobody waits for ever
-                self._fail(IsthmusError(f"the stage failed: {type(error).__name__}: {error}"))
-                raise
-
     def _post(self, device: str, deliver: Deliver, work: Callable[[], None]) -> Future[None]:
-        taken: Future[None] = Future()
+        def refused(error: BadRequest) -> None:
+            deliver(error)
+            self._leave(device, deliver)
 
-        def guarded() -> None:
-            try:
-                work()
-            except BadRequest as error:
-                deliver(error)
-                self._leave(device, deliver)
-            finally:
-                if taken.set_running_or_notify_cancel():  # not, if the stream has ended meanwhile
-                    taken.set_result(None)
-
-        self._inbox.put(guarded)
-        return taken
+        return self._inbox.post(work, refused)
 
     def _join(self, device: str, frame: Frame, deliver: Deliver) -> None:
         opened = frame.open

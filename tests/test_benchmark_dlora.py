@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import dlora_bytes
 from benchmarks.dlora import cases_of, training_of
 from benchmarks.dlora_choices import chooser
 from benchmarks.dlora_costs import Costs, Spent
@@ -19,8 +20,13 @@ from benchmarks.dlora_summary import BYTES_A_VALUE, keys, summarise
 from split.adapters.kill_policy import KillPolicy
 from split.adapters.module_costs import module_costs
 from split.config import KEEP
+from split.data import IGNORE, batch_indices
+from split.dlora.device import seen_positions
+from split.dlora.sites import layout_of
 from split.documents import Document
 from split.models.source import open_model
+from tests.split.dlora.jobs import CONFIG, padded_text
+from tests.split.tiny_models import make_model
 
 _POLICY = KillPolicy(warmup_steps=2, schedule="step", active_fraction=0.1, interval=1, hold_steps=0, probe_share=0.0)
 
@@ -167,3 +173,17 @@ def test_a_missing_file_is_one_line_that_says_what_to_do(tmp_path: Path) -> None
     assert done.returncode == 1
     assert done.stdout.strip().startswith("error: no e2e data at")
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_the_bytes_counted_after_all_savings_are_those_that_cross(tmp_path: Path, cut: int) -> None:
+    folder = make_model(tmp_path, "llama", layers=3)
+    training = replace(CONFIG, cut_layer=cut, steps=1)
+    made = padded_text(4)
+    rows = batch_indices(len(made), training.batch_size, 0, training.seed)
+    of_use = int(seen_positions(made.labels[rows][:, 1:] != IGNORE).sum())
+    layout = layout_of(open_model(str(folder)).config, training)
+    found = dlora_bytes.savings(layout, training.batch_size * training.sequence_length, of_use)
+    sizes = list(found.values())
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == dlora_bytes.measured(str(folder), training, made)

@@ -267,11 +267,12 @@ class Controller:
         started = False
         for name in sorted(dead, key=lambda name: -self._urgency(name, step)):
             price = self._adds(name, []) * policy.probe_steps  # as if nothing shared its input
-            if price <= self._credit + 1e-9:
-                self._credit -= price
-                self._active.add(name)
-                self._probing[name] = step + policy.probe_steps
-                started = True
+            if price > self._credit + 1e-9:
+                break  # it is saved up for: or cheap modules would always come before dear ones
+            self._credit -= price
+            self._active.add(name)
+            self._probing[name] = step + policy.probe_steps
+            started = True
         if started:
             self._last_trial = step
         return started

@@ -101,7 +101,8 @@ class DloraTrainer:
         self.killing = Killing(self.layout, self.parameters, model, config, ledger.traffic)
         self.stepper = Stepper(self.parameters, config)
         self.step = 0  # steps done
-        self._told: Frame | None = None  # the last STEP, which a broken link may have lost
+        self._chosen_for = -1  # the step that it was last decided for what trains
+        self._told: dict[str, float] = {}  # by the last STEP, which a broken link may have lost
         self._dtype, self._record, self._stage_digest = dtype, record, stage_digest
         self._initial = self._average = flatten(self.parameters)  # _average: what all devices had last
         self._points = {0: DeviceState(0, self._initial, {}, {})}  # at the last two aggregations
@@ -139,10 +140,7 @@ class DloraTrainer:
         while self.step < self.config.steps:
             if cancelled.is_set():
                 raise Cancelled("the task was cancelled")
-            trained = self.killing.decide(self.step)
-            if trained != self.active.trained:
-                self.active.train(trained)
-            if not trained:
+            if not self._choose():
                 self._end_early(link)
                 break
             loss = self._training_step(link, self.step)
@@ -155,6 +153,14 @@ class DloraTrainer:
         link.send(Frame(Phase.REPORT, step=self.config.steps, values=numbers_of(self.ledger.summary())))
         link.send(Frame(Phase.CLOSE, step=self.config.steps))
         answer_of(link, Phase.CLOSE, self.config.steps)
+
+    def _choose(self) -> bool:
+        """Decides what trains in the step that comes, once for each step; whether anything does."""
+        if self._chosen_for != self.step:
+            self._chosen_for, trained = self.step, self.killing.decide(self.step)
+            if trained != self.active.trained:
+                self.active.train(trained)
+        return bool(self.active.trained)
 
     def _open(self, link: Link) -> bool:
         """Whether there is something to do."""
@@ -172,8 +178,8 @@ class DloraTrainer:
         start = answer.agreement.start_step if answer.phase == Phase.OPEN and answer.agreement else -1
         if self.config.aggregate and start >= 0:
             self._go_to(start, answer.tensor)
-        elif start == self.step - 1 and self._told is not None:
-            link.send(self._told)
+        elif start == self.step - 1 and self._told:
+            link.send(Frame(Phase.STEP, start, values=self._told))
         elif start != self.step:
             raise BadTensor("the coordinator's answer to OPEN does not fit this device")
         self.remote.drop()
@@ -204,16 +210,16 @@ class DloraTrainer:
         self.killing.observe(step, loss, self.active.trained)
         self.stepper.step(step, norm_squared)
         self.step += 1
+        self._told = {"norm_squared": norm_squared, "tokens": float(batch.tokens), "nll": batch.loss}
         self._rest()  # before anyone hears of the step
-        sums = {"norm_squared": norm_squared, "tokens": float(batch.tokens), "nll": batch.loss}
-        self._told = Frame(Phase.STEP, step, values=sums)
-        link.send(self._told)
+        link.send(Frame(Phase.STEP, step, values=self._told))
         return loss
 
     def _end_early(self, link: Link) -> None:
         """No module is left that trains: the job is over for this device."""
         log.warning("after step %d no module is left that trains: training ends here", self.step)
-        link.send(Frame(Phase.STEP, self.step, values={"norm_squared": 0.0, "tokens": 0.0, "nll": 0.0, ENDS: 1.0}))
+        self._told = {"norm_squared": 0.0, "tokens": 0.0, "nll": 0.0, ENDS: 1.0}
+        link.send(Frame(Phase.STEP, self.step, values=self._told))
         self.step = self.config.steps
         self._rest()
         if self.config.evaluates_after(self.step):
@@ -348,7 +354,7 @@ class DloraTrainer:
         aggregates, keeps = self.config.aggregates_after(self.step), self.config.checkpoints_after(self.step)
         if not aggregates and not (keeps and self._record):
             return
-        state = DeviceState(self.step, flatten(self.parameters), self.stepper.state(), self.killing.state())
+        state = DeviceState(self.step, flatten(self.parameters), self.stepper.state(), self.killing.state(), self._told)
         if aggregates:
             self._points = {max(self._points): self._points[max(self._points)], self.step: state}
         if keeps and self._record:
@@ -367,7 +373,7 @@ class DloraTrainer:
         self.stepper = Stepper(self.parameters, self.config)
         self.stepper.load_state(state.optimizer)
         self.killing.load_state(state.controller)
-        self.step = state.step
+        self.step, self._told = state.step, dict(state.told)
 
 
 def seen_positions(wanted: Tensor) -> Tensor:

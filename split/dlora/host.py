@@ -8,14 +8,11 @@ of an exchange takes nothing with it: it does the step anew. Only with `aggregat
 from __future__ import annotations
 
 import math
-import queue
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from protos.v1 import stage_pb2
@@ -29,6 +26,7 @@ from split.dlora.passes import Passing
 from split.dlora.sites import Layout, adapter_of
 from split.errors import BadFrame, BadRequest, IsthmusError, LinkLost, WrongState
 from split.host import PATIENCE, Tell
+from split.inbox import Inbox
 from split.link import ENDS, Frame, Phase
 from split.members import Deliver
 from split.perplexity import perplexity
@@ -53,7 +51,7 @@ class _Member:
     ended: int = 0
     passes: dict[tuple[bool, int], Passing] = field(default_factory=dict)  # evaluating, number
     merged: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    trained: frozenset[int] | None = None  # in the last step
+    trained: frozenset[int] = frozenset()  # in the step under way
     aggregate: Frame | None = None  # that has come, and waits for the others
     heard: float = field(default_factory=time.monotonic)  # of it, last
 
@@ -91,13 +89,14 @@ class BackboneHost:
             raise WrongState("the model's files have changed since the checkpoint was written: put the old ones back")
         self._members: dict[str, _Member] = {}
         self._steps = dict.fromkeys(devices, 0)  # that each device has told of
+        self._trained = {name: frozenset(range(len(one.modules))) for name, one in layouts.items()}  # as was told last
         self._done: set[str] = set()
         self._evaluations: dict[int, dict[str, tuple[float, int]]] = {}
+        self._evaluated: set[int] = set()  # steps of those that were told
         self._resources: dict[str, dict[str, float]] = {}
         self._started = self._finished = False
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="backbone-host", daemon=True)
-        self._thread.start()
+        self._inbox = Inbox("backbone-host", look=self._drop_silent, fail=self._fail)
+        self._inbox.start()
 
     # ---- called from any thread ----
 
@@ -125,8 +124,7 @@ class BackboneHost:
 
     def close(self) -> None:
         """Ends the thread once what was submitted is done, and all passes."""
-        self._inbox.put(None)
-        self._thread.join()
+        self._inbox.close()
         for member in self._members.values():
             _end_passes(member)
 
@@ -142,42 +140,12 @@ class BackboneHost:
 
     # ---- in the host's thread ----
 
-    def _run(self) -> None:
-        torch.get_num_threads()  # takes up the process's setting: a Ray worker's new threads compute with one
-        looked = time.monotonic()
-        while True:
-            try:
-                work = self._inbox.get(timeout=1.0)
-            except queue.Empty:
-                work = self._drop_silent
-            if work is None:
-                return
-            if time.monotonic() - looked > 1.0:
-                looked = time.monotonic()
-                self._drop_silent()
-            try:
-                work()
-            except IsthmusError as error:
-                self._fail(error)
-            except Exception as error:  # a bug or no memory: every device is told, nobody waits for ever
-                self._fail(IsthmusError(f"the stage failed: {type(error).__name__}: {error}"))
-                raise
-
     def _post(self, device: str, deliver: Deliver, work: Callable[[], None]) -> Future[None]:
-        taken: Future[None] = Future()
+        def refused(error: BadRequest) -> None:
+            deliver(error)
+            self._leave(device, deliver)
 
-        def guarded() -> None:
-            try:
-                work()
-            except BadRequest as error:
-                deliver(error)
-                self._leave(device, deliver)
-            finally:
-                if taken.set_running_or_notify_cancel():  # not, if the stream has ended meanwhile
-                    taken.set_result(None)
-
-        self._inbox.put(guarded)
-        return taken
+        return self._inbox.post(work, refused)
 
     def _join(self, device: str, frame: Frame, deliver: Deliver) -> None:
         opened = frame.open
@@ -254,6 +222,7 @@ class BackboneHost:
         self._awaited -= missing - self._members.keys()
         if self._members:
             self._admit()
+        self._tell_evaluations()
         self._finish_if_done()
 
     def _submit(self, device: str, frame: Frame, deliver: Deliver) -> None:
@@ -319,20 +288,20 @@ class BackboneHost:
         trained = layout.unpack(frame.trained)
         if not trained & layout.remote <= applied:
             raise BadFrame("modules that train and are not asked for")
-        if frame.micro_batch and trained != member.trained:
-            raise BadFrame("micro-batches of one step that train different modules")
+        if not frame.micro_batch:
+            member.trained = trained
         if trained != member.trained:
-            self._tell_modules(device, member, frame.step, trained)
+            raise BadFrame("micro-batches of one step that train different modules")
+        self._tell_modules(device, frame.step, trained)
         for number in trained & member.merged.keys():
             del member.merged[number]
         if applied & member.merged.keys():
             raise BadFrame("modules that are merged and to be asked for")
         return Active(trained, applied, dict(member.merged))
 
-    def _tell_modules(self, device: str, member: _Member, step: int, trained: frozenset[int]) -> None:
+    def _tell_modules(self, device: str, step: int, trained: frozenset[int]) -> None:
         layout = self._layouts[device]
-        before = frozenset(range(len(layout.modules))) if member.trained is None else member.trained
-        member.trained = trained
+        before, self._trained[device] = self._trained[device], trained
         killed, revived = before - trained, trained - before
         if killed or revived:
             of = f"{len(trained)} of {len(layout.modules)} active"
@@ -439,10 +408,17 @@ class BackboneHost:
             raise _not_due(device, frame)
         sums = self._evaluations.setdefault(frame.step, {})
         sums[device] = (frame.values.get("evaluation_nll", 0.0), int(frame.values["evaluation_tokens"]))
-        each = {name: perplexity(loss, count) for name, (loss, count) in sums.items() if count}
-        total, tokens = sum(loss for loss, _ in sums.values()), sum(count for _, count in sums.values())
-        if self._awaited <= sums.keys() and tokens:
-            data = {"step": frame.step, "perplexity": perplexity(total, tokens), "tokens": tokens, "devices": each}
+        self._tell_evaluations()
+
+    def _tell_evaluations(self) -> None:
+        """Adds up those that no awaited device lacks."""
+        for step, sums in sorted(self._evaluations.items()):
+            total, tokens = sum(loss for loss, _ in sums.values()), sum(count for _, count in sums.values())
+            if step in self._evaluated or not self._awaited <= sums.keys() or not tokens:
+                continue
+            self._evaluated.add(step)
+            each = {name: perplexity(loss, count) for name, (loss, count) in sums.items() if count}
+            data = {"step": step, "perplexity": perplexity(total, tokens), "tokens": tokens, "devices": each}
             self.tell("evaluation", "", data)
 
     def _leave(self, device: str, deliver: Deliver) -> None:

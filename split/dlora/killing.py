@@ -21,6 +21,7 @@ from split.ledger import Traffic
 
 log = logging.getLogger(__name__)
 
+_PROBE_SHARE, _PROBE_STEPS = 0.8, 40  # most of the budget takes turns: better than to trust in early scores (measured)
 _OF_MODULES = ("forward modules", "backward modules")
 _OF_STEPS = (*_OF_MODULES, "forward", "backward", "step")  # kinds of messages
 
@@ -43,16 +44,21 @@ class Killing:
         self._controller: Controller | None = None
         self._began: tuple[int, int, int] | None = None  # this run's first step; bytes of modules, and in all, by then
         if config.kills:
-            self._controller = self._made(config.active_fraction if not config.bytes_per_step else 0.0)
+            self._controller = self._made(config.active_fraction)  # 1 with bytes_per_step: until those are measured
 
     def _made(self, fraction: float) -> Controller:
         config = self._config
+        turn = min(_PROBE_STEPS, max(1, config.steps // 10))
         policy = KillPolicy(
             active_fraction=fraction,
             warmup_steps=config.kill_warmup,
             anneal_steps=config.kill_anneal,
             interval=config.kill_interval,
             killed=config.killed,
+            probe_share=_PROBE_SHARE,
+            probe_steps=turn,
+            hold_steps=turn,
+            probe_interval=config.kill_interval,
         )
         return Controller(self._costs, policy, config.steps)
 
@@ -94,7 +100,7 @@ class Killing:
         """The share of the modules' bytes that keeps a step within bytes_per_step, from the bytes of the warm-up."""
         controller = self._controller
         assert controller is not None
-        if controller.policy.active_fraction > 0 or self._began is None:
+        if controller.policy.active_fraction < 1 or self._began is None:
             return
         first, modules_before, all_before = self._began
         modules, everything = self._counts()
@@ -104,6 +110,8 @@ class Killing:
         of_modules, rest = (modules - modules_before) / steps, (everything - all_before) / steps
         rest -= of_modules
         fraction = min(1.0, max(0.0, (self._config.bytes_per_step - rest) / max(1.0, of_modules)))
+        if fraction == 1:
+            return
         line = "step %d: modules took %.0f bytes a step, all else %.0f: their share is %.1f %% from now on"
         log.info(line, step, of_modules, rest, 100 * fraction)
         state = controller.state()

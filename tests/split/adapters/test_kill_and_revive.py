@@ -144,6 +144,16 @@ def test_a_stalled_loss_starts_trials_before_their_time() -> None:
     assert 60 <= stalled[0] <= 180  # the loss is smoothed
 
 
+def test_every_killed_module_has_its_turn_however_dear_it_is() -> None:
+    policy = KillPolicy(
+        active_fraction=0.1, warmup_steps=1, schedule="step", probe_share=0.8, probe_steps=10, probe_interval=5
+    )
+    decisions = _run(Controller(_costs(), policy, 600), lambda step, name: 1.0, steps=range(600))
+    assert {name for decision in decisions[1:] for name in decision.revived} >= {
+        name for name in _costs() if not name.startswith("0.") and name not in decisions[1].active
+    }
+
+
 def test_the_same_observations_give_the_same_decisions() -> None:
     first, second = (_run(Controller(_costs(), KillPolicy(), STEPS)) for _ in range(2))
     assert first == second

@@ -136,6 +136,55 @@ def test_a_device_that_is_restarted_goes_on_from_its_record(llama: Path, tmp_pat
     assert job.told("step")[-1]["device_step"] == SMALL.steps
 
 
+def test_decisions_are_made_once_for_each_step_whatever_breaks(llama: Path, tmp_path: Path) -> None:
+    """With links that break, and a device that is restarted, the same modules die and come back as without."""
+    changes = {"steps": 24, "active_fraction": 0.5, "kill_warmup": 2, "kill_anneal": 2, "kill_interval": 1}
+    config = dataclasses.replace(SMALL, killed="drop", checkpoint_every=3, **changes)  # type: ignore[arg-type]
+    quiet = Job(llama, config)
+    trainer = quiet.trainer()
+    run(trainer, quiet.link(trainer))
+    assert quiet.finished.wait(60)
+    quiet.host.close()
+    decided = [(data["step"], data["active"]) for data in quiet.told("modules")]
+    assert len(decided) > 2
+    job = Job(llama, config, records=tmp_path)
+    disturbed = job.trainer()
+    for cut in (45, 30, 61, 17):
+        with pytest.raises(LinkLost):
+            run(disturbed, job.link(disturbed, frames=cut))
+    disturbed = job.trainer()
+    run(disturbed, job.link(disturbed))
+    assert job.finished.wait(60)
+    job.host.close()
+    assert {data["step"]: data["active"] for data in job.told("modules")}.items() <= dict(decided).items()
+    assert_same(disturbed.adapter(), trainer.adapter())
+
+
+def test_a_step_on_the_disk_that_nobody_has_heard_of_counts_after_a_restart(llama: Path, tmp_path: Path) -> None:
+    """The device dies between its record of a step and the STEP that tells of it."""
+    _, losses = undisturbed(llama, SMALL)
+    job = Job(llama, SMALL, records=tmp_path)
+
+    class Dies(CutLink):
+        def send(self, frame: Frame) -> None:
+            if frame.phase == Phase.STEP and frame.step == 1:
+                self.close()
+                raise LinkLost("the device died")
+            super().send(frame)
+
+    first = job.trainer()
+    with pytest.raises(LinkLost):
+        run(first, Dies(job.host, "d0", first, -1))
+    again = job.trainer()
+    assert again.step == 2
+    run(again, job.link(again))
+    assert job.finished.wait(60)
+    job.host.close()
+    steps = job.told("step")
+    assert [data["device_step"] for data in steps] == [1, 2, 3, 4]
+    assert [data["loss"] for data in steps] == pytest.approx(losses, rel=1e-5)
+
+
 def test_a_job_that_is_resumed_after_the_coordinators_death_is_the_undisturbed_one(llama: Path, tmp_path: Path) -> None:
     adapters, _ = undisturbed(llama, SMALL, 2)
     job = Job(llama, SMALL, 2, tmp_path)
