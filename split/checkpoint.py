@@ -100,12 +100,13 @@ class OptimizerRecord:
 @dataclass(frozen=True)
 class DeviceState:
     """A device's side after `step` steps. adapter: flat. controller: JSON-able, of what decides which modules train.
-    told: the values of its last STEP."""
+    trained: names of those that do; told: the values of the last STEP."""
 
     step: int
     adapter: Tensor
     optimizer: dict[str, Tensor]
     controller: dict[str, Any]
+    trained: list[str] | None = None  # None: all
     told: dict[str, float] = field(default_factory=dict)
 
 
@@ -117,7 +118,7 @@ class DeviceRecord:
 
     def save(self, state: DeviceState) -> None:
         tensors = {"adapter": state.adapter, **{f"optimizer/{name}": value for name, value in state.optimizer.items()}}
-        described = {"step": state.step, "controller": state.controller, "told": state.told}
+        described = {name: getattr(state, name) for name in ("step", "controller", "trained", "told")}
         _save(self.folder, state.step, tensors, described)
 
     def last(self) -> DeviceState | None:
@@ -132,9 +133,7 @@ class DeviceRecord:
         if step not in _steps(self.folder):
             return None
         tensors, described = _load(self.folder, step)
-        optimizer = _part(tensors, "optimizer/")
-        controller, told = described["controller"], described["told"]
-        return DeviceState(described["step"], tensors["adapter"], optimizer, controller, told)
+        return DeviceState(adapter=tensors["adapter"], optimizer=_part(tensors, "optimizer/"), **described)
 
 
 def _save(folder: Path, step: int, tensors: dict[str, Tensor], described: Mapping[str, object]) -> Path:

@@ -354,7 +354,14 @@ class DloraTrainer:
         aggregates, keeps = self.config.aggregates_after(self.step), self.config.checkpoints_after(self.step)
         if not aggregates and not (keeps and self._record):
             return
-        state = DeviceState(self.step, flatten(self.parameters), self.stepper.state(), self.killing.state(), self._told)
+        state = DeviceState(
+            self.step,
+            flatten(self.parameters),
+            self.stepper.state(),
+            self.killing.state(),
+            self.layout.names(self.active.trained),
+            self._told,
+        )
         if aggregates:
             self._points = {max(self._points): self._points[max(self._points)], self.step: state}
         if keeps and self._record:
@@ -373,6 +380,8 @@ class DloraTrainer:
         self.stepper = Stepper(self.parameters, self.config)
         self.stepper.load_state(state.optimizer)
         self.killing.load_state(state.controller)
+        if state.trained is not None:
+            self.active.train(frozenset(self.layout.by_name[name].number for name in state.trained))
         self.step, self._told = state.step, dict(state.told)
 
 
