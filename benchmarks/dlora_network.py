@@ -12,10 +12,10 @@ one thread. Each job has a device of its own, since a process's peak memory is t
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -40,7 +40,8 @@ _ALLOWED = "splitlora,dlora,labels-leave,modules-leave"
 
 @dataclass(frozen=True)
 class Row:
-    """One job. Bytes and FLOPs are of a step of the last quarter (local: of all); peak: of the device's process."""
+    """One job. FLOPs and bytes: of the whole job over its steps, FLOPs with both evaluations in them, bytes without.
+    Speed: of the last quarter of the steps (local: of all, in a run without evaluations). peak: of the process."""
 
     method: str
     perplexity: float | None
@@ -89,31 +90,40 @@ def on_the_device(text: Path, model: str, training: TrainingConfig, folder: Path
     call = [sys.executable, "-m", "coordinator.cli.main", "finetune", "--method", "centralised", "--json"]
     call += ["--model", model, "--data", str(text), "--out", str(folder / "local")]
     for key, value in asdict(training).items():
-        if key in ("rank", "steps", "batch_size", "sequence_length", "learning_rate", "seed", "precision"):
+        if key in (
+            "rank",
+            "steps",
+            "batch_size",
+            "sequence_length",
+            "learning_rate",
+            "warmup_steps",
+            "seed",
+            "precision",
+        ):
             call.append(f"--{key.replace('_', '-')}={value}")
     call.append(f"--target-modules={','.join(training.target_modules)}")
     if training.prompt_column and training.completion_column:
         call += ["--prompt-column", training.prompt_column, "--completion-column", training.completion_column]
-    started = time.monotonic()
-    done = subprocess.run(call, capture_output=True, text=True, check=False, env={"OMP_NUM_THREADS": "1", **_here()})
-    if done.returncode:
-        raise IsthmusError(f"the local run failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    report = json.loads(done.stdout)
+    report, _ = _run(call)
+    _, seconds = _run([*call, f"--out={folder / 'timed'}", "--validation-fraction=0"])
     resources = report["resources"]
     return Row(
         method=LOCAL,
         perplexity=report["perplexity_after"],
-        steps_per_second=training.steps / min(resources["compute_seconds"], time.monotonic() - started),
+        steps_per_second=training.steps / seconds,
         flops_a_step=resources["flops"] / training.steps,
         bytes_a_step=0.0,
         peak_bytes=int(resources["peak_bytes"]),
     )
 
 
-def _here() -> dict[str, str]:
-    import os
-
-    return {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+def _run(call: Sequence[str]) -> tuple[dict[str, Any], float]:
+    """Its report, and the seconds that it computed."""
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise IsthmusError(f"the local run failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report, report["resources"]["compute_seconds"]
 
 
 def show(link: str, rows: Sequence[Row]) -> None:
