@@ -70,7 +70,7 @@ def test_speeds_that_cannot_be_count_as_not_measured() -> None:
 
 
 def test_no_two_matrices_are_alike_for_equal_ones_would_be_read_once() -> None:
-    blocks = speed._Blocks(128, 2)
+    blocks = speed.Blocks(128, 2)
     matrices = [tensor for tensor in map(blocks.read, sorted(blocks.tensor_names())) if tensor.ndim == 2]
     assert len({tensor.numpy().tobytes() for tensor in matrices}) == len(matrices) == 2 * 7
     assert all(tensor.unique().numel() > tensor.numel() // 2 for tensor in matrices)  # nor are they in few bits
