@@ -24,7 +24,7 @@ from protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from split.adapters.lora import lora_config, save_adapter
 from split.adapters.served import LoraAdapter
 from split.checkpoint import DeviceRecord, OptimizerRecord
-from split.config import TrainingConfig
+from split.config import MERGE, TrainingConfig
 from split.data import Sequences, sequences_of_file
 from split.dlora.device import DloraTrainer
 from split.errors import IsthmusError, LinkLost, NotAllowed, NotFound
@@ -125,7 +125,7 @@ class Runner(threading.Thread):
                     "the owner of this device keeps its labels: only jobs with --labels device may run here"
                 )
             log.warning("job %s: labels go to the coordinator, which can read the text of %s", self.task.job, data.name)
-        if (config.aggregate or config.killed == "merge") and MODULES_LEAVE not in self._options.allow:
+        if (config.aggregate or config.killed == MERGE) and MODULES_LEAVE not in self._options.allow:
             raise NotAllowed(
                 "the owner of this device keeps what its modules learn: jobs with --aggregate or --killed merge run "
                 f"here with `isthmus-client run --allow {','.join(self._options.allow)},{MODULES_LEAVE}`"

@@ -157,12 +157,12 @@ class Training:
         )
 
     def heat_maps(self, changes: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, str]:
-        layout = layout_of(self.folder.config, self.config) if changes else None
+        if not changes:
+            return {}
+        names = [module.name for module in layout_of(self.folder.config, self.config).modules]
+        folder.mkdir(parents=True, exist_ok=True)
         drawn = {}
-        for device in sorted({change["device"] for change in changes}) if layout else ():
-            assert layout is not None
-            names = [module.name for module in layout.modules]
-            folder.mkdir(parents=True, exist_ok=True)
+        for device in sorted({change["device"] for change in changes}):
             path = folder / f"modules-{device}.png"
             mine = [(change["step"], change["active"]) for change in changes if change["device"] == device]
             heat_map(path, names, [(0, names), *last_of_each(mine)], self.steps)

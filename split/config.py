@@ -63,7 +63,7 @@ class TrainingConfig:
     kill_warmup: int = 30  # steps with all modules active, which score them
     kill_anneal: int = 100  # steps in which the share goes down from there
     kill_interval: int = 10  # steps between decisions
-    killed: str = "keep"  # a killed module is still asked for, or merged into what the server applies, or dropped
+    killed: str = KEEP  # a killed module is still asked for, or merged into what the server applies, or dropped
     aggregate: bool = False  # average the devices' adapters, which are personal otherwise
 
     def __post_init__(self) -> None:
@@ -107,7 +107,7 @@ class TrainingConfig:
         _ = self.data  # raises for what concerns the text
         if self.dlora:
             self._check_dlora()
-        elif self.kills or self.aggregate or self.killed != "keep":
+        elif self.kills or self.aggregate or self.killed != KEEP:
             raise BadRequest("active_fraction, bytes_per_step, killed and aggregate are for method dlora")
 
     def _check_dlora(self) -> None:

@@ -290,7 +290,9 @@ class StageHost:
         batches = {device: tensor_of(frame) for device, frame in frames.items()}
         if self.config.labels == "device":
             for device, output in self.trainer.forward(batches, micro_batch=micro_batch).items():
-                self._answer(device, Frame(Phase.FORWARD, step, micro_batch, _of_use(output.float(), frames[device])))
+                self._answer(
+                    device, Frame(Phase.FORWARD, step, micro_batch, where_wanted(output.float(), frames[device].wanted))
+                )
             return
         labels = {device: frame.labels for device, frame in frames.items() if frame.labels is not None}
         tokens = {device: int(frame.values["tokens"]) for device, frame in frames.items()}
@@ -391,7 +393,7 @@ class StageHost:
     def _evaluated(self, device: str, frame: Frame) -> Frame:
         outputs = self.trainer.evaluate(tensor_of(frame), device)
         if frame.labels is None:
-            return Frame(Phase.EVALUATE, frame.step, tensor=_of_use(outputs.float(), frame))
+            return Frame(Phase.EVALUATE, frame.step, tensor=where_wanted(outputs.float(), frame.wanted))
         loss, tokens = nll(outputs, frame.labels.to(outputs.device))
         return Frame(Phase.EVALUATE, frame.step, values={"nll": float(loss), "tokens": float(tokens)})
 
@@ -470,6 +472,6 @@ class StageHost:
         self.tell("failed", "", {"message": str(error)})
 
 
-def _of_use(outputs: Tensor, frame: Frame) -> Tensor:
-    """Last hidden states, with zeros where the device has no use for them: codecs drop such rows."""
-    return outputs if frame.wanted is None else outputs * frame.wanted.to(outputs.device).unsqueeze(-1)
+def where_wanted(outputs: Tensor, wanted: Tensor | None) -> Tensor:
+    """Last hidden states, with zeros where the device has no use for them: codecs drop such rows. None: all are."""
+    return outputs if wanted is None else outputs * wanted.to(outputs.device).unsqueeze(-1)

@@ -9,18 +9,20 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from split.adapters.lora import initial_adapter, unflatten
 from split.checkpoint import CheckpointFolder, OptimizerRecord
+from split.coding import Terms
 from split.config import TrainingConfig
 from split.data import Sequences
 from split.errors import IsthmusError
 from split.host import Outcome, StageHost
 from split.ledger import Ledger
-from split.link import LocalLink
+from split.link import Link, LocalLink
+from split.members import Host
 from split.models.source import TensorSource
 from split.models.stage import Stage
 from split.parts import device_stages, merging_of, parts_of, server_stages
@@ -41,6 +43,54 @@ class LocalRun:
     outcome: Outcome
     adapter: dict[str, Tensor]
     ledgers: dict[str, Ledger]  # of the devices
+
+
+class Trainer(Protocol):
+    """A device's, of either method."""
+
+    ledger: Ledger
+
+    @property
+    def terms(self) -> Terms: ...
+    def run(self, link: Link, *, cancelled: threading.Event) -> None: ...
+
+
+class LocalJob:
+    """Devices as threads. `told` is what the host is to tell; it passes everything on to `tell`."""
+
+    def __init__(self, tell: Callable[[str, str, dict[str, Any]], None]) -> None:
+        self._tell = tell
+        self._ended = threading.Event()
+        self._errors: list[BaseException] = []
+
+    def told(self, kind: str, name: str, data: dict[str, Any]) -> None:
+        self._tell(kind, name, data)
+        if kind == "failed":
+            self._errors.append(IsthmusError(str(data["message"])))
+        if kind in ("finished", "failed"):
+            self._ended.set()
+
+    def run(self, host: Host, trainers: Mapping[str, Trainer], profile: LinkProfile) -> None:
+        """To the job's end; closes the host. Raises the first error of a device or of the stage."""
+        pairs = [(host, name, trainer, profile) for name, trainer in trainers.items()]
+        threads = [threading.Thread(target=self._work, args=pair, name=pair[1], daemon=True) for pair in pairs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if not self._errors:
+            self._ended.wait()
+        host.close()
+        if self._errors:
+            raise self._errors[0]
+
+    def _work(self, host: Host, name: str, trainer: Trainer, profile: LinkProfile) -> None:
+        link = LocalLink(host, name, trainer.terms, trainer.ledger, profile=profile)
+        try:
+            trainer.run(link, cancelled=threading.Event())
+        except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
+            self._errors.append(error)
+            link.close()  # the others go on without it
 
 
 def train_split_locally(
@@ -88,16 +138,7 @@ def train_split_locally(
         )
     segments = server_stages(source, config, shapes, where)
     kept = CheckpointFolder(checkpoints / "server") if checkpoints else None
-    ended = threading.Event()
-    errors: list[BaseException] = []
-
-    def told(kind: str, name: str, data: dict[str, Any]) -> None:
-        tell(kind, name, data)
-        if kind == "failed":
-            errors.append(IsthmusError(str(data["message"])))
-        if kind in ("finished", "failed"):
-            ended.set()
-
+    job = LocalJob(tell)
     cuts = {name: shape.cut for name, shape in shapes.items()}
     host = StageHost(
         ServerTrainer(segments, config, Ledger(), dtype=dtype, cuts=cuts),
@@ -109,27 +150,10 @@ def train_split_locally(
         segments=lambda shapes: server_stages(source, config, shapes, where),
         checkpoints=kept,
         resume=kept.last() if kept and resume else None,
-        tell=told,
+        tell=job.told,
     )
 
-    def work(name: str, trainer: DeviceTrainer) -> None:
-        link = LocalLink(host, name, trainer.terms, trainer.ledger, profile=profile)
-        try:
-            trainer.run(link, cancelled=threading.Event())
-        except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
-            errors.append(error)
-            link.close()  # the others go on without it
-
-    threads = [threading.Thread(target=work, args=pair, name=pair[0], daemon=True) for pair in devices.items()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if not errors:
-        ended.wait()
-    host.close()
-    if errors:
-        raise errors[0]
+    job.run(host, devices, profile)
     outcome = host.outcome()
     adapter = outcome.merged or {**unflatten(parts.adapter, outcome.device_adapter), **outcome.server}
     return LocalRun(outcome, dict(sorted(adapter.items())), {name: one.ledger for name, one in devices.items()})

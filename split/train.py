@@ -412,8 +412,12 @@ def of_use(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None
     wanted[:, :-1] = labels[:, 1:] != IGNORE  # position t predicts labels[:, t + 1]
     if wanted.float().mean() > _NEARLY_ALL:
         return hidden_states, None
-    seen = wanted.flip(1).cummax(1).values.flip(1)
-    return hidden_states * seen.unsqueeze(-1), wanted
+    return hidden_states * seen_positions(wanted).unsqueeze(-1), wanted
+
+
+def seen_positions(wanted: Tensor) -> Tensor:
+    """(rows, sequence) bool: the positions up to the last wanted one of each row, which alone can influence it."""
+    return wanted.flip(1).cummax(1).values.flip(1)
 
 
 def _batches(sequences: Sequences, size: int) -> Iterator[tuple[Tensor, Tensor]]:

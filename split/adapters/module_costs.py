@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from split.config import KEEP, MERGE, TrainingConfig
-from split.dlora.sites import layout_of
+from split.dlora.sites import Layout, layout_of
 from split.errors import BadRequest
 
 
@@ -68,15 +68,19 @@ def module_costs(config: PreTrainedConfig, training: TrainingConfig) -> dict[str
     layers = config.num_hidden_layers
     if not 0 <= training.cut_layer < layers:
         raise BadRequest(f"cut_layer {training.cut_layer} leaves the cloud no blocks: choose 0 to {layers - 1}")
-    layout = layout_of(config, training)
+    return costs_of(layout_of(config, training))
+
+
+def costs_of(layout: Layout) -> dict[str, ModuleCost]:
+    """Likewise, of a device's modules."""
     return {
         module.name: ModuleCost(
             site=site.name,
             order=site.number - 1,
             d_in=module.inputs,
             d_out=module.outputs,
-            rank=training.rank,
-            remote=module.block >= training.cut_layer,
+            rank=layout.rank,
+            remote=module.number in layout.remote,
         )
         for site in layout.sites
         for module in site.modules

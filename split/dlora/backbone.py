@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from split.dlora.sites import Layout, Site
+from split.dlora.sites import Layout, Module, Site
 from split.ledger import Ledger
 from split.models.stage import Stage
 from split.precision import autocast
@@ -83,20 +83,20 @@ class Pass:
             return None
         if self._site is not site:
             self._site, self._input = site, x
-            trains = self._training and any(module.number in self.active.trained for module in site.modules)
+            trains = self._training and bool(site.among(self.active.trained))
             anchor = x.new_zeros((), requires_grad=trains)  # so that backward comes here, if the input needs none
             asked = _Asked.apply(x, anchor, self, site)  # type: ignore[no-untyped-call]
-            self._added = dict(zip(self._asked_of(site), asked, strict=True))
+            self._added = {module.number: one for module, one in zip(self._asked_of(site), asked, strict=True)}
         assert x is self._input, "modules of a site were given different inputs"
         return self._added.pop(number)
 
-    def _asked_of(self, site: Site) -> list[int]:
-        return [module.number for module in site.modules if module.number in self.active.applied]
+    def _asked_of(self, site: Site) -> list[Module]:
+        return site.among(self.active.applied)
 
     def ask_outputs(self, site: Site, x: Tensor) -> tuple[Tensor, ...]:
         answer = self._asked(site, False, self._packed(x), True)
         assert answer is not None
-        widths = [module.outputs for module in site.modules if module.number in self.active.applied]
+        widths = [module.outputs for module in self._asked_of(site)]
         return tuple(self._unpacked(part, x) for part in answer.split(widths, dim=1))
 
     def ask_gradient(self, site: Site, gradients: tuple[Tensor, ...], like: Tensor, wanted: bool) -> Tensor | None:

@@ -34,14 +34,24 @@ from split.ledger import Ledger
 from split.link import ENDS, INPUT_GRADIENT, Frame, Link, Phase
 from split.models.stage import Stage
 from split.optim import Stepper
+from split.plan.choose import FRONT, FRONT_BACKWARD, TAIL
 from split.precision import autocast
 from split.protocol import EVALUATIONS_AHEAD
 from split.shapes import Shape
-from split.train import Cancelled, Progress, answer_of, check_answer, numbers_of, of_use, tensor_like
+from split.train import (
+    Cancelled,
+    Progress,
+    answer_of,
+    check_answer,
+    numbers_of,
+    of_use,
+    seen_positions,
+    tensor_like,
+)
 
 log = logging.getLogger(__name__)
 
-FRONT, TAIL, FRONT_BACKWARD, MODULES = "front", "tail", "front backward", "modules"
+MODULES, MODULES_BACKWARD = "modules", "modules backward"  # of its work in the ledger, beside the planner's names
 
 
 @dataclass
@@ -98,7 +108,7 @@ class DloraTrainer:
         self.remote = RemoteModules(self.layout, config.seed, self._device)
         self.parameters = dict(sorted({**lora_parameters(stages), **self.remote.parameters}.items()))
         self.active = ActiveSet(self.layout, self.parameters, self.front, config.killed)
-        self.killing = Killing(self.layout, self.parameters, model, config, ledger.traffic)
+        self.killing = Killing(self.layout, self.parameters, config, ledger.traffic)
         self.stepper = Stepper(self.parameters, config)
         self.step = 0  # steps done
         self._chosen_for = -1  # the step that it was last decided for what trains
@@ -189,8 +199,7 @@ class DloraTrainer:
 
     def _training_step(self, link: Link, step: int) -> float:
         """Returns the mean loss."""
-        for number, values in self.active.to_merge():
-            link.send(Frame(Phase.MERGE, step, tensor=values, trained=self.layout.pack(frozenset({number}))))
+        self._merge(link, step)
         rows = batch_indices(len(self.train.input_ids), self.config.batch_size, step, self.config.seed)
         labels = self.train.labels[rows].to(self._device)
         plan = link.coder.plan
@@ -224,6 +233,11 @@ class DloraTrainer:
         self._rest()
         if self.config.evaluates_after(self.step):
             self._evaluate(link, self.step)
+
+    def _merge(self, link: Link, step: int) -> None:
+        """Gives the server what it is to apply itself from here on."""
+        for number, values in self.active.to_merge():
+            link.send(Frame(Phase.MERGE, step, tensor=values, trained=self.layout.pack(frozenset({number}))))
 
     def _send_forwards(self, link: Link, batch: _Batch) -> None:
         """As many micro-batches as may be under way."""
@@ -278,7 +292,7 @@ class DloraTrainer:
         width = self.layout.site(asked.site).outputs(part.applied)
         site, gradients = asked_site(self.layout, asked, part.rows, width)
         wanted = bool(asked.values.get(INPUT_GRADIENT))
-        work = ("modules backward", site.number, gradients.shape, part.applied, self.active.trained, wanted)
+        work = (MODULES_BACKWARD, site.number, gradients.shape, part.applied, self.active.trained, wanted)
         with self.ledger.computing(work):
             gradient = self.remote.backward(site, asked.micro_batch, gradients, wanted=wanted)
         if gradient is not None:
@@ -309,8 +323,7 @@ class DloraTrainer:
         """Sums the loss of the held-out sequences over the split, and reports it."""
         if self.validation is None:
             return
-        for number, values in self.active.to_merge():
-            link.send(Frame(Phase.MERGE, done, tensor=values, trained=self.layout.pack(frozenset({number}))))
+        self._merge(link, done)
         size = self.config.batch_size
         pairs = zip(self.validation.input_ids.split(size), self.validation.labels.split(size), strict=True)
         free, under_way = deque(range(EVALUATIONS_AHEAD + 1)), dict[int, _Part]()
@@ -383,8 +396,3 @@ class DloraTrainer:
         if state.trained is not None:
             self.active.train(frozenset(self.layout.by_name[name].number for name in state.trained))
         self.step, self._told = state.step, dict(state.told)
-
-
-def seen_positions(wanted: Tensor) -> Tensor:
-    """(rows, sequence) bool: the positions up to the last wanted one of each row, which alone can influence it."""
-    return wanted.flip(1).cummax(1).values.flip(1)

@@ -20,7 +20,7 @@ from split.adapters.lora import shapes_of
 from split.averaging import Averager
 from split.checkpoint import Checkpoint, CheckpointFolder
 from split.coding import Plan
-from split.config import TrainingConfig
+from split.config import MERGE, TrainingConfig
 from split.dlora.backbone import Active, Backbone
 from split.dlora.passes import Passing
 from split.dlora.sites import Layout, adapter_of
@@ -310,7 +310,7 @@ class BackboneHost:
             self.tell("modules", device, {"step": step, "message": message, **names, "active": layout.names(trained)})
 
     def _merge(self, device: str, member: _Member, frame: Frame) -> None:
-        if not self._between_steps(member) or frame.step != member.step or self.config.killed != "merge":
+        if not self._between_steps(member) or frame.step != member.step or self.config.killed != MERGE:
             raise _not_due(device, frame)
         layout = self._layouts[device]
         numbers = layout.unpack(frame.trained)

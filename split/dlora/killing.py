@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from split.adapters.kill_and_revive import Controller, Decision
 from split.adapters.kill_policy import KillPolicy
-from split.adapters.module_costs import module_costs
+from split.adapters.module_costs import costs_of
 from split.config import TrainingConfig
 from split.dlora.sites import Layout
 from split.ledger import Traffic
@@ -33,24 +32,19 @@ class Killing:
         self,
         layout: Layout,
         parameters: Mapping[str, nn.Parameter],
-        model: PreTrainedConfig,
         config: TrainingConfig,
         traffic: Traffic,
     ) -> None:
         self._layout, self._parameters, self._config, self._traffic = layout, parameters, config, traffic
-        costs = module_costs(model, replace(config, cut_layer=layout.cut))
-        self._costs = costs if layout.rank else {}
+        self._costs = costs_of(layout)
         self._all = frozenset(module.number for module in layout.modules)
         self._controller: Controller | None = None
         self._began: tuple[int, int, int] | None = None  # this run's first step; bytes of modules, and in all, by then
-        if config.kills:
-            self._controller = self._made(config.active_fraction)  # 1 with bytes_per_step: until those are measured
-
-    def _made(self, fraction: float) -> Controller:
-        config = self._config
+        if not config.kills:
+            return
         turn = min(_PROBE_STEPS, max(1, config.steps // 10))
         policy = KillPolicy(
-            active_fraction=fraction,
+            active_fraction=config.active_fraction,  # 1 with bytes_per_step: until those are measured
             warmup_steps=config.kill_warmup,
             anneal_steps=config.kill_anneal,
             interval=config.kill_interval,
@@ -60,7 +54,7 @@ class Killing:
             hold_steps=turn,
             probe_interval=config.kill_interval,
         )
-        return Controller(self._costs, policy, config.steps)
+        self._controller = Controller(self._costs, policy, config.steps)
 
     def decide(self, step: int) -> frozenset[int]:
         """What trains at this step; the empty set: nothing does any more."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,8 @@ from split.dlora.backbone import Backbone
 from split.dlora.device import DloraTrainer
 from split.dlora.host import BackboneHost
 from split.dlora.sites import layout_of
-from split.errors import IsthmusError
 from split.ledger import Ledger
-from split.link import LocalLink
-from split.local import Text
+from split.local import LocalJob, Text
 from split.models.source import TensorSource
 from split.parts import device_stages, parts_of, server_stages
 from split.plan.profile import LinkProfile
@@ -87,16 +84,7 @@ def train_dlora_locally(
         for name, text in zip(named, texts, strict=True)
     }
     kept = CheckpointFolder(checkpoints / "server") if checkpoints else None
-    errors: list[BaseException] = []
-    ended = threading.Event()
-
-    def told(kind: str, name: str, data: dict[str, Any]) -> None:
-        tell(kind, name, data)
-        if kind == "failed":
-            errors.append(IsthmusError(str(data["message"])))
-        if kind in ("finished", "failed"):
-            ended.set()
-
+    job = LocalJob(tell)
     host = BackboneHost(
         backbone_of(source, config, named, device),
         config,
@@ -104,27 +92,10 @@ def train_dlora_locally(
         initial_adapter=initial_adapter(parts_of(source.config, config).adapter, config.seed),
         checkpoints=kept,
         resume=kept.last() if kept else None,
-        tell=told,
+        tell=job.told,
     )
 
-    def work(name: str, trainer: DloraTrainer) -> None:
-        link = LocalLink(host, name, trainer.terms, trainer.ledger, profile=profile)
-        try:
-            trainer.run(link, cancelled=threading.Event())
-        except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
-            errors.append(error)
-            link.close()
-
-    threads = [threading.Thread(target=work, args=pair, name=pair[0], daemon=True) for pair in trainers.items()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if not errors:
-        ended.wait()
-    host.close()
-    if errors:
-        raise errors[0]
+    job.run(host, trainers, profile)
     adapters = {name: trainer.adapter() for name, trainer in trainers.items()}
     ledgers = {name: trainer.ledger for name, trainer in trainers.items()}
     return DloraRun(adapters, ledgers, host.ledger, host.average)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from split.adapters.lora import initial_adapter
+from split.adapters.lora import flatten, initial_adapter
+from split.config import DROP, KEEP, MERGE
 from split.dlora.sites import Layout, Module, Site
 from split.errors import BadTensor
 from split.link import Frame
@@ -48,10 +49,9 @@ class RemoteModules:
         return outputs.detach()
 
     def _added(self, site: Site, applied: frozenset[int], inputs: Tensor) -> Iterable[Tensor]:
-        for module in site.modules:
-            if module.number in applied:
-                a, b = self.pair(module)
-                yield F.linear(F.linear(inputs, a), b) * self.layout.scale
+        for module in site.among(applied):
+            a, b = self.pair(module)
+            yield F.linear(F.linear(inputs, a), b) * self.layout.scale
 
     def backward(self, site: Site, micro_batch: int, gradients: Tensor, *, wanted: bool) -> Tensor | None:
         """(rows, outputs), by what `outputs` gave: adds to the trained modules' gradients.
@@ -86,6 +86,7 @@ class ActiveSet:
             if isinstance(layer := names[layout.modules[number].name], LoraLayer)
         }
         self.trained = frozenset(self._pairs)
+        self.applied = layout.remote  # that the server has to ask for
         self._sent: set[int] = set()  # that the server has merged, in this session
 
     def train(self, numbers: frozenset[int]) -> None:
@@ -96,7 +97,10 @@ class ActiveSet:
             for value in pair:
                 value.requires_grad_(number in numbers)
                 value.grad = None
-        if self._killed == "drop":
+        # A killed module that has not learnt anything (B is zero) adds nothing, and learns nothing until it is revived.
+        kept = filter(self._adds, self.layout.remote - numbers) if self._killed == KEEP else ()
+        self.applied = (numbers & self.layout.remote).union(kept)
+        if self._killed == DROP:
             for number, layer in self._front.items():
                 layer._disable_adapters = number not in numbers
 
@@ -104,26 +108,17 @@ class ActiveSet:
         """A new session: the server knows of no merged module."""
         self._sent.clear()
 
-    @property
-    def applied(self) -> frozenset[int]:
-        """That the server has to ask for. A killed module that has not learnt anything (B is zero) adds nothing."""
-        kept: Iterable[int] = ()
-        if self._killed == "keep":
-            kept = (number for number in self.layout.remote - self.trained if self._adds(number))
-        return (self.trained & self.layout.remote).union(kept)
-
     def to_merge(self) -> list[tuple[int, Tensor]]:
         """Killed modules that the server shall apply and has not yet: numbers and values, A then B, flat."""
-        if self._killed != "merge":
+        if self._killed != MERGE:
             return []
-        due = [number for number in sorted(self.layout.remote - self.trained) if self._adds(number)]
-        due = [number for number in due if number not in self._sent]
+        due = [number for number in sorted(self.layout.remote - self.trained - self._sent) if self._adds(number)]
         self._sent.update(due)
-        return [(number, torch.cat([v.detach().reshape(-1).cpu() for v in self._pairs[number]])) for number in due]
+        return [(number, flatten(dict(zip("AB", self._pairs[number], strict=True)))) for number in due]
 
     def dropped(self) -> list[str]:
         """Names of B's that the adapter has as zeros: of dropped modules."""
-        if self._killed != "drop":
+        if self._killed != DROP:
             return []
         gone = frozenset(self._pairs) - self.trained
         return [f"{name}.lora_B.weight" for name in self.layout.names(gone)]

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from split.dlora.backbone import Active, Backbone, Pass
-from split.dlora.device import seen_positions
 from split.dlora.sites import Layout, Site
 from split.errors import BadFrame, IsthmusError, LinkLost
+from split.host import where_wanted
 from split.link import INPUT_GRADIENT, Frame, Phase
 from split.members import Deliver
-from split.train import tensor_of
+from split.train import seen_positions, tensor_of
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +85,11 @@ class Passing:
         hidden_states = tensor_of(frame)
         if self.evaluating:
             last = backbone.evaluate(going, hidden_states)
-            self.result = Frame(Phase.EVALUATE, frame.step, self.number, _of_use(last, frame.wanted))
+            self.result = Frame(Phase.EVALUATE, frame.step, self.number, where_wanted(last, frame.wanted))
             return
         in_front = bool(going.active.trained & self._layout.front)
         last = backbone.forward(going, hidden_states, needs_gradient=in_front)
-        answer = Frame(Phase.FORWARD, frame.step, self.number, _of_use(last, frame.wanted))
+        answer = Frame(Phase.FORWARD, frame.step, self.number, where_wanted(last, frame.wanted))
         gradient = backbone.backward(going, tensor_of(self._wait(answer, 0, tuple(last.shape), Phase.BACKWARD)))
         self.result = Frame(Phase.BACKWARD, frame.step, self.number, None if gradient is None else gradient.float())
 
@@ -111,8 +111,3 @@ class Passing:
         if frame is None:
             raise LinkLost("the device has gone")
         return frame
-
-
-def _of_use(outputs: Tensor, wanted: Tensor | None) -> Tensor:
-    """Last hidden states, with zeros where the device has no use for them: codecs drop such rows."""
-    return outputs if wanted is None else outputs * wanted.to(outputs.device).unsqueeze(-1)

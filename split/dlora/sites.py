@@ -7,7 +7,7 @@ in which a forward pass comes to them; sites likewise, from 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -63,10 +63,13 @@ class Site:
     def inputs(self) -> int:
         return self.modules[0].inputs
 
-    def outputs(self, among: Iterable[int]) -> int:
-        """Values a row of what those of its modules give that are `among` these numbers."""
-        chosen = set(among)
-        return sum(module.outputs for module in self.modules if module.number in chosen)
+    def among(self, numbers: Container[int]) -> list[Module]:
+        """Those of its modules that have one of these numbers."""
+        return [module for module in self.modules if module.number in numbers]
+
+    def outputs(self, numbers: Container[int]) -> int:
+        """Values a row of what those give."""
+        return sum(module.outputs for module in self.among(numbers))
 
 
 @dataclass(frozen=True)
