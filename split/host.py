@@ -27,14 +27,14 @@ from split.evaluate import nll
 from split.inbox import Inbox
 from split.job_adapters import JobAdapters, Segments
 from split.link import Frame, Phase
-from split.members import Deliver, Member
+from split.members import Deliver, Member, problem_with_open
 from split.merging import Merging
 from split.perplexity import perplexity
 from split.plan.choose import Planner, View
 from split.plan.moving import Mover
 from split.plan.profile import LinkProfile
 from split.server import ServerTrainer
-from split.streams import missing_families, remembers_samples, stream_of
+from split.streams import remembers_samples, stream_of
 from split.train import tensor_of
 
 Tell = Callable[[str, str, dict[str, Any]], None]  # kind, device, data
@@ -186,20 +186,14 @@ class StageHost:
             self._admit()
 
     def _problem_with(self, device: str, opened: stage_pb2.Open | None) -> str:
-        if device not in self._devices:
-            return f"device {device} has no part in this job"
-        if opened is None:
-            return "OPEN without its contents"
-        missing = missing_families(self.config.codec, opened.codecs)
-        if missing:
-            return f"the device lacks codecs of this job: {', '.join(missing)}; update its software, or choose others"
+        problem = problem_with_open(device, opened, self._devices, self.config)
+        if problem or opened is None:
+            return problem
         problem = self._adapters.problem_with(device, opened)
         if problem:
             return problem
         if opened.samples > _MOST_KEYS and remembers_samples(self.config.codec):
             return f"{opened.samples} training sequences are more than the {_MOST_KEYS} that ef and delta keep apart"
-        if not 0 < opened.samples < 2**40:
-            return f"{opened.samples} training sequences; at least one is needed"
         return ""
 
     def _admit(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -15,6 +15,7 @@ from split.errors import BadFrame, IsthmusError
 from split.ledger import Ledger
 from split.link import Frame, Phase
 from split.plan.profile import LinkProfile
+from split.streams import missing_families
 
 if TYPE_CHECKING:
     from split.dlora.sites import Layout
@@ -42,6 +43,22 @@ class Host(Protocol):
 
     def start_without(self, missing: set[str]) -> None: ...
     def close(self) -> None: ...
+
+
+def problem_with_open(
+    device: str, opened: stage_pb2.Open | None, devices: Collection[str], config: TrainingConfig
+) -> str:
+    """Why a device cannot take part, whatever the method; empty: it can, as far as this goes."""
+    if device not in devices:
+        return f"device {device} has no part in this job"
+    if opened is None:
+        return "OPEN without its contents"
+    missing = missing_families(config.codec, opened.codecs)
+    if missing:
+        return f"the device lacks codecs of this job: {', '.join(missing)}; update its software, or choose others"
+    if not 0 < opened.samples < 2**40:
+        return f"{opened.samples} training sequences; at least one is needed"
+    return ""
 
 
 @dataclass

@@ -28,11 +28,10 @@ from split.errors import BadFrame, BadRequest, IsthmusError, LinkLost, WrongStat
 from split.host import PATIENCE, Tell
 from split.inbox import Inbox
 from split.link import ENDS, Frame, Phase
-from split.members import Deliver
+from split.members import Deliver, problem_with_open
 from split.perplexity import perplexity
 from split.plan.choose import Planner, View
 from split.protocol import EVALUATIONS_AHEAD
-from split.streams import missing_families
 from split.train import tensor_of
 
 
@@ -167,13 +166,9 @@ class BackboneHost:
         self._admit()
 
     def _problem_with(self, device: str, opened: stage_pb2.Open | None) -> str:
-        if device not in self._layouts:
-            return f"device {device} has no part in this job"
-        if opened is None:
-            return "OPEN without its contents"
-        missing = missing_families(self.config.codec, opened.codecs)
-        if missing:
-            return f"the device lacks codecs of this job: {', '.join(missing)}; update its software, or choose others"
+        problem = problem_with_open(device, opened, self._layouts, self.config)
+        if problem or opened is None:
+            return problem
         if opened.adapter_values != self._values_of(device):
             return f"an adapter of {opened.adapter_values} values; this device has {self._values_of(device)}"
         digest = self._stage_digest if isinstance(self._stage_digest, str) else self._stage_digest[device]
@@ -181,8 +176,6 @@ class BackboneHost:
             return "the device's model files differ from the coordinator's: their digests are not the same"
         if opened.last_step > self.config.steps:
             return f"a device after step {opened.last_step} of {self.config.steps}"
-        if not 0 < opened.samples < 2**40:
-            return f"{opened.samples} training sequences; at least one is needed"
         return ""
 
     def _admit(self) -> None:
