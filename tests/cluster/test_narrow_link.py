@@ -37,6 +37,7 @@ pytestmark = pytest.mark.cluster
 
 HOST = "127.0.0.2"  # under which the device knows the coordinator
 NARROW = LinkSpec.parse_short("20mbit,40ms")
+NARROWER = LinkSpec.parse_short("4mbit,40ms")  # on which fewer bytes are quicker, however slow the machine
 HIDDEN = 64
 CONFIG = replace(
     TINY, batch_size=8, sequence_length=64, codec="auto", micro_batches=0, aggregate_every=2, checkpoint_every=10
@@ -97,9 +98,9 @@ def rows_of(device: dict[str, Any], *kinds: str) -> list[dict[str, Any]]:
     return [row for row in device["traffic"] if row["kind"] in kinds]
 
 
-def test_on_20_mbit_training_takes_an_eighth_of_the_bytes_and_every_byte_is_counted(house: FarHouse) -> None:
+def test_on_a_narrow_link_training_takes_an_eighth_of_the_bytes(house: FarHouse) -> None:
+    house.link.set(NARROWER)
     config = replace(CONFIG, cut_layer=2, steps=12, sequence_length=128, aggregate_every=4, learning_rate=4e-3)
-    before = house.link.bytes_up, house.link.bytes_down
     with house.connect() as connection:
         job = house.submit(connection, config, ["far"], model=DEFAULT_MODEL_FOLDER)
         report = succeeded(connection, job)
@@ -119,7 +120,16 @@ def test_on_20_mbit_training_takes_an_eighth_of_the_bytes_and_every_byte_is_coun
     assert sentence.startswith("far: hidden states by ")
     assert "micro-batches a step" in sentence
     rate = float(sentence.partition(", on ")[2].partition(" Mbit/s up")[0])
-    assert 8 < rate < 25  # less where the machine is busy with other things
+    assert 1.6 < rate < 5  # less where the machine is busy with other things
+
+
+def test_every_byte_is_counted(house: FarHouse) -> None:
+    config = replace(CONFIG, cut_layer=2, steps=4, sequence_length=128, aggregate_every=4)
+    before = house.link.bytes_up, house.link.bytes_down
+    with house.connect() as connection:
+        job = house.submit(connection, config, ["far"], model=DEFAULT_MODEL_FOLDER)
+        report = succeeded(connection, job)
+    (device,) = report["devices"]
 
     crossed = house.link.bytes_up - before[0], house.link.bytes_down - before[1]  # of TCP: with TLS and HTTP/2 in it
     for direction, by_device, on_link in (

@@ -77,10 +77,10 @@ def test_auto_chooses_one_node_where_one_has_the_memory(measured: House) -> None
         job = submit(connection, spec).id
         plan = events_until(connection, job, lambda event, data: event.kind == "plan")
         data: dict[str, Any] = json.loads(plan.data)
-        assert data["stages"].endswith(":0-4")
-        assert not data["slower"]
+        assert data["stages"] == "cloud:0-4"  # which has the memory, whatever the devices' speed
+        assert data["slower"] == (data["tokens_per_second"] < data["single_tokens_per_second"])
+        assert not data["slower"] or data["single"] in ("d0", "d1", "d2")
         events_until(connection, job, lambda event, data: event.kind == "started")
-        holder = data["single"]
-        assert list(connection.stub.GetJob(pb.JobRequest(id=job)).devices) == ([] if holder == "cloud" else [holder])
+        assert not connection.stub.GetJob(pb.JobRequest(id=job)).devices
         connection.stub.CancelJob(pb.JobRequest(id=job))
         assert ended(connection, job).state == pb.CANCELLED
