@@ -2,12 +2,14 @@
 
 The frozen backbone is in the cloud; the device has the embedding, the first block, the norm, the head, the text and all
 LoRA modules (Gao and Zhang 2024). Runs are unsplit training with the same modules active at the same steps; bytes and
-FLOPs are counted. Each is held against the run of the same seed in which every module trains at every step.
+FLOPs are counted. Each is held against the run of the same seed in which every module trains at every step. Then jobs
+over a real link, for speed and memory (dlora_network.py).
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
@@ -17,8 +19,10 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
+from benchmarks import dlora_network
 from benchmarks.common import JsonFile, command, console, describe, machine, table, write_json
 from benchmarks.dlora_runs import Case, Outcome, run
+from benchmarks.dlora_start import pretrain, random_llama
 from benchmarks.dlora_summary import keys, summarise
 from coordinator.heat_map import heat_map
 from split.adapters.kill_policy import KillPolicy
@@ -33,6 +37,7 @@ _POLICY = KillPolicy(  # chosen on validation text: few modules at a time, for m
     warmup_steps=1, schedule="step", probe_share=0.8, probe_steps=40, probe_interval=5, hold_steps=40
 )
 _CHOICES = ("shorter", "controller", "fixed", "random")
+_LARGE, _LARGE_START = "large", 300
 _CODECS = ("hadamard,int8", "hadamard,int8:stochastic")
 
 
@@ -105,6 +110,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
             (
                 f"{row['data']}: {row['name']}",
                 row["steps"],
+                f"{row['start']:.3g}",
                 f"{row['perplexity']:.3f}",
                 f"{row['perplexity_ratio']:.4f}",
                 "" if error is None else f"{error:.4f}",
@@ -115,7 +121,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
                 ),
             )
         )
-    columns = ("run", "steps", "perplexity", "ratio", "s.e.", "MB", "bytes saved", "FLOPs saved", "of modules")
+    columns = ("run", "steps", "start", "perplexity", "ratio", "s.e.", "MB", "bytes saved", "FLOPs saved", "of modules")
     console.print(table("held-out perplexity of the adapter, against all active", columns, lines))
 
 
@@ -134,7 +140,17 @@ def main(
     shakespeare: Annotated[Path, typer.Option(help="A text.")] = _SHARED / "shakespeare" / "input.txt",
     data: Annotated[str, typer.Option(help="Which of the two, by commas.")] = "e2e,shakespeare",
     documents: Annotated[int, typer.Option(help="That the device has: rows, or paragraphs.", min=1)] = 500,
-    model: Annotated[str, typer.Option(help="Folder in hub format, or default.")] = "default",
+    model: Annotated[
+        str, typer.Option(help="default, large (97.5 million random parameters), or a folder in hub format.")
+    ] = "default",
+    pretrain_steps: Annotated[
+        int | None,
+        typer.Option(help=f"Train the whole model on other text first. Default: 0; large: {_LARGE_START}.", min=0),
+    ] = None,
+    pretrain_text: Annotated[
+        Path | None,
+        typer.Option(help="That text; default: Python's documentation, which the default model knows."),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps with all modules active.", min=2)] = 300,
     stretch: Annotated[float, typer.Option(help="Steps with Kill and Revive over those.", min=0.01)] = 2.0,
     seeds: Annotated[int, typer.Option(help="Paired runs of each, with seeds 0, 1, ...", min=1)] = 2,
@@ -152,6 +168,10 @@ def main(
     map_file: Annotated[
         Path | None, typer.Option("--heat-map", help="Draw the first controller's run here (PNG).", dir_okay=False)
     ] = None,
+    link: Annotated[
+        str, typer.Option(help="Of the real jobs of one device that come last, RATE,ROUND-TRIP; empty: none.")
+    ] = "20mbit,40ms",
+    network_steps: Annotated[int, typer.Option(help="Of each of these jobs.", min=8)] = 40,
     quick: Annotated[bool, typer.Option("--quick", help="8 steps, 20 documents, one budget: does it run?")] = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -185,19 +205,35 @@ def main(
     result["training"] = asdict(training_of(cases[0]))
     console.print(describe(result["machine"]))
     outcomes: list[Outcome] = []
-    for done in run_all(cases, files, model, workers):
-        outcomes = sorted([*outcomes, done], key=lambda outcome: cases.index(outcome.case))
-        result |= report(outcomes, steps)
-        write_json(json_file, result, tell=False)  # after each run: what has ended is kept when the command is stopped
-    show(result["rows"])
-    for key in keys(result["rows"]):
-        value = result[key]
-        console.print(f"{key}: " + ("no budget of these keeps within 1 %" if value is None else f"{value:.3f}"))
-    mine = [each for each in outcomes if each.case.choice == "controller"]
-    if map_file is not None and mine:
-        draw(map_file, mine[0], model)
-        console.print(f"heat map in {map_file}")
+    with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as temporary:
+        start = _start(model, pretrain_steps, pretrain_text, Path(temporary))
+        for done in run_all(cases, files, start, workers):
+            outcomes = sorted([*outcomes, done], key=lambda outcome: cases.index(outcome.case))
+            result |= report(outcomes, steps)
+            write_json(json_file, result, tell=False)  # after each run: what has ended is kept when it is stopped
+        show(result["rows"])
+        for key in keys(result["rows"]):
+            value = result[key]
+            console.print(f"{key}: " + ("no budget of these keeps within 1 %" if value is None else f"{value:.3f}"))
+        mine = [each for each in outcomes if each.case.choice == "controller"]
+        if map_file is not None and mine:
+            draw(map_file, mine[0], start)
+            console.print(f"heat map in {map_file}")
+        for name in which if link else ():
+            _, rows = dlora_network.measure(files[name], start, link, network_steps, "auto")
+            dlora_network.show(f"{name}, {link}", rows)
+            result.setdefault("network", {})[name] = [asdict(row) for row in rows]
+            write_json(json_file, result, tell=False)
     write_json(json_file, result)
+
+
+def _start(model: str, steps: int | None, text: Path | None, folder: Path) -> str:
+    """The model that all runs begin with, made in the folder where it is not there yet."""
+    if text is not None and not text.is_file():
+        raise BadData(f"no text at {text}: name a .txt file with --pretrain-text")
+    if model == _LARGE:
+        model, steps = str(random_llama(folder / "random")), _LARGE_START if steps is None else steps
+    return str(pretrain(model, text, steps, folder / "start")) if steps else model
 
 
 def _chosen(option: str, text: str, known: Iterable[str]) -> list[str]:

@@ -142,18 +142,8 @@ def show(link: str, rows: Sequence[Row]) -> None:
     console.print(table(f"one device on {link}", columns, lines))
 
 
-def main(
-    data: Annotated[Path, typer.Option(help="E2E's devset.csv, or a text.")] = _SHARED / "e2e" / "devset.csv",
-    model: Annotated[str, typer.Option(help="Folder in hub format, or default.")] = "default",
-    link: Annotated[str, typer.Option(help="RATE,ROUND-TRIP.")] = "20mbit,40ms",
-    steps: Annotated[int, typer.Option(help="Of each job.", min=8)] = 60,
-    codec: Annotated[str, typer.Option(help="What crosses as what, for all methods.")] = "auto",
-    json_file: JsonFile = None,
-) -> None:
-    """Perplexity, FLOPs, memory, bytes and speed of a device: local LoRA, SplitLoRA, DLoRA with and without killing.
-
-    Example: python -m benchmarks.dlora_network --link 20mbit,40ms --json dlora_network.json
-    """
+def measure(data: Path, model: str, link: str, steps: int, codec: str) -> tuple[TrainingConfig, list[Row]]:
+    """The jobs one after the other; their training (of SplitLoRA and local) and a row for each."""
     if not data.is_file():
         raise BadData(f"no text at {data}: name E2E's devset.csv or a .txt file with --data")
     columns = {"prompt_column": "mr", "completion_column": "ref"} if data.suffix == ".csv" else {}
@@ -169,8 +159,6 @@ def main(
         **columns,  # type: ignore[arg-type]
     )
     spec = LinkSpec.parse_short(link)
-    result: dict[str, Any] = {"machine": machine(), "training": asdict(base), "model": model, "link": link}
-    console.print(describe(result["machine"]))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as temporary:
         folder = Path(temporary)
@@ -186,6 +174,25 @@ def main(
                     cluster.wait_connected([method])
                     rows.append(over_the_link(cluster, method, model, training_of(method, base)))
                     cluster.kill(method)
+    return base, rows
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="E2E's devset.csv, or a text.")] = _SHARED / "e2e" / "devset.csv",
+    model: Annotated[str, typer.Option(help="Folder in hub format, or default.")] = "default",
+    link: Annotated[str, typer.Option(help="RATE,ROUND-TRIP.")] = "20mbit,40ms",
+    steps: Annotated[int, typer.Option(help="Of each job.", min=8)] = 60,
+    codec: Annotated[str, typer.Option(help="What crosses as what, for all methods.")] = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """Perplexity, FLOPs, memory, bytes and speed of a device: local LoRA, SplitLoRA, DLoRA with and without killing.
+
+    Example: python -m benchmarks.dlora_network --link 20mbit,40ms --json dlora_network.json
+    """
+    result: dict[str, Any] = {"machine": machine(), "model": model, "link": link}
+    console.print(describe(result["machine"]))
+    base, rows = measure(data, model, link, steps, codec)
+    result["training"] = asdict(base)
     show(link, rows)
     result["rows"] = [asdict(row) for row in rows]
     write_json(json_file, result)

@@ -55,7 +55,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Point:
-    """After some steps: spent so far, and the perplexity on the text to choose by."""
+    """After some steps, of which the first are none: spent so far, and the perplexity on the text to choose by."""
 
     step: int
     values: float
@@ -149,6 +149,7 @@ def run(case: Case, training: TrainingConfig, path: Path, model: str, held_out_r
     decisions: list[tuple[int, list[str]]] = []
     scores: list[tuple[int, dict[str, float]]] = []
     every = max(1, case.steps // evaluations)
+    points.append(Point(0, 0.0, 0.0, 0.0, evaluate(wrapped, texts.validation, held_out_rows)))
     for step in range(case.steps):
         decision = choice.decide(step)
         if not decisions or decision.killed or decision.revived:

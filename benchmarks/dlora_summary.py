@@ -60,6 +60,7 @@ def _row(data: str, name: str, pairs: Sequence[tuple[Outcome, Outcome]]) -> dict
         "steps": first.case.steps,
         "codecs": first.case.codecs,
         "seeds": len(pairs),
+        "start": first.points[0].perplexity,
         "perplexity": math.exp(fmean(math.log(each.test) for each, _ in pairs)),
         "perplexity_ratio": math.exp(fmean(ratios)),
         "perplexity_ratio_standard_error": stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else None,

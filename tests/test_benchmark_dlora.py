@@ -15,7 +15,7 @@ from benchmarks import dlora_bytes
 from benchmarks.dlora import cases_of, training_of
 from benchmarks.dlora_choices import chooser
 from benchmarks.dlora_costs import Costs, Spent
-from benchmarks.dlora_runs import Case, Outcome, Texts, run, spread
+from benchmarks.dlora_runs import Case, Outcome, Point, Texts, run, spread
 from benchmarks.dlora_summary import BYTES_A_VALUE, keys, summarise
 from split.adapters.kill_policy import KillPolicy
 from split.adapters.module_costs import module_costs
@@ -44,6 +44,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _case(**changes: object) -> Case:
     case = Case(data="shakespeare", choice="controller", steps=4, seed=0, policy=_POLICY, documents=40)
     return replace(case, **changes)  # type: ignore[arg-type]
+
+
+def evaluated_before_any_step(text: Path) -> float:
+    return _run(text, _case(steps=1)).points[0].perplexity
 
 
 def _run(text: Path, case: Case) -> Outcome:
@@ -114,7 +118,7 @@ def _outcome(
     policy = KillPolicy(active_fraction=fraction)
     case = Case(data=data, choice=choice, steps=10, seed=seed, policy=policy)
     spent = Spent(u_shape_values=values, module_flops=values, head_flops=100.0)
-    return Outcome(case, test, test, spent, 0, [], [])
+    return Outcome(case, test, test, spent, 0, [Point(0, 0.0, 0.0, 0.0, 900.0)], [])
 
 
 def test_savings_count_where_the_perplexity_is_kept() -> None:
@@ -159,11 +163,15 @@ def test_the_command_runs_and_writes_its_figures_and_its_picture(text: Path, tmp
     out, picture = tmp_path / "dlora.json", tmp_path / "map.png"
     command = [sys.executable, "-m", "benchmarks.dlora", "--quick", "--data", "shakespeare", "--shakespeare", str(text)]
     command += ["--workers", "1", "--choices", "controller", "--json", str(out), "--heat-map", str(picture)]
+    command += ["--link", "", "--pretrain-steps", "30", "--pretrain-text", str(text)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
     assert set(keys([])) <= result.keys()
-    assert result["rows"][0]["name"] == "all active"
+    first = result["rows"][0]
+    assert first["name"] == "all active"
+    unseen = evaluated_before_any_step(text)
+    assert first["start"] < 0.5 * unseen
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
