@@ -38,9 +38,11 @@ def encode_tensor(tensor: Tensor) -> stage_pb2.Tensor:
     """Any shape, one of DTYPES, any device -> the values as they are, little-endian and row-major."""
     if tensor.dtype not in _NAMES:
         raise BadTensor(f"a tensor of {tensor.dtype} cannot be sent; choose one of {', '.join(DTYPES)}")
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    values = tensor.detach().cpu()
+    if values.dtype == torch.bfloat16:  # which NumPy has not
+        values = values.view(torch.int16)
     return stage_pb2.Tensor(
-        codec="none", dtype=_NAMES[tensor.dtype], shape=list(tensor.shape), payload=flat.numpy().tobytes()
+        codec="none", dtype=_NAMES[tensor.dtype], shape=tensor.shape, payload=values.numpy().tobytes()
     )
 
 

@@ -34,6 +34,7 @@ class RemoteHolder:
         self._due: deque[tuple[int, int, asyncio.Future[tuple[Tensor, float]]]] = deque()
         self._last = self._answered = 0  # batches
         self._ended: IsthmusError | None = None
+        self._watch: asyncio.TimerHandle | None = None
 
     async def compute(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
         if self.gone or self._ended is not None:
@@ -44,20 +45,23 @@ class RemoteHolder:
         batch = pb.Batch(id=self._last, rows=rows_to_proto(rows), hidden=self._coder.encode(hidden))
         self.cost.coding += self._coder.seconds - coding
         self.cost.sent += batch.ByteSize()
-        result: asyncio.Future[tuple[Tensor, float]] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[tuple[Tensor, float]] = loop.create_future()
         self._due.append((batch.id, len(hidden), result))
         self._outbox.put_nowait(pb.ToHolder(batch=batch))
-        try:
-            while not result.done():
-                before = self._answered
-                await asyncio.wait({result}, timeout=self._timeout)
-                if not result.done() and self._answered == before:  # nor any batch before this one
-                    self.end(LinkLost(f"it did not answer for {self._timeout:.0f} s"))
-        finally:
-            result.cancel()  # nobody waits any more: its error, if one comes, is no news
-        output, computing = result.result()
+        if self._watch is None:
+            self._watch = loop.call_later(self._timeout, self._look, self._answered)
+        output, computing = await result
         self.cost.add(len(hidden), time.perf_counter() - started, computing)
         return output
+
+    def _look(self, answered: int) -> None:
+        """Since a timeout ago so many had been answered: if none has been since, and one is due, nobody is there."""
+        self._watch = None
+        if self._due and self._answered == answered:
+            self.end(LinkLost(f"it did not answer for {self._timeout:.0f} s"))
+        elif self._due:
+            self._watch = asyncio.get_running_loop().call_later(self._timeout, self._look, self._answered)
 
     def forget(self, sequences: Iterable[int]) -> None:
         if not self.gone:
