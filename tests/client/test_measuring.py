@@ -48,7 +48,7 @@ def options(state: Path, **changes: Any) -> DeviceOptions:
 
 def first_news(mine: Measurements, busy: Callable[[], bool] = lambda: False) -> None:
     async def wait() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             await anext(mine.news(busy))
 
     asyncio.run(wait())
