@@ -32,6 +32,7 @@ from tests.cluster.house import LIMIT, TINY, House, events_of, refusal, succeede
 pytestmark = pytest.mark.cluster
 
 HIDDEN = 32
+_HEARTBEAT = 2.0  # seconds
 CONFIG = replace(TINY, steps=300, aggregate_every=1, checkpoint_every=100)
 
 
@@ -48,11 +49,22 @@ class RawDevice:
         profile = pb.Profile(datasets=[pb.Dataset(name="notes", bytes=1)], task_kinds=["splitlora"])
         self.outbox.put(pb.DeviceMessage(profile=profile))
         with channel(self.identity.address, self.identity.credentials) as control:
-            call = CoordinatorStub(control).Session(iter(self.outbox.get, None), timeout=LIMIT)
+            call = CoordinatorStub(control).Session(self._messages(), timeout=LIMIT)
             assert next(call).WhichOneof("kind") == "welcome"
             yield call
             self.outbox.put(None)
             call.cancel()
+
+    def _messages(self) -> Iterator[pb.DeviceMessage]:
+        """With heartbeats in between: however slow the machine is, the coordinator does not give this device up."""
+        while True:
+            try:
+                message = self.outbox.get(timeout=_HEARTBEAT)
+            except queue.Empty:
+                message = pb.DeviceMessage(heartbeat=pb.Heartbeat())
+            if message is None:
+                return
+            yield message
 
     def digest(self, job: str) -> str:
         from split.models.manifest import Manifest, holder_digest
