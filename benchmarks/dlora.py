@@ -24,6 +24,7 @@ from benchmarks.common import JsonFile, command, console, describe, machine, tab
 from benchmarks.dlora_runs import Case, Outcome, run
 from benchmarks.dlora_start import pretrain, random_llama
 from benchmarks.dlora_summary import keys, summarise
+from coordinator.emulation import LinkSpec
 from coordinator.heat_map import heat_map
 from split.adapters.kill_policy import KillPolicy
 from split.adapters.module_costs import module_costs
@@ -32,7 +33,6 @@ from split.errors import BadData, BadRequest
 from split.models.source import open_model
 
 _SHARED = Path(__file__).parents[2] / "shared" / "data"
-_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _POLICY = KillPolicy(  # chosen on validation text: few modules at a time, for many steps, all of them in turn
     warmup_steps=1, schedule="step", probe_share=0.8, probe_steps=40, probe_interval=5, hold_steps=40
 )
@@ -52,7 +52,7 @@ def training_of(case: Case) -> TrainingConfig:
         precision="float32",
         codec="none",
         seed=case.seed,
-        target_modules=_MODULES,
+        target_modules=dlora_network.MODULES,
     )
     return replace(training, prompt_column="mr", completion_column="ref") if case.data == "e2e" else training
 
@@ -180,6 +180,7 @@ def main(
     Example: python -m benchmarks.dlora --json dlora.json --heat-map dlora.png
     """
     files = {"e2e": e2e, "shakespeare": shakespeare}
+    spec = LinkSpec.parse_short(link) if link else None  # before hours of work: it may be wrong
     policy = _POLICY
     if quick:
         steps, documents, seeds, fractions = 8, 20, 1, "0.1"
@@ -219,8 +220,9 @@ def main(
         if map_file is not None and mine:
             draw(map_file, mine[0], start)
             console.print(f"heat map in {map_file}")
-        for name in which if link else ():
-            _, rows = dlora_network.measure(files[name], start, link, network_steps, "auto")
+        for name in which if spec else ():
+            training = dlora_network.base_training(files[name], network_steps, "auto")
+            rows = dlora_network.measure(files[name], start, training, spec)
             dlora_network.show(f"{name}, {link}", rows)
             result.setdefault("network", {})[name] = [asdict(row) for row in rows]
             write_json(json_file, result, tell=False)

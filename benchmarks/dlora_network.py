@@ -33,6 +33,7 @@ from split.config import TrainingConfig
 from split.errors import BadData, IsthmusError
 
 LOCAL, SPLITLORA, DLORA, KILLING = "local", "splitlora", "dlora", "killing"
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _DATASET = "text"
 _SHARED = Path(__file__).parents[2] / "shared" / "data"
 _ALLOWED = "splitlora,dlora,labels-leave,modules-leave"
@@ -142,12 +143,10 @@ def show(link: str, rows: Sequence[Row]) -> None:
     console.print(table(f"one device on {link}", columns, lines))
 
 
-def measure(data: Path, model: str, link: str, steps: int, codec: str) -> tuple[TrainingConfig, list[Row]]:
-    """The jobs one after the other; their training (of SplitLoRA and local) and a row for each."""
-    if not data.is_file():
-        raise BadData(f"no text at {data}: name E2E's devset.csv or a .txt file with --data")
+def base_training(data: Path, steps: int, codec: str) -> TrainingConfig:
+    """Of SplitLoRA and local; the other methods' differ as `training_of` says."""
     columns = {"prompt_column": "mr", "completion_column": "ref"} if data.suffix == ".csv" else {}
-    base = TrainingConfig(
+    return TrainingConfig(
         steps=steps,
         batch_size=4,
         sequence_length=64,
@@ -155,10 +154,13 @@ def measure(data: Path, model: str, link: str, steps: int, codec: str) -> tuple[
         warmup_steps=min(10, steps // 2),
         precision="float32",
         codec=codec,
-        target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        target_modules=MODULES,
         **columns,  # type: ignore[arg-type]
     )
-    spec = LinkSpec.parse_short(link)
+
+
+def measure(data: Path, model: str, base: TrainingConfig, link: LinkSpec) -> list[Row]:
+    """The jobs one after the other."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as temporary:
         folder = Path(temporary)
@@ -170,11 +172,11 @@ def measure(data: Path, model: str, link: str, steps: int, codec: str) -> tuple[
             for method in (SPLITLORA, DLORA, KILLING):
                 with console.status(method):
                     arguments = ["--threads", "1", "--allow", _ALLOWED]
-                    cluster.start_device(method, {_DATASET: data}, link=spec, arguments=arguments)
+                    cluster.start_device(method, {_DATASET: data}, link=link, arguments=arguments)
                     cluster.wait_connected([method])
                     rows.append(over_the_link(cluster, method, model, training_of(method, base)))
                     cluster.kill(method)
-    return base, rows
+    return rows
 
 
 def main(
@@ -189,10 +191,12 @@ def main(
 
     Example: python -m benchmarks.dlora_network --link 20mbit,40ms --json dlora_network.json
     """
-    result: dict[str, Any] = {"machine": machine(), "model": model, "link": link}
+    if not data.is_file():
+        raise BadData(f"no text at {data}: name E2E's devset.csv or a .txt file with --data")
+    base, spec = base_training(data, steps, codec), LinkSpec.parse_short(link)
+    result: dict[str, Any] = {"machine": machine(), "training": asdict(base), "model": model, "link": link}
     console.print(describe(result["machine"]))
-    base, rows = measure(data, model, link, steps, codec)
-    result["training"] = asdict(base)
+    rows = measure(data, model, base, spec)
     show(link, rows)
     result["rows"] = [asdict(row) for row in rows]
     write_json(json_file, result)

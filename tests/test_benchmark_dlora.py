@@ -46,10 +46,6 @@ def _case(**changes: object) -> Case:
     return replace(case, **changes)  # type: ignore[arg-type]
 
 
-def evaluated_before_any_step(text: Path) -> float:
-    return _run(text, _case(steps=1)).points[0].perplexity
-
-
 def _run(text: Path, case: Case) -> Outcome:
     return run(case, training_of(case), text, "default", held_out_rows=4, evaluations=2)
 
@@ -170,9 +166,19 @@ def test_the_command_runs_and_writes_its_figures_and_its_picture(text: Path, tmp
     assert set(keys([])) <= result.keys()
     first = result["rows"][0]
     assert first["name"] == "all active"
-    unseen = evaluated_before_any_step(text)
-    assert first["start"] < 0.5 * unseen
+    assert first["start"] < 0.5 * _run(text, _case(steps=1)).points[0].perplexity
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_link_that_cannot_be_is_refused_before_any_run(text: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.dlora", "--data", "shakespeare", "--shakespeare", str(text)]
+    done = subprocess.run(
+        [*command, "--link", "soon"], capture_output=True, text=True, env={"COLUMNS": "500"}, check=False, timeout=100
+    )
+    assert done.returncode == 1
+    assert done.stdout.startswith("error: ")
+    assert "soon" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_missing_file_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from tests.cluster.house import TINY, House, events_of, events_until, step_reach
 pytestmark = pytest.mark.cluster
 
 CONFIG = replace(TINY, cuts="auto", steps=20, sequence_length=64, aggregate_every=2, learning_rate=1e-3)
-ONE_THREAD = ("--threads", "1")
 
 
 @pytest.fixture
@@ -27,9 +26,8 @@ def house_of_a_slow_coordinator(tmp_path_factory: pytest.TempPathFactory) -> Ite
     with LocalCluster(folder, coordinator_threads=1) as cluster:
         cluster.start_coordinator(arguments=["--slow-down", "4"])
         house = House(cluster, DEFAULT_MODEL_FOLDER, texts)
-        house.start("device", arguments=ONE_THREAD)
+        house.start("device")
         yield house
-        cluster.stop()
 
 
 def test_a_device_that_comes_back_slower_gives_blocks_up_and_the_loss_does_not_jump(
@@ -43,7 +41,7 @@ def test_a_device_that_comes_back_slower_gives_blocks_up_and_the_loss_does_not_j
         assert had > 1
         reached = step_reached(connection, job, 4)
         house.cluster.kill("device")
-        house.start("device", arguments=[*ONE_THREAD, "--slow-down", "16"])
+        house.start("device", arguments=["--threads", "1", "--slow-down", "16"])
         second = events_until(connection, job, lambda event, data: event.kind == "shape", after=reached.number)
         moved = json.loads(second.data)
         report = succeeded(connection, job)
