@@ -24,12 +24,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("cut", [0, 1])
 def test_with_all_modules_active_it_is_unsplit_peft(tmp_path: Path, architecture: str, cut: int) -> None:
+    """With SGD, for Adam divides each gradient by its own size: where one is next to nothing, its rounding grows."""
     folder = make_model(tmp_path, architecture, layers=3, tied=architecture == "gpt2")
-    config = dataclasses.replace(CONFIG, cut_layer=cut, target_modules=TABLE[architecture].linear_modules)
+    linear = TABLE[architecture].linear_modules
+    config = dataclasses.replace(CONFIG, cut_layer=cut, target_modules=linear, optimizer="sgd", learning_rate=0.5)
     losses, adapter = unsplit_run(folder, config, text(0))
     run, told = dlora_run(folder, config, [text(0)])
     assert told["d0"] == pytest.approx(losses, rel=1e-5)
-    assert_same(run.adapters["d0"], adapter)
+    assert_same(run.adapters["d0"], adapter, tolerance=1e-6)
     assert all(float(value.abs().max()) > 1e-3 for name, value in adapter.items() if "lora_B" in name)  # it trains
 
 
