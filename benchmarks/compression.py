@@ -29,8 +29,8 @@ from split.adapters.lora import lora_config, save_adapter
 from split.config import TrainingConfig
 from split.data import Sequences, sequences_of_file
 from split.errors import BadData, BadRequest
-from split.evaluate import nll
 from split.local import train_split_locally
+from split.loss import nll
 from split.models.source import open_model
 from split.plan.profile import LinkProfile
 

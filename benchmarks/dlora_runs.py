@@ -28,7 +28,8 @@ from split.adapters.module_costs import module_costs
 from split.config import DROP, MERGE, TrainingConfig
 from split.data import Sequences, batch_indices, build_sequences
 from split.documents import Document, read_documents, split_documents
-from split.evaluate import load_model, nll
+from split.evaluate import load_model
+from split.loss import nll
 from split.models.architectures import architecture_of
 from split.models.source import open_model
 from split.optim import Stepper

@@ -12,7 +12,8 @@ from benchmarks.common import console
 from benchmarks.split_training import write_random_llama
 from split.data import batch_indices, build_sequences
 from split.documents import DataConfig, Document, read_documents
-from split.evaluate import load_model, nll
+from split.evaluate import load_model
+from split.loss import nll
 from split.models.source import open_model
 from split.stdlib_text import training_documents
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from split.adapters.lora import draw_initial_values, lora_config, save_adapter
 from split.config import TrainingConfig
 from split.data import Sequences, batch_indices, sequences_of_file
-from split.evaluate import load_model, nll
+from split.evaluate import load_model
 from split.ledger import Ledger
+from split.loss import nll
 from split.models.source import open_model
 from split.optim import Stepper
 from split.perplexity import perplexity

@@ -1,7 +1,5 @@
-"""Perplexity by one definition: the loss that training uses, and the evaluation of an unsplit model on files.
-
-The evaluation takes plain transformers and peft, so that anyone can repeat a reported figure.
-"""
+"""Perplexity of an unsplit model on files, by the loss that training uses, with plain transformers and peft: so that
+anyone can repeat a reported figure."""
 
 from __future__ import annotations
 
@@ -12,21 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from split.data import IGNORE, Sequences, build_sequences
+from split.data import Sequences, build_sequences
 from split.documents import DataConfig, read_documents
 from split.errors import BadData, BadModelFolder, BadRequest
+from split.loss import nll
 from split.models.default_model import DEFAULT_MODEL_FOLDER
 from split.perplexity import perplexity
 
-if TYPE_CHECKING:  # training imports nll() from here and needs neither library for it
+if TYPE_CHECKING:  # loaded with the first model
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_NEARLY_ALL = 0.97  # of the positions: then choosing them takes longer than it saves
-_CHUNK_VALUES = 2**24  # logits made float32 at a time: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -40,50 +34,6 @@ class Evaluation:
     sequence_length: int
     model: str
     adapter: str | None
-
-
-def nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """Summed negative log likelihood of next tokens, in nats, and how many were predicted.
-
-    logits: (batch, sequence, vocabulary), any float dtype; labels: (batch, sequence) int64 on the same device, not
-    shifted, -100 where no loss is taken. Position t predicts labels[:, t + 1]; the last position predicts nothing.
-    The sum is float32 (float64 for float64 logits) and differentiable; big logits are taken in chunks and recomputed
-    in the backward pass, so that there is never a second whole copy of them in float32.
-    """
-    targets = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORE)], dim=1).reshape(-1)
-    rows = logits.reshape(-1, logits.shape[-1])  # a view: shifting the logits instead of the labels would copy them
-    size = max(1, _CHUNK_VALUES // rows.shape[-1])
-    if len(rows) <= size:
-        total = _chunk_nll(rows, targets)
-    else:
-        parts = [
-            checkpoint(
-                _chunk_nll,
-                rows[start : start + size],
-                targets[start : start + size],
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            for start in range(0, len(rows), size)
-        ]
-        total = torch.stack(parts).sum()
-    return total, int((targets != IGNORE).sum())
-
-
-def nll_where_wanted(head: Callable[[Tensor], Tensor], last: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """`nll` of head(last), computed only at the positions at which something is predicted: prompts and padding take no
-    logits. head: works position by position; last: (batch, sequence, hidden); labels: (batch, sequence)."""
-    targets = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORE)], dim=1)
-    wanted = targets != IGNORE
-    if wanted.float().mean() > _NEARLY_ALL:
-        return nll(head(last), labels)
-    rows = F.pad(last[wanted], (0, 0, 0, 1))  # in `nll` the last position of a row predicts nothing: a row more
-    return nll(head(rows.unsqueeze(0)), F.pad(targets[wanted], (1, 0), value=IGNORE).unsqueeze(0))
-
-
-def _chunk_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, targets, ignore_index=IGNORE, reduction="sum")
 
 
 def evaluate_files(

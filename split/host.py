@@ -23,10 +23,10 @@ from split.checkpoint import Checkpoint, CheckpointFolder
 from split.coding import Plan
 from split.config import TrainingConfig
 from split.errors import BadFrame, BadRequest, IsthmusError, LinkLost, WrongState
-from split.evaluate import nll
 from split.inbox import Inbox
 from split.job_adapters import JobAdapters, Segments
 from split.link import Frame, Phase
+from split.loss import nll
 from split.members import Deliver, Member, problem_with_open
 from split.merging import Merging
 from split.perplexity import perplexity

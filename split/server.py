@@ -19,8 +19,8 @@ from split.adapters.frozen import FrozenPart
 from split.adapters.lora import lora_parameters
 from split.config import TrainingConfig
 from split.errors import WrongState
-from split.evaluate import nll
 from split.ledger import Ledger
+from split.loss import nll
 from split.models.stage import Stage
 from split.optim import Stepper
 from split.precision import autocast

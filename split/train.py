@@ -31,9 +31,9 @@ from split.coding import Terms
 from split.config import TrainingConfig
 from split.data import IGNORE, Sequences, batch_indices, micro_batch_slices
 from split.errors import BadFrame, BadTensor, WrongState
-from split.evaluate import nll_where_wanted
 from split.ledger import Ledger
 from split.link import Frame, Link, Phase
+from split.loss import nll_where_wanted
 from split.models.stage import Stage
 from split.optim import Stepper
 from split.plan.choose import DEVICE_WORK, FRONT, FRONT_BACKWARD, RECENT, TAIL, candidates

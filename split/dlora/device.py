@@ -29,9 +29,9 @@ from split.dlora.killing import Killing
 from split.dlora.modules import ActiveSet, RemoteModules, asked_site
 from split.dlora.sites import layout_of
 from split.errors import BadTensor
-from split.evaluate import nll_where_wanted
 from split.ledger import Ledger
 from split.link import ENDS, INPUT_GRADIENT, Frame, Link, Phase
+from split.loss import nll_where_wanted
 from split.models.stage import Stage
 from split.optim import Stepper
 from split.plan.choose import FRONT, FRONT_BACKWARD, TAIL

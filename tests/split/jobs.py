@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from split.adapters.lora import add_lora, draw_initial_values, lora_config
 from split.config import TrainingConfig
 from split.data import Sequences, batch_indices
-from split.evaluate import nll
 from split.host import Outcome
 from split.ledger import Ledger
 from split.local import train_split_locally
+from split.loss import nll
 from split.models.source import ModelFolder
 from split.models.stage import build_stages, cut_in_two, cut_u_shaped
 from split.train import DeviceTrainer, ServerTrainer

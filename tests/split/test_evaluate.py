@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import split.evaluate
+import split.loss
 from split.documents import DataConfig
 from split.errors import BadData, BadModelFolder, BadRequest
-from split.evaluate import evaluate_files, nll, nll_where_wanted
+from split.evaluate import evaluate_files
+from split.loss import nll, nll_where_wanted
 from split.perplexity import PERPLEXITY, perplexity
 
 TEXT = (
@@ -204,7 +206,7 @@ def logits_and_labels(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def test_nll_and_its_gradient_are_the_sum_over_predicted_tokens(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int
 ) -> None:
-    monkeypatch.setattr(split.evaluate, "_CHUNK_VALUES", chunk)
+    monkeypatch.setattr(split.loss, "_CHUNK_VALUES", chunk)
     logits, labels = logits_and_labels(dtype)
     total, tokens = nll(logits, labels)
     (gradient,) = torch.autograd.grad(total, logits)
@@ -229,7 +231,7 @@ def test_nll_without_anything_to_predict_is_zero_with_a_gradient() -> None:
 
 
 def test_big_logits_are_never_copied_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split.evaluate, "_CHUNK_VALUES", 44)
+    monkeypatch.setattr(split.loss, "_CHUNK_VALUES", 44)
     logits, labels = logits_and_labels(torch.float32)
     saved: list[int] = []
 

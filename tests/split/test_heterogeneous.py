@@ -18,10 +18,10 @@ from split.codecs import FAMILIES
 from split.coding import Terms
 from split.config import TrainingConfig
 from split.errors import BadRequest
-from split.evaluate import nll
 from split.host import StageHost
 from split.ledger import Ledger
 from split.link import Frame, LocalLink, Phase
+from split.loss import nll
 from split.models.source import ModelFolder
 from split.parts import device_stages, merging_of, server_stages
 from split.server import ServerTrainer

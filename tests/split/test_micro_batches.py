@@ -17,10 +17,10 @@ from split.adapters.lora import add_lora, lora_config, lora_parameters
 from split.coding import Plan, Terms
 from split.config import TrainingConfig
 from split.data import Sequences, batch_indices
-from split.evaluate import nll
 from split.host import StageHost
 from split.ledger import Ledger
 from split.link import Frame, LocalLink, Phase
+from split.loss import nll
 from split.models.source import ModelFolder
 from split.models.stage import build_stages, cut_in_two, cut_u_shaped
 from split.plan.choose import Planner, View

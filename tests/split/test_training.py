@@ -119,7 +119,7 @@ def _unsplit_perplexity(folder: Path, config: TrainingConfig, adapter: dict, tex
     from transformers import AutoModelForCausalLM
 
     from split.adapters.lora import lora_config, save_adapter
-    from split.evaluate import nll
+    from split.loss import nll
 
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     save_adapter(out, adapter, lora_config(config, base.config), str(folder))

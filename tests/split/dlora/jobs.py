@@ -18,7 +18,7 @@ from split.config import TrainingConfig
 from split.data import IGNORE, Sequences, batch_indices
 from split.dlora.killing import Killing
 from split.dlora.local import DloraRun, train_dlora_locally
-from split.evaluate import nll
+from split.loss import nll
 from split.models.source import ModelFolder
 from split.optim import Stepper
 from tests.split.jobs import random_text
