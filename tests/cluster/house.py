@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
 import threading
 import time
@@ -12,8 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
+import torch
 
 from client.identity import Identity
 from coordinator import local_cluster
@@ -112,19 +115,22 @@ class House:
         return run_cli(*words)
 
 
-def run_cli(*arguments: str) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of `isthmus ARGUMENTS`, as its entry point runs it."""
+def run_cli(*arguments: str, main: Callable[[], None] = cli.main, text: str = "") -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of `isthmus ARGUMENTS`, or of another program's entry point.
+
+    text: its standard input. What it does to the environment and to torch's threads ends with it.
+    """
     out, err = io.StringIO(), io.StringIO()
-    before = sys.argv
-    sys.argv = ["isthmus", *arguments]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main()
-        status = 0
-    except SystemExit as ended:
-        status = int(ended.code or 0)
-    finally:
-        sys.argv = before
+    threads = torch.get_num_threads()
+    with mock.patch.object(sys, "argv", ["isthmus", *arguments]), mock.patch.object(sys, "stdin", io.StringIO(text)):
+        try:
+            with mock.patch.dict(os.environ), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                main()
+            status = 0
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        finally:
+            torch.set_num_threads(threads)
     return status, out.getvalue(), err.getvalue()
 
 

@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+import client.cli
 from client.weights import device_source
 from protos.v1 import coordinator_pb2 as pb
 from protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from split.errors import NotAllowed
 from split.tls import channel, error_of
-from tests.cluster.house import LIMIT, House, refusal, wait_for
+from tests.cluster.house import LIMIT, House, refusal, run_cli, wait_for
 from tests.cluster.test_serving import COUNT, STREAMS, Served, served, texts_of
 
 pytestmark = pytest.mark.cluster
@@ -55,21 +56,19 @@ def wanted(shared_house: House) -> list[str]:
 
 
 def command(house: House, device: str, *arguments: str, prompt: str = PROMPT) -> list[str]:
-    words = [sys.executable, "-m", "client.cli", "generate", "--state-dir", str(house.cluster.folder / device)]
-    return [*words, "--prompt", prompt, "--max-tokens", str(COUNT), "--temperature", "0", "--threads", "1", *arguments]
+    words = ["generate", "--state-dir", str(house.cluster.folder / device), "--prompt", prompt]
+    return [*words, "--max-tokens", str(COUNT), "--temperature", "0", "--threads", "1", *arguments]
 
 
-def generate(house: House, device: str, *arguments: str, prompt: str = PROMPT, text: str | None = None) -> Ended:
-    done = subprocess.run(
-        command(house, device, *arguments, prompt=prompt), capture_output=True, text=True, timeout=LIMIT, input=text
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
+def generate(house: House, device: str, *arguments: str, prompt: str = PROMPT, text: str = "") -> Ended:
+    """`isthmus-client generate` in this process (an interpreter with torch takes seconds to start)."""
+    return Ended(*run_cli(*command(house, device, *arguments, prompt=prompt), main=client.cli.main, text=text))
 
 
 @contextlib.contextmanager
 def generating(house: House, device: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Under way: its first text has come."""
-    words = command(house, device, *arguments)
+    """In a process of its own, and under way."""
+    words = [sys.executable, "-m", "client.cli", *command(house, device, *arguments)]
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
     ) as process:
