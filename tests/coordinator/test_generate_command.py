@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,9 +30,9 @@ def wanted(model: Path) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def local(model: Path, *arguments: str) -> tuple[int, str, str]:
+def local(model: Path, *arguments: str, text: str = "") -> tuple[int, str, str]:
     common = ("--local", "--model", str(model), "--runtime", "torch", "--temperature", "0", "--max-tokens", "20")
-    return run_cli(arguments[0], *common, *arguments[1:])
+    return run_cli(arguments[0], *common, *arguments[1:], text=text)
 
 
 def test_the_answer_is_the_whole_models(model: Path, wanted: str) -> None:
@@ -96,9 +94,9 @@ def test_an_answer_ends_before_a_stop_text(model: Path, wanted: str) -> None:
     assert local(model, "generate", "--prompt", PROMPT, "--stop", stop)[1] == wanted[: wanted.index(stop)] + "\n"
 
 
-def test_a_conversation_ends_with_an_empty_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\n"))
-    status, out, _ = run_cli("chat", "--local", "--runtime", "torch", "--max-tokens", "5", "--seed", "1")
+def test_a_conversation_ends_with_an_empty_line() -> None:
+    arguments = ("chat", "--local", "--runtime", "torch", "--max-tokens", "5", "--seed", "1")
+    status, out, _ = run_cli(*arguments, text="hello\n\n")
     assert status == 0
     assert out.count("> ") == 2
 
@@ -129,9 +127,8 @@ def test_what_cannot_be_is_one_line(arguments: tuple[str, ...], line: str) -> No
     assert error.count("\n") == 1
 
 
-def test_a_model_without_a_template_cannot_chat(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
-    status, _, error = local(model, "chat")
+def test_a_model_without_a_template_cannot_chat(model: Path) -> None:
+    status, _, error = local(model, "chat", text="hello\n")
     assert status == 1
     assert "no chat template; use `isthmus generate --prompt`" in error
 
