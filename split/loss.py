@@ -25,7 +25,7 @@ def nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     The sum is float32 (float64 for float64 logits) and differentiable, once. Beside the logits only their gradient is
     as large: never is there a second copy of them in float32, which would be most of a device's memory.
     """
-    targets = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORE)], dim=1).reshape(-1)
+    targets = _next_tokens(labels).reshape(-1)
     rows = logits.reshape(-1, logits.shape[-1])  # a view: shifting the logits instead of the labels would copy them
     total: Tensor = _SummedNll.apply(rows, targets)  # type: ignore[no-untyped-call]
     return total, int((targets != IGNORE).sum())
@@ -34,12 +34,17 @@ def nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
 def nll_where_wanted(head: Callable[[Tensor], Tensor], last: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     """`nll` of head(last), computed only at the positions at which something is predicted: prompts and padding take no
     logits. head: works position by position; last: (batch, sequence, hidden); labels: (batch, sequence)."""
-    targets = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORE)], dim=1)
+    targets = _next_tokens(labels)
     wanted = targets != IGNORE
     if wanted.float().mean() > _NEARLY_ALL:
         return nll(head(last), labels)
     rows = F.pad(last[wanted], (0, 0, 0, 1))  # in `nll` the last position of a row predicts nothing: a row more
     return nll(head(rows.unsqueeze(0)), F.pad(targets[wanted], (1, 0), value=IGNORE).unsqueeze(0))
+
+
+def _next_tokens(labels: Tensor) -> Tensor:
+    """What each position predicts; the last one nothing."""
+    return torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORE)], dim=1)
 
 
 class _SummedNll(torch.autograd.Function):
