@@ -254,6 +254,11 @@ def bind_one_of(server: grpc.aio.Server, host: str, ports: tuple[int, int], cred
     return bind(server, host, last, credentials)
 
 
+_BROKE_OFF = ("Internal error from Core", "Received RST_STREAM")
+"""What gRPC itself says where no server has answered. The first is grpc.aio's word for a message that could not be
+written; it takes the place of the status with which the stream ended, even of a server's (grpc/grpc#36066)."""
+
+
 def error_of(error: grpc.RpcError, address: str) -> IsthmusError:
     """What a failed call stands for: the error that the server raised, or one line about the connection."""
     assert isinstance(error, (grpc.Call, grpc.aio.AioRpcError))
@@ -272,6 +277,8 @@ def error_of(error: grpc.RpcError, address: str) -> IsthmusError:
         return LinkLost(f"the coordinator at {address} cannot be reached: {reason}")
     if status in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
         return LinkLost(f"the coordinator at {address} did not answer: {line}")
+    if status is grpc.StatusCode.INTERNAL and line.startswith(_BROKE_OFF):
+        return LinkLost(f"the stream to the coordinator at {address} broke off: {line}")
     return from_status(status.name, line)
 
 

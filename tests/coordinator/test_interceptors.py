@@ -124,6 +124,40 @@ def test_any_other_error_is_logged_and_not_told(kind: str, caplog: pytest.LogCap
     assert "Traceback" in caplog.text
 
 
+def test_a_status_that_got_lost_on_the_way_is_a_lost_link() -> None:
+    """grpc.aio tells of a message that it could not write, instead of the status with which the stream ended."""
+
+    async def refuse(requests: Any, context: Any) -> AsyncIterator[bytes]:
+        raise NotAllowed("not for you")
+        yield b""
+
+    async def go() -> list[grpc.aio.AioRpcError]:
+        server = grpc.aio.server(interceptors=[ErrorInterceptor()])
+        handler = grpc.method_handlers_generic_handler(
+            "test.Service", {"SS": grpc.stream_stream_rpc_method_handler(refuse)}
+        )
+        server.add_generic_rpc_handlers([handler])
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        lost: list[grpc.aio.AioRpcError] = []
+
+        async def requests() -> AsyncIterator[bytes]:
+            for _ in range(100):
+                yield b"hello"
+
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.enable_http_proxy", 0)]) as channel:
+            for _ in range(50):
+                with pytest.raises(grpc.aio.AioRpcError) as raised:
+                    async for _ in channel.stream_stream("/test.Service/SS")(requests(), timeout=10):
+                        pass
+                lost.append(raised.value)
+        await server.stop(None)
+        return lost
+
+    known = [error_of(error, "h:1") for error in asyncio.run(go())]
+    assert {type(one) for one in known} <= {NotAllowed, LinkLost}
+
+
 def test_a_handlers_own_status_is_kept() -> None:
     _, error = ask("UU", b"abort")
     assert error is not None
