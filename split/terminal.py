@@ -51,7 +51,7 @@ def human_bytes(count: float) -> str:
 class Asking:
     """How to answer."""
 
-    max_tokens: int
+    max_tokens: int | None  # None: as many as there is room for
     temperature: float
     top_p: float
     top_k: int
@@ -80,6 +80,8 @@ def hops_between(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> l
     hops = []
     for hop in after:
         old = known.get((hop["span"], hop["holder"]), {})
+        if old.get("batches", 0) > hop["batches"]:  # it has come anew since, and counts from 0
+            old = {}
         sums = {name: value - old.get(name, 0) for name, value in hop.items() if isinstance(value, int | float)}
         hops.append({**hop, **sums, "median_ms_beyond_computing": hop["median_ms_beyond_computing"]})
     return [hop for hop in hops if hop["batches"]]

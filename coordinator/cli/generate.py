@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import ssl
@@ -62,6 +63,10 @@ Adapter = Annotated[
 _KEPT = 20  # turns of a conversation that are sent again at most
 
 
+class TooLong(BadRequest):
+    """A conversation and its next answer are more than the model's context."""
+
+
 @dataclass(frozen=True)
 class Loading:
     """How a model in this process is computed."""
@@ -75,7 +80,9 @@ class Loading:
 
 
 class Here:
-    """A model in this process."""
+    """A model in this process. context: most tokens of a prompt and its answer."""
+
+    context: int
 
     def __init__(self, model: str, loading: Loading) -> None:
         self._model, self._loading = model, loading
@@ -107,6 +114,7 @@ class Here:
         )
         await self._stack.enter_async_context(engine)
         self._asked = Asked(engine, tokenizer, end_tokens(folder, tokenizer), adapter=len(self._adapters))
+        self.context = engine.context
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -123,12 +131,17 @@ class Here:
             raise BadRequest("this model has no chat template; use `isthmus generate --prompt`")
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         ids = tokenizer.encode(str(text), add_special_tokens=False)
+        answer = asking.max_tokens or 1
+        if len(ids) + answer > self.context:
+            raise TooLong(f"{len(ids)} tokens and {answer} of an answer are more than the context of {self.context}")
         async for part in self._asked.answer(ids, asking, stat, continues=False):
             yield part
 
 
 class There:
-    """A model that is served."""
+    """A model that is served. context: as of `Here`; None if the server does not tell."""
+
+    context: int | None
 
     def __init__(self, url: str, key: str, model: str) -> None:
         import httpx2
@@ -141,9 +154,9 @@ class There:
         self._client = httpx2.AsyncClient(headers=headers, verify=trusted, timeout=httpx2.Timeout(600, connect=10))
 
     async def __aenter__(self) -> There:
-        if not self._model:
-            served = (await self._get("/models"))["data"]
-            self._model = served[0]["id"]
+        served = (await self._get("/models"))["data"]
+        self._model = self._model or served[0]["id"]
+        self.context = next((one.get("max_model_len") for one in served if one["id"] == self._model), None)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -253,7 +266,9 @@ def chat(
     url: Url = "",
     api_key: Key = "",
     system: Annotated[str, typer.Option(help="What the model is told first.")] = "",
-    max_tokens: MaxTokens = 512,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Of one answer, at most; by default a quarter of the context.", min=1)
+    ] = None,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
@@ -266,30 +281,42 @@ def chat(
     adapter: Adapter = "",
     stats: Stats = False,
 ) -> None:
-    """Talk with a model; an empty line or Ctrl-D ends it.
+    """Talk with a model; an empty line or Ctrl-D ends it. Of a long conversation the oldest turns are forgotten.
 
     Example: isthmus chat --url http://127.0.0.1:8000/v1 --system "Answer in one sentence."
     """
     loading = Loading(runtime, weights, draft, early_blocks, exit_threshold, adapter)
-    asking = Asking(max_tokens, temperature, top_p, top_k, seed)
+    first = [{"role": "system", "content": system}] if system else []
+    turns: list[dict[str, str]] = []
+    stack = AsyncExitStack()
 
-    async def work() -> None:
-        first = [{"role": "system", "content": system}] if system else []
-        turns: list[dict[str, str]] = []
-        async with _where(model, local, url, api_key, loading) as where:
-            while line := await asyncio.to_thread(_ask):
+    async def begin() -> Here | There:
+        return await stack.enter_async_context(_where(model, local, url, api_key, loading))
+
+    async def answer(where: Here | There, asking: Asking) -> None:
+        stat, whole = Stat(), ""
+        async for text in _reply(where, first, turns, asking, stat):
+            whole += text
+            typer.echo(text, nl=False)
+        typer.echo()
+        turns.append({"role": "assistant", "content": whole})
+        if stats:
+            show_stat(stat)
+
+    with interruptible(), asyncio.Runner() as runner:  # lines are read between its runs, so that Ctrl-C ends that, too
+        try:
+            where = runner.run(begin())
+            quarter = where.context and max(1, where.context // 4)
+            asking = Asking(max_tokens or quarter, temperature, top_p, top_k, seed)
+            while line := _ask():
                 turns.append({"role": "user", "content": line})
-                stat, whole = Stat(), ""
-                async for text in where.reply([*first, *turns[-_KEPT:]], asking, stat):
-                    whole += text
-                    typer.echo(text, nl=False)
-                typer.echo()
-                turns.append({"role": "assistant", "content": whole})
-                if stats:
-                    show_stat(stat)
-
-    with interruptible():
-        asyncio.run(work())
+                try:
+                    runner.run(answer(where, asking))
+                except TooLong as error:
+                    typer.echo(error, err=True)
+                    turns.pop()
+        finally:
+            runner.run(stack.aclose())
 
 
 def _ask() -> str:
@@ -297,6 +324,22 @@ def _ask() -> str:
         return input("> ")
     except EOFError:
         return ""
+
+
+async def _reply(
+    where: Here | There, first: list[dict[str, str]], turns: list[dict[str, str]], asking: Asking, stat: Stat
+) -> AsyncIterator[str]:
+    """The answer as it comes. turns: question and answer by turns; the oldest are taken out when they are too many."""
+    del turns[: max(0, len(turns) - _KEPT + 1) // 2 * 2]
+    while True:
+        try:
+            async for text in where.reply([*first, *turns], asking, stat):
+                yield text
+            return
+        except TooLong:
+            if len(turns) < 3:
+                raise
+            del turns[:2]
 
 
 def _where(model: str, local: bool, url: str, key: str, loading: Loading) -> Here | There:
@@ -319,8 +362,10 @@ def _trusted(file: str) -> ssl.SSLContext:
 
 
 def _refusal(status: int, body: bytes) -> IsthmusError:
-    try:
-        line = str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        line = f"HTTP status {status}"
+    line, code = f"HTTP status {status}", ""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        told = json.loads(body)["error"]
+        line, code = str(told["message"]), told.get("code")
+    if code == "context_length_exceeded":
+        return TooLong(line)
     return BadRequest(line) if 400 <= status < 500 else IsthmusError(line)

@@ -87,7 +87,14 @@ def make_app(
 
 
 def model_body(name: str, model: ServedModel) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": model.created, "owned_by": model.owned_by}
+    """max_model_len: tokens of a prompt and its answer; not OpenAI's, but other servers tell it by this name, too."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": model.owned_by,
+        "max_model_len": model.generator.context,
+    }
 
 
 def key_check(key_sha256: str | None) -> Callable[[Request], Awaitable[None]]:

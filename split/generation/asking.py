@@ -27,7 +27,7 @@ class Asked:
         """The answer's text as it comes; then `stat` is filled in. continues: the answer goes on the prompt's text."""
         sampling = Sampling(asking.temperature, asking.top_p, asking.top_k, asking.seed)
         room = self.engine.context - len(ids)
-        length = min(asking.max_tokens, max(1, room))
+        length = min(asking.max_tokens or room, max(1, room))
         request = Request(tuple(ids), length, sampling, stop_tokens=self.ends, adapter=self.adapter)
         before = self.engine.stats()
         started = time.perf_counter()
