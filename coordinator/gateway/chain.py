@@ -46,17 +46,17 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
         self._spans = {str(span): span for span in spans}
         self._digests, self._allowed, self._tell = digests, allowed, tell
         self._open: dict[str, dict[RemoteHolder, asyncio.Task[Any] | None]] = {}  # by who holds; with what serves it
+        self._closed: IsthmusError | None = None
         self.guests = Guests(job, serving, spans, hidden_size, user_digests)
 
     async def Hold(
         self, requests: AsyncIterator[pb.FromHolder], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.ToHolder]:
         peer = peer_of(context.auth_context())
-        self._check(peer)
         first = await _first(requests)
         if first is None:
             return
-        self._check(peer)  # again: it may have been revoked since
+        self._check(peer)
         span = self._span_of(peer, first)
         name = f"{CLOUD}-{first.hello.process}" if peer.role == "stage" else peer.name
         holder = RemoteHolder(name, self._serving.codec, secrets.randbits(48), self._hidden_size)
@@ -86,10 +86,12 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
         self, requests: AsyncIterator[pb.ToHolder], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.FromHolder]:
         peer = peer_of(context.auth_context())
-        self._check(peer)
         first = await _first(requests)
         if first is None:
             return
+        self._check(peer)
+        if self._closed is not None:
+            raise self._closed
         async with self.guests.admitted(_device(peer), first) as guest:
             self._check(peer)
             guest.task = asyncio.current_task()
@@ -110,8 +112,9 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
         self.guests.drop(device, error)
 
     def close(self) -> None:
-        """Tells devices that use the chain that there is none any more: they need not dial again."""
-        self.guests.drop("", WrongState("the model is not served any more"))
+        """Tells devices that use the chain, and those that dial again, that there is none any more."""
+        self._closed = WrongState("the model is not served any more")
+        self.guests.drop("", self._closed)
 
     def _span_of(self, peer: Peer, first: pb.FromHolder) -> Span:
         """Raises BadFrame or NotAllowed for a holder that has not what was asked for."""
@@ -146,7 +149,10 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
 
 
 async def _first(requests: AsyncIterator[Message]) -> Message | None:
-    """What a stream begins with; None if it ends first. Raises BadFrame if nothing comes."""
+    """What a stream begins with; None if it ends first. Raises BadFrame if nothing comes.
+
+    Read before anything is refused: of a caller whose hello is still on its way gRPC may lose the refusal's words.
+    """
     try:
         async with asyncio.timeout(_HELLO):
             return await anext(requests, None)
