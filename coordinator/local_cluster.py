@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,27 @@ _START_SECONDS = 120.0
 _STOP_SECONDS = 30.0
 _HERE = "127.0.0.1"
 _STAGE_PORTS = (20_000, 32_000)  # below those that Linux gives to connections
+
+
+def alive_after(processes: Iterable[psutil.Process], timeout: float) -> list[psutil.Process]:
+    """Which of the processes have not ended within so many seconds.
+
+    psutil's own `wait_procs` fails where a process ends while it looks: pidfd_open says ENOENT on newer kernels.
+    """
+    end = time.monotonic() + timeout
+    alive = list(processes)
+    while True:
+        alive = [one for one in alive if _is_alive(one)]
+        if not alive or time.monotonic() > end:
+            return alive
+        time.sleep(0.05)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @dataclass
@@ -204,10 +226,11 @@ class LocalCluster:
                 process.stdout.close()
         self.processes.clear()
         self._open_links.close()
-        _, alive = psutil.wait_procs(list(self._seen.values()), timeout=10)
-        for left in alive:
-            left.kill()
-        psutil.wait_procs(alive, timeout=10)
+        left = alive_after(self._seen.values(), 10)
+        for one in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        alive_after(left, 10)
         self._seen.clear()
 
     def _spawn(

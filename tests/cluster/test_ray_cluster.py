@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from coordinator.local_cluster import LocalCluster
+from coordinator.local_cluster import LocalCluster, alive_after
 from tests.cluster.house import LIMIT, TINY, House, succeeded, wait_for, write_text
 from tests.split.tiny_models import make_model
 
@@ -49,9 +49,9 @@ def ray_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
     finally:
         processes += processes[0].children(recursive=True) if head.poll() is None else []
         head.send_signal(signal.SIGTERM)
-        _, alive = psutil.wait_procs(processes, timeout=LIMIT)
-        for left in alive:
+        for left in alive_after(processes, LIMIT):
             left.kill()
+        head.wait(LIMIT)
         current = Path("/tmp/ray/ray_current_cluster")  # where a later ray.init() would look for this cluster
         if current.exists() and current.read_text().endswith(f":{port}"):
             current.unlink()
