@@ -184,13 +184,13 @@ def main(
                 choice = RuntimeChoice(runtime, cache=cache)
                 drafted = drafting.measure(cluster, device, choice, rounds)
             measured |= {f"drafts, {link}, {name}": runs for name, runs in drafted.items()}
-        again = of_one_process(source, choices["one process"], ())
         for name, stages in chains.items():
             settings = {"sequences": 16, "context": PROMPT + LONG + ANSWER, "runtime": runtime}
             with served(cluster, str(source.path), stages, **settings) as here:
+                count = (4, 16) if "loopback" in name else ()
+                again = of_one_process(source, choices["one process"], count)
                 for number in range(rounds):
                     note(f"one process beside {name}", again)
-                    count = (4, 16) if "loopback" in name else ()
                     note(name, lambda here=here, number=number, count=count: of_served(here, vocabulary, number, count))
     show(measured)
     result["runs"] = measured
@@ -205,6 +205,8 @@ KEYS = (
     "one_process_over_transformers",
     "one_process_over_llama_cpp",
     "two_processes_over_one",
+    "two_processes_over_one_4_requests",
+    "two_processes_over_one_16_requests",
     "two_processes_over_llama_cpp_rpc",
     "hop_overhead_ms",
     "sixteen_requests_over_one",
@@ -229,6 +231,12 @@ def ratios(measured: dict[str, list[dict[str, float]]]) -> dict[str, float]:
         "one_process_over_transformers": over("one process", "transformers"),
         "one_process_over_llama_cpp": over("one process", "llama.cpp"),
         "two_processes_over_one": over(two, f"one process beside {two}"),
+        **{
+            f"two_processes_over_one_{count}_requests": over(
+                two, f"one process beside {two}", f"requests_{count}", f"requests_{count}"
+            )
+            for count in (4, 16)
+        },
         "two_processes_over_llama_cpp_rpc": over(two, "llama.cpp, two RPC servers"),
         "hop_overhead_ms": median(one["hop_overhead_ms"] for one in measured[two]) if two in measured else None,
         "sixteen_requests_over_one": over("one process", "one process", "requests_16"),

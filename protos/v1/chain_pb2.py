@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.v1 import stage_pb2 as protos_dot_v1_dot_stage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/v1/chain.proto\x12\nisthmus.v1\x1a\x15protos/v1/stage.proto\"I\n\x03Row\x12\x10\n\x08sequence\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\r\"\x96\x01\n\x05Hello\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\x0c\n\x04last\x18\x03 \x01(\r\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x11\n\tsequences\x18\x05 \x01(\r\x12\x0e\n\x06tokens\x18\x06 \x01(\r\x12\x0f\n\x07runtime\x18\x07 \x01(\t\x12\x0e\n\x06\x63odecs\x18\x08 \x03(\t\x12\x0f\n\x07process\x18\t \x01(\x04\"%\n\x06\x41greed\x12\r\n\x05\x63odec\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"V\n\x05\x42\x61tch\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x1d\n\x04rows\x18\x02 \x03(\x0b\x32\x0f.isthmus.v1.Row\x12\"\n\x06hidden\x18\x03 \x01(\x0b\x32\x12.isthmus.v1.Tensor\"\x1b\n\x06\x46orget\x12\x11\n\tsequences\x18\x01 \x03(\r\"\x90\x01\n\x06Result\x12\n\n\x02id\x18\x01 \x01(\x04\x12\"\n\x06hidden\x18\x02 \x01(\x0b\x32\x12.isthmus.v1.Tensor\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x14\n\x0c\x62\x61\x64_position\x18\x04 \x01(\x08\x12\x19\n\x11\x63omputing_seconds\x18\x05 \x01(\x01\x12\x16\n\x0e\x63oding_seconds\x18\x06 \x01(\x01\"\t\n\x07Leaving\"[\n\tUserHello\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x11\n\tsequences\x18\x04 \x01(\r\x12\x0f\n\x07session\x18\x05 \x01(\t\"\x86\x01\n\nFromHolder\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.isthmus.v1.HelloH\x00\x12$\n\x06result\x18\x02 \x01(\x0b\x32\x12.isthmus.v1.ResultH\x00\x12&\n\x07leaving\x18\x03 \x01(\x0b\x32\x13.isthmus.v1.LeavingH\x00\x42\x06\n\x04kind\"\xa9\x01\n\x08ToHolder\x12$\n\x06\x61greed\x18\x01 \x01(\x0b\x32\x12.isthmus.v1.AgreedH\x00\x12\"\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x11.isthmus.v1.BatchH\x00\x12$\n\x06\x66orget\x18\x03 \x01(\x0b\x32\x12.isthmus.v1.ForgetH\x00\x12%\n\x04user\x18\x04 \x01(\x0b\x32\x15.isthmus.v1.UserHelloH\x00\x42\x06\n\x04kind2z\n\x05\x43hain\x12\x38\n\x04Hold\x12\x16.isthmus.v1.FromHolder\x1a\x14.isthmus.v1.ToHolder(\x01\x30\x01\x12\x37\n\x03Use\x12\x14.isthmus.v1.ToHolder\x1a\x16.isthmus.v1.FromHolder(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15protos/v1/chain.proto\x12\nisthmus.v1\x1a\x15protos/v1/stage.proto\"W\n\x03Row\x12\x10\n\x08sequence\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\r\x12\x0c\n\x04long\x18\x05 \x01(\x08\"\x96\x01\n\x05Hello\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\x0c\n\x04last\x18\x03 \x01(\r\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x11\n\tsequences\x18\x05 \x01(\r\x12\x0e\n\x06tokens\x18\x06 \x01(\r\x12\x0f\n\x07runtime\x18\x07 \x01(\t\x12\x0e\n\x06\x63odecs\x18\x08 \x03(\t\x12\x0f\n\x07process\x18\t \x01(\x04\"%\n\x06\x41greed\x12\r\n\x05\x63odec\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"V\n\x05\x42\x61tch\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x1d\n\x04rows\x18\x02 \x03(\x0b\x32\x0f.isthmus.v1.Row\x12\"\n\x06hidden\x18\x03 \x01(\x0b\x32\x12.isthmus.v1.Tensor\"\x1b\n\x06\x46orget\x12\x11\n\tsequences\x18\x01 \x03(\r\"\x90\x01\n\x06Result\x12\n\n\x02id\x18\x01 \x01(\x04\x12\"\n\x06hidden\x18\x02 \x01(\x0b\x32\x12.isthmus.v1.Tensor\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x14\n\x0c\x62\x61\x64_position\x18\x04 \x01(\x08\x12\x19\n\x11\x63omputing_seconds\x18\x05 \x01(\x01\x12\x16\n\x0e\x63oding_seconds\x18\x06 \x01(\x01\"\t\n\x07Leaving\"[\n\tUserHello\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x11\n\tsequences\x18\x04 \x01(\r\x12\x0f\n\x07session\x18\x05 \x01(\t\"\x86\x01\n\nFromHolder\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.isthmus.v1.HelloH\x00\x12$\n\x06result\x18\x02 \x01(\x0b\x32\x12.isthmus.v1.ResultH\x00\x12&\n\x07leaving\x18\x03 \x01(\x0b\x32\x13.isthmus.v1.LeavingH\x00\x42\x06\n\x04kind\"\xa9\x01\n\x08ToHolder\x12$\n\x06\x61greed\x18\x01 \x01(\x0b\x32\x12.isthmus.v1.AgreedH\x00\x12\"\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x11.isthmus.v1.BatchH\x00\x12$\n\x06\x66orget\x18\x03 \x01(\x0b\x32\x12.isthmus.v1.ForgetH\x00\x12%\n\x04user\x18\x04 \x01(\x0b\x32\x15.isthmus.v1.UserHelloH\x00\x42\x06\n\x04kind2z\n\x05\x43hain\x12\x38\n\x04Hold\x12\x16.isthmus.v1.FromHolder\x1a\x14.isthmus.v1.ToHolder(\x01\x30\x01\x12\x37\n\x03Use\x12\x14.isthmus.v1.ToHolder\x1a\x16.isthmus.v1.FromHolder(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,25 +33,25 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.v1.chain_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ROW']._serialized_start=60
-  _globals['_ROW']._serialized_end=133
-  _globals['_HELLO']._serialized_start=136
-  _globals['_HELLO']._serialized_end=286
-  _globals['_AGREED']._serialized_start=288
-  _globals['_AGREED']._serialized_end=325
-  _globals['_BATCH']._serialized_start=327
-  _globals['_BATCH']._serialized_end=413
-  _globals['_FORGET']._serialized_start=415
-  _globals['_FORGET']._serialized_end=442
-  _globals['_RESULT']._serialized_start=445
-  _globals['_RESULT']._serialized_end=589
-  _globals['_LEAVING']._serialized_start=591
-  _globals['_LEAVING']._serialized_end=600
-  _globals['_USERHELLO']._serialized_start=602
-  _globals['_USERHELLO']._serialized_end=693
-  _globals['_FROMHOLDER']._serialized_start=696
-  _globals['_FROMHOLDER']._serialized_end=830
-  _globals['_TOHOLDER']._serialized_start=833
-  _globals['_TOHOLDER']._serialized_end=1002
-  _globals['_CHAIN']._serialized_start=1004
-  _globals['_CHAIN']._serialized_end=1126
+  _globals['_ROW']._serialized_end=147
+  _globals['_HELLO']._serialized_start=150
+  _globals['_HELLO']._serialized_end=300
+  _globals['_AGREED']._serialized_start=302
+  _globals['_AGREED']._serialized_end=339
+  _globals['_BATCH']._serialized_start=341
+  _globals['_BATCH']._serialized_end=427
+  _globals['_FORGET']._serialized_start=429
+  _globals['_FORGET']._serialized_end=456
+  _globals['_RESULT']._serialized_start=459
+  _globals['_RESULT']._serialized_end=603
+  _globals['_LEAVING']._serialized_start=605
+  _globals['_LEAVING']._serialized_end=614
+  _globals['_USERHELLO']._serialized_start=616
+  _globals['_USERHELLO']._serialized_end=707
+  _globals['_FROMHOLDER']._serialized_start=710
+  _globals['_FROMHOLDER']._serialized_end=844
+  _globals['_TOHOLDER']._serialized_start=847
+  _globals['_TOHOLDER']._serialized_end=1016
+  _globals['_CHAIN']._serialized_start=1018
+  _globals['_CHAIN']._serialized_end=1140
 # @@protoc_insertion_point(module_scope)

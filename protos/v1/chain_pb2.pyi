@@ -8,16 +8,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Row(_message.Message):
-    __slots__ = ("sequence", "position", "count", "adapter")
+    __slots__ = ("sequence", "position", "count", "adapter", "long")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    LONG_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     position: int
     count: int
     adapter: int
-    def __init__(self, sequence: _Optional[int] = ..., position: _Optional[int] = ..., count: _Optional[int] = ..., adapter: _Optional[int] = ...) -> None: ...
+    long: bool
+    def __init__(self, sequence: _Optional[int] = ..., position: _Optional[int] = ..., count: _Optional[int] = ..., adapter: _Optional[int] = ..., long: _Optional[bool] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("job", "first", "last", "digest", "sequences", "tokens", "runtime", "codecs", "process")

@@ -159,4 +159,4 @@ def _ask(stream: Stream, count: int) -> Ask:
     """For what follows, if the drafts that it has already are right."""
     place = stream.place + len(stream.drafts)
     tokens = [*stream.tokens, *stream.drafts]
-    return Ask(stream.sequence, tokens, place, count, stream.choose, stream.request.adapter)
+    return Ask(stream.sequence, tokens, place, count, stream.choose, stream.request.adapter, stream.long)

@@ -30,7 +30,7 @@ _WINDOW = 2048  # tokens of the text that are looked through
 class Ask:
     """For `count` guesses at what follows `tokens`. place: which token of the answer the first of them would be.
 
-    adapter: as in Row, of the model that answers.
+    adapter, long: as in Row, of the model that answers.
     """
 
     sequence: int
@@ -39,6 +39,7 @@ class Ask:
     count: int
     choose: Chooser
     adapter: int = 0
+    long: bool = False
 
 
 class Drafter(Protocol):
@@ -94,7 +95,7 @@ class _Line:
 
     choose: Chooser
     tokens: list[int]
-    adapter: int
+    kind: tuple[int, bool]  # adapter, long
     fed: int = 0
 
 
@@ -132,8 +133,9 @@ class ModelDrafter:
 
     def unread(self, ask: Ask) -> int:
         line = self._lines.get(ask.sequence)
-        known = 0 if line is None or line.adapter != ask.adapter else min(line.fed, in_common(line.tokens, ask.tokens))
-        return len(ask.tokens) - known
+        if line is None or line.kind != (ask.adapter, ask.long):
+            return len(ask.tokens)
+        return len(ask.tokens) - min(line.fed, in_common(line.tokens, ask.tokens))
 
     async def propose(self, asks: Sequence[Ask], enough: Callable[[], bool] = lambda: False) -> list[list[int]]:
         """Goes on from what it has guessed already where that begins with the tokens of the ask."""
@@ -152,8 +154,8 @@ class ModelDrafter:
 
     def _line(self, ask: Ask) -> _Line:
         line = self._lines.get(ask.sequence)
-        if line is None or line.adapter != ask.adapter:
-            line = self._lines[ask.sequence] = _Line(ask.choose, [], ask.adapter)
+        if line is None or line.kind != (ask.adapter, ask.long):
+            line = self._lines[ask.sequence] = _Line(ask.choose, [], (ask.adapter, ask.long))
         known = in_common(line.tokens, ask.tokens)
         if line.choose is not ask.choose or known < len(ask.tokens):  # another answer, or a wrong guess
             line.choose = ask.choose
@@ -168,7 +170,8 @@ class ModelDrafter:
         positions: list[int] = []
         for ask, line in due:
             count = min(len(line.tokens) - line.fed, self._chunk)
-            rows.append(Row(self._first + ask.sequence, line.fed, count, ask.adapter if self._adapters else 0))
+            adapter = ask.adapter if self._adapters else 0
+            rows.append(Row(self._first + ask.sequence, line.fed, count, adapter, ask.long))
             ids += line.tokens[line.fed : line.fed + count]
             positions += range(line.fed, line.fed + count)
         started = time.perf_counter()

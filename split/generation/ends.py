@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from split.models.architectures import architecture_of
+from split.models.architectures import architecture_of, rotary_boundary
 from split.models.source import TensorSource
 from split.models.stage import StageSpec, build_stages
 from split.precision import pick_device
@@ -36,10 +36,7 @@ class Ends:
             self._head = head
         self.vocabulary, self.hidden_size, self._device = config.vocab_size, config.hidden_size, device
         self._embedding = front.get_submodule(parts.embedding)
-        rope = getattr(config, "rope_parameters", None) or {}
-        longrope = rope.get("rope_type") == "longrope"
-        self.rotary_boundary: int | None = rope.get("original_max_position_embeddings") if longrope else None
-        """Tokens of a sequence beyond which another table rotates its keys (longrope)."""
+        self.rotary_boundary = rotary_boundary(config)
         self._positions = None if parts.positions is None else front.get_submodule(parts.positions)
 
     @torch.inference_mode()

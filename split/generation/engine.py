@@ -1,9 +1,10 @@
 """The decoding loop: requests join and leave at any token, and the chain's spans work on several batches at once.
 
 As many batches go round as the chain has spans, each through one span after the other, so that with enough requests no
-span is idle. A batch is either the next tokens of some answers or a piece of some prompts; the two take turns. A
-sequence is in one batch at most. Sequences of ended answers keep their keys and values until their room is needed: a
-request whose prompt begins like one of them, under the same adapter, goes on from there.
+span is idle; or fewer, where that is faster (`InFlight`). A batch is either the next tokens of some answers or a piece
+of some prompts; the two take turns. A sequence is in one batch at most. Sequences of ended answers keep their keys and
+values until their room is needed: a request whose prompt begins like one of them, under the same adapter, goes on from
+there.
 
 A drafter, if there is one, guesses at the next tokens of each answer, and a batch verifies them together with the token
 that is due; it drafts on while the batch is under way. With a rule for early exits, tokens that the first span is sure
@@ -17,7 +18,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ from split.generation.drafting import Drafting
 from split.generation.drafts import Drafter
 from split.generation.ends import Ends
 from split.generation.exits import ExitRule
+from split.generation.in_flight import InFlight
 from split.generation.request import Busy, Logprob, Request, Timing, Token
 from split.generation.sampling import check_sampling
 from split.generation.stream import Stream, in_common
@@ -60,7 +62,10 @@ class Generator(Protocol):
     capacity: int  # most requests at the same time, those that wait included
 
     def submit(self, request: Request) -> Answer:
-        """Raises Busy when the queue is full, BadRequest for a prompt that does not fit or is empty."""
+        """Raises Busy when the queue is full, BadRequest for a prompt that does not fit or is empty.
+
+        Where a client has more requests waiting than whoever comes, its latest one ends with Busy instead.
+        """
 
 
 class Engine:
@@ -94,11 +99,13 @@ class Engine:
         self._prompts: deque[Stream] = deque()  # ready for their next piece
         self._answers: deque[Stream] = deque()  # ready for their next token
         self._at_work: set[Stream] = set()  # all that have a sequence
-        # Of ended answers, oldest first: sequence -> adapter, tokens that all spans have.
-        self._kept: dict[int, tuple[int, tuple[int, ...]]] = {}
+        # Of ended answers, oldest first: sequence -> adapter and `Row.long`, tokens that all spans have.
+        self._kept: dict[int, tuple[tuple[int, bool], tuple[int, ...]]] = {}
         self._free = list(reversed(range(sequences)))
         self._news = asyncio.Event()
         self._prompts_next = True
+        self._in_flight = InFlight(len(self.spans))
+        self._decoding = 0  # batches of next tokens that are under way
         self._lanes: list[asyncio.Task[None]] = []
         self._seconds = 1.0  # of recent answers, for Retry-After
 
@@ -120,11 +127,12 @@ class Engine:
         return {"waiting": len(self._waiting), "running": len(self._at_work), "kept": len(self._kept)}
 
     def stats(self) -> dict[str, Any]:
-        """load; answers: sums of what `Timing` has of those that have ended; hops: for each holder of each span what it
-        has cost so far (`Cost`); the last recoveries."""
+        """load; answers: sums of what `Timing` has of those that have ended; in_flight: batches of next tokens that may
+        be under way; hops: for each holder of each span what it has cost so far (`Cost`); the last recoveries."""
         return {
             "load": self.load,
             "answers": dict(self._totals),
+            "in_flight": self._in_flight.value,
             "hops": [
                 {"span": str(span), "holder": holder.name, **holder.cost.figures()}
                 for span in self.spans
@@ -152,11 +160,25 @@ class Engine:
         self._turns.setdefault(request.client, self._admitted - 0.5)  # after those that wait, before who had a turn now
         self._waiting.append(stream)
         self._admit()
-        if len(self._waiting) > self._queue:  # it is the last of them
-            self._waiting.pop()
-            raise Busy(f"{len(self._waiting)} requests are waiting already; try again later", self._retry_after())
+        if len(self._waiting) > self._queue:
+            refused = self._one_too_many()
+            self._waiting.remove(refused)
+            self._turns = {client: turn for client, turn in self._turns.items() if client in self._clients()}
+            busy = Busy(f"{len(self._waiting)} requests are waiting already; try again later", self._retry_after())
+            if refused is stream:
+                raise busy
+            refused.end(busy)
         self._news.set()
         return stream
+
+    def _one_too_many(self) -> Stream:
+        """The latest of a client that has the most requests waiting; of several such clients, the latest of all."""
+        counts = Counter(stream.request.client for stream in self._waiting)
+        most = max(counts.values())
+        return next(stream for stream in reversed(self._waiting) if counts[stream.request.client] == most)
+
+    def _clients(self) -> set[str]:
+        return {stream.request.client for stream in (*self._at_work, *self._waiting)}
 
     def _given_up(self, stream: Stream) -> bool:
         if stream.cancelled:
@@ -177,13 +199,14 @@ class Engine:
                 batch = self._take()
                 worked = bool(batch)
                 if worked:
-                    await self._advance(batch)
+                    await (self._advance if batch[0].prefilling else self._decode)(batch)
             except asyncio.CancelledError:
                 raise
             except Exception as error:  # a span that nobody holds, a bug: these answers end with it
                 if not isinstance(error, IsthmusError):
                     log.exception("a batch failed")
                 known = error if isinstance(error, IsthmusError) else IsthmusError(f"{type(error).__name__}: {error}")
+                self._in_flight.broke_off()
                 for stream in batch:
                     self._leave(stream, known)
             if worked:
@@ -197,12 +220,17 @@ class Engine:
             stream = self._next_waiting()
             if self._given_up(stream):
                 continue
+            stream.long = self._is_long(stream)
             stream.sequence, stream.fed = self._room_for(stream)
             stream.sent = stream.timing.cached_tokens = stream.fed
             if self._drafting is not None:
                 self._drafting.begin(stream)
             self._at_work.add(stream)
             self._prompts.append(stream)
+
+    def _is_long(self, stream: Stream) -> bool:
+        boundary = self._ends.rotary_boundary
+        return boundary is not None and len(stream.tokens) > boundary
 
     def _next_waiting(self) -> Stream:
         """Clients take turns, one with many requests like one with few; each one's own in their order."""
@@ -211,15 +239,15 @@ class Engine:
         if not stream.cancelled:
             self._admitted += 1
             self._turns[stream.request.client] = self._admitted
-        here = {one.request.client for one in (stream, *self._at_work, *self._waiting)}
+        here = self._clients() | {stream.request.client}
         self._turns = {client: turn for client, turn in self._turns.items() if client in here}
         return stream
 
     def _room_for(self, stream: Stream) -> tuple[int, int]:
         """A sequence, and how many of the prompt's tokens it has already."""
         known = {
-            sequence: in_common(tokens, stream.request.prompt) if adapter == stream.request.adapter else 0
-            for sequence, (adapter, tokens) in self._kept.items()
+            sequence: in_common(tokens, stream.request.prompt) if kind == (stream.request.adapter, stream.long) else 0
+            for sequence, (kind, tokens) in self._kept.items()
         }
         best = max(known, key=lambda sequence: known[sequence], default=-1)
         if best < 0 or 2 * known[best] < len(self._kept[best][1]):  # most of that one would be lost
@@ -236,14 +264,35 @@ class Engine:
             for stream in [one for one in ready if one.cancelled]:
                 self._leave(stream)
         turn, self._prompts_next = self._prompts_next, not self._prompts_next
-        if self._prompts and (turn or not self._answers):
+        # With early exits only the lanes are a limit: who waits for the other spans keeps nobody from going on.
+        may_decode = bool(self._answers) and (self._exits is not None or self._decoding < self._in_flight.value)
+        if self._prompts and (turn or not may_decode):
             batch, room = [], self._chunk
             while self._prompts and room > 0:
                 batch.append(self._prompts.popleft())
-                room -= len(batch[-1].request.prompt) - batch[-1].fed
+                room -= batch[-1].goal - batch[-1].fed
             return batch
-        share = -(-len([one for one in self._at_work if not one.prefilling]) // len(self.spans))
+        if not may_decode:
+            return []
+        share = -(-self._answering // self._in_flight.value)
         return [self._answers.popleft() for _ in range(min(share, len(self._answers)))]
+
+    @property
+    def _answering(self) -> int:
+        return len([one for one in self._at_work if not one.prefilling])
+
+    async def _decode(self, batch: list[Stream]) -> None:
+        """One batch of next tokens; how long it took is heard by who says how many there shall be."""
+        everyone = list(batch)
+        self._decoding += 1
+        before = sum(one.timing.tokens for one in everyone)
+        try:
+            await self._advance(batch)
+        finally:
+            self._decoding -= 1
+        if self._exits is None:
+            tokens = sum(one.timing.tokens for one in everyone) - before
+            self._in_flight.took(self._answering, tokens, time.perf_counter())
 
     async def _advance(self, batch: list[Stream]) -> None:
         """Answers that go on without the whole chain are taken out of the list: what becomes of it is not theirs."""
@@ -260,7 +309,7 @@ class Engine:
             if prompts:
                 due = due[: max(1, room)]
                 room -= len(due)
-            rows.append(Row(stream.sequence, stream.fed, len(due), stream.request.adapter))
+            rows.append(Row(stream.sequence, stream.fed, len(due), stream.request.adapter, stream.long))
             ids += due
             positions += range(stream.fed, stream.fed + len(due))
         started = time.perf_counter()
@@ -292,7 +341,7 @@ class Engine:
             else:
                 going.append(stream)
                 owed += stream.owed
-        rows = [Row(stream.sequence, stream.sent, len(stream.owed), stream.request.adapter) for stream in going]
+        rows = [Row(one.sequence, one.sent, len(one.owed), one.request.adapter, one.long) for one in going]
         return going, rows, torch.cat(owed) if owed else hidden[:0]
 
     def _hear(self, batch: Sequence[Stream], rows: Sequence[Row], hidden: Tensor) -> None:
@@ -303,7 +352,7 @@ class Engine:
             elif stream.wants_prompt:
                 wanted.append(part)
             else:
-                wanted.append(part[-1:] if stream.fed + len(part) == len(stream.request.prompt) else part[:0])
+                wanted.append(part[-1:] if stream.fed + len(part) == stream.goal else part[:0])
         sizes = [len(part) for part in wanted]
         logits = self._ends.logits(torch.cat(wanted)) if any(sizes) else torch.empty(0, self._ends.vocabulary)
         for stream, row, part in zip(batch, rows, logits.split(sizes), strict=True):
@@ -319,6 +368,8 @@ class Engine:
         if ended or stream.cancelled:
             self._leave(stream)
         else:
+            if not stream.long and self._is_long(stream):  # as transformers does it: all keys are rotated anew
+                stream.read_again()
             (self._prompts if stream.prefilling else self._answers).append(stream)
             self._news.set()  # for lanes that have nothing to do: this one may still be on its way
 
@@ -326,11 +377,14 @@ class Engine:
         if stream not in self._at_work:
             return
         self._at_work.remove(stream)
+        if not self._at_work:
+            self._in_flight.broke_off()
         for ready in (self._prompts, self._answers):
             if stream in ready:
                 ready.remove(stream)
         if error is None:
-            self._kept[stream.sequence] = stream.request.adapter, tuple(stream.tokens[: stream.sent])
+            kind = stream.request.adapter, stream.long
+            self._kept[stream.sequence] = kind, tuple(stream.tokens[: stream.sent])
         else:
             self._forget(stream.sequence)
             self._free.append(stream.sequence)

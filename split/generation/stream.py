@@ -22,6 +22,8 @@ class Stream:
         self.tokens = list(request.prompt)
         self.drafts: list[int] = []  # guesses at what follows, which are verified with the next batch
         self.sequence = -1
+        self.goal = len(request.prompt)  # tokens that are read before the next one is chosen
+        self.long = False  # as in Row
         self.fed = 0  # tokens whose keys and values are in the first span
         self.sent = 0  # of these, in the other spans, too
         self.owed: list[Tensor] = []  # what the first span made of the others, each (tokens, hidden)
@@ -46,11 +48,11 @@ class Stream:
 
     @property
     def prefilling(self) -> bool:
-        return self.fed < len(self.request.prompt)
+        return self.fed < self.goal
 
     @property
     def wants_prompt(self) -> bool:
-        return self.request.prompt_logprobs
+        return self.request.prompt_logprobs and not self._prompt_known.done()
 
     @property
     def place(self) -> int:
@@ -63,10 +65,9 @@ class Stream:
         return self.request.max_tokens - self.place
 
     def prefilled(self, count: int, logits: Tensor) -> bool:
-        """The next `count` tokens of the prompt are in. True: the request has ended.
+        """The next `count` tokens of those that are read first are in. True: the request has ended.
 
-        logits: (tokens, vocabulary), after each of them if the prompt's logprobs are wanted, else after the last one
-        of the prompt.
+        logits: (tokens, vocabulary), after each of them if the prompt's logprobs are wanted, else after the last one.
         """
         self.fed += count
         self.sent = self.fed
@@ -74,7 +75,7 @@ class Stream:
             self._hear_prompt(logits)
         if self.prefilling:
             return False
-        if self.wants_prompt and not self._prompt_known.done():
+        if self.wants_prompt:
             self._prompt_known.set_result(None)
         return self.request.max_tokens == 0 or self.decoded(logits[-1:])
 
@@ -98,6 +99,12 @@ class Stream:
             self.pace.heard(right, right < len(drafts) and not token.last)
         self.fed = len(self.tokens) - 1
         return bool(token.last)
+
+    def read_again(self) -> None:
+        """The text has become long: nothing that was computed of it counts any more."""
+        self.goal, self.long = len(self.tokens), True
+        self.fed = self.sent = 0
+        self.owed.clear()
 
     def caught_up(self) -> None:
         """All that was fed has gone through all spans."""

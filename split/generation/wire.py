@@ -51,12 +51,12 @@ class HiddenCoder:
 
 
 def rows_to_proto(rows: Sequence[Row]) -> list[pb.Row]:
-    return [pb.Row(sequence=row.sequence, position=row.position, count=row.count, adapter=row.adapter) for row in rows]
+    return [pb.Row(**vars(row)) for row in rows]
 
 
 def rows_of(message: pb.Batch) -> list[Row]:
     """Raises BadFrame for none, or for more tokens than a batch may have."""
-    rows = [Row(row.sequence, row.position, row.count, row.adapter) for row in message.rows]
+    rows = [Row(row.sequence, row.position, row.count, row.adapter, row.long) for row in message.rows]
     tokens = sum(row.count for row in rows)
     if not 0 < tokens <= MAX_TOKENS:
         raise BadFrame(f"a batch of {tokens} tokens; 1 to {MAX_TOKENS} can be")

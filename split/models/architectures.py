@@ -166,6 +166,12 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     return architecture
 
 
+def rotary_boundary(config: PreTrainedConfig) -> int | None:
+    """With longrope, the tokens of a text beyond which all its keys are rotated by other frequencies; else None."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
+
+
 def _find(model_type: object, raw: Mapping[str, Any]) -> Architecture:
     for setting in _REFUSED_SETTINGS:
         if raw.get(setting):

@@ -19,14 +19,16 @@ from split.errors import BadRequest, WrongState
 class Row:
     """The next `count` tokens of one sequence, of which `position` tokens came before.
 
-    sequence: a number that the caller has chosen, 0 or more. adapter: 0 for the base model, i for the i-th adapter; the
-    same as of what came before.
+    sequence: a number that the caller has chosen, 0 or more. adapter: 0 for the base model, i for the i-th adapter.
+    long: the whole text is longer than the model was first trained for, which with longrope chooses how all its keys
+    are rotated. Both are the same as of what came before: who changes them begins again at position 0.
     """
 
     sequence: int
     position: int
     count: int
     adapter: int = 0
+    long: bool = False
 
 
 class BadPosition(WrongState):

@@ -102,7 +102,7 @@ class OnnxRuntime:
         given = hidden.contiguous().split([row.count for row in rows])
         computed = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         taken = computed.split([row.count for row in rows])
-        tables = [self._rotary.number(row.position + row.count) for row in rows]
+        tables = [self._rotary.number(row.position + row.count, row.long) for row in rows]
         for members in _calls(rows, tables, self.tokens):
             first = self._side_by_side([rows[i].sequence for i in members])
             members.sort(key=lambda i: self._slots[rows[i].sequence])

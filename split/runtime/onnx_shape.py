@@ -112,9 +112,13 @@ class RotaryTables:
         self._tables = [(limit, *_rotary_table(config, limit)) for limit in limits]
         self.width: int = self._tables[0][1].shape[1]
 
-    def number(self, length: int) -> int:
-        """Which table a text has with so many tokens."""
-        return next(i for i, (limit, _, _) in enumerate(self._tables) if length <= limit)
+    def number(self, length: int, long: bool) -> int:
+        """Which table a text has with so many tokens so far. long: as in Row."""
+        return (
+            len(self._tables) - 1
+            if long
+            else next(i for i, (limit, _, _) in enumerate(self._tables) if length <= limit)
+        )
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         """(cosines, sines)."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from split.adapters.served import Lora
+from split.models.architectures import architecture_of, rotary_boundary
 from split.models.stage import Stage
 from split.runtime.base import Row, check_rows
 from split.runtime.torch_adapters import TorchAdapters
@@ -36,9 +37,13 @@ class TorchRuntime:
         self._slots: dict[int, int] = {}
         self._free = list(reversed(range(sequences)))
         self._cache = _Cache(sequences, tokens)
-        config = stage.model.config
-        # Its frequencies follow the longest row of a batch.
-        self._alone = (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope"
+        self._rotary: _LongRope | None = None
+        boundary = rotary_boundary(stage.model.config)
+        if boundary is not None:
+            name = architecture_of(stage.model.config).rotary
+            assert name is not None
+            self._rotary = _LongRope(stage.model.get_submodule(name), boundary)
+            stage.model.set_submodule(name, self._rotary)
 
     def lengths(self) -> dict[int, int]:
         return dict(self._lengths)
@@ -53,9 +58,12 @@ class TorchRuntime:
             self._lengths[row.sequence] = row.position  # what follows counts once all of it is there
         parts = hidden.split([row.count for row in rows])
         computed: dict[int, Tensor] = {}
-        order = sorted(range(len(rows)), key=lambda i: (rows[i].count, self._slots[rows[i].sequence]))
-        for _, group in groupby(order, key=lambda i: (rows[i].count, i if self._alone else 0)):
+        kinds = [(row.count, self._rotary is not None and self._rotary.for_row(row)) for row in rows]
+        order = sorted(range(len(rows)), key=lambda i: (kinds[i], self._slots[rows[i].sequence]))
+        for (_, long), group in groupby(order, key=lambda i: kinds[i]):
             members = list(group)
+            if self._rotary is not None:
+                self._rotary.long = long
             x = torch.stack([parts[i] for i in members]).to(self._device, self._dtype)
             computed |= zip(members, self._forward([rows[i] for i in members], x), strict=True)
         for row in rows:
@@ -97,6 +105,27 @@ class TorchRuntime:
         if self._stage.by_layer_type:
             return {"full_attention": full, "sliding_attention": sliding}
         return sliding
+
+
+class _LongRope(torch.nn.Module):
+    """In the place of the library's module, which chooses frequencies by the last position of a batch: `long` does."""
+
+    def __init__(self, rotary: torch.nn.Module, boundary: int) -> None:
+        super().__init__()
+        self.long = False
+        self._rotary, self._boundary = rotary, boundary
+
+    def for_row(self, row: Row) -> bool:
+        return row.long or row.position + row.count > self._boundary
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows, count) -> cosines and sines, each (rows, count, rotary dimensions)."""
+        if not self.long:
+            cosines, sines = self._rotary(x, position_ids)
+            return cosines, sines
+        beyond = position_ids.new_full((len(position_ids), 1), self._boundary)
+        cosines, sines = self._rotary(x, torch.cat([position_ids, beyond], dim=1))
+        return cosines[:, :-1], sines[:, :-1]
 
 
 class _Cache:

@@ -28,7 +28,16 @@ from split.generation.sampling import Chooser, probabilities
 from split.generation.stream import Stream
 from split.models.source import open_model
 from split.runtime.choose import TORCH, RuntimeChoice, make_runtime
-from tests.split.generation.whole import answers, greedy, ids_of, prompts, run, tokens_of, whole_model
+from tests.split.generation.whole import (
+    answers,
+    greedy,
+    ids_of,
+    longrope_model,
+    prompts,
+    run,
+    tokens_of,
+    whole_model,
+)
 from tests.split.tiny_models import ARCHITECTURES, VOCABULARY, make_model
 
 GREEDY = Sampling(temperature=0)
@@ -290,6 +299,7 @@ class Text:
     left: int
     pace: Pace
     tokens: list[int]
+    long: bool = False
     drafts: list[int] = field(default_factory=list)
     timing: Timing = field(default_factory=Timing)
     place: int = 0
@@ -406,21 +416,10 @@ def test_a_drafter_that_fails_costs_no_answer(llama: Path) -> None:
 
 
 @pytest.mark.usefixtures("eager")
-def test_answers_are_the_same_where_rotary_tables_change(tmp_path: Path) -> None:
-    folder = make_model(
-        tmp_path,
-        "phi3",
-        max_position_embeddings=128,
-        original_max_position_embeddings=32,
-        rope_parameters={
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "short_factor": [1.0] * 4,
-            "long_factor": [3.0] * 4,
-            "original_max_position_embeddings": 32,
-        },
-    )
-    requests = [Request(prompt, 40, GREEDY) for prompt in prompts((5, 12, 20, 28))]
-    plain = run(engine_of(folder), lambda engine: answers(engine, requests))
-    for draft in (LOOKUP, EARLY, str(folder)):
-        assert run(engine_of(folder, cuts=(3,), draft=draft), lambda engine: answers(engine, requests)) == plain
+@pytest.mark.parametrize("drafted_by", ["lookup", "early", "model"])
+def test_answers_that_become_long_are_the_same_with_drafts(tmp_path: Path, drafted_by: str) -> None:
+    folder = longrope_model(tmp_path)
+    requests = [Request(prompt, 40, GREEDY) for prompt in prompts((5, 12, 20, 28, 40))]
+    wanted = [greedy(whole_model(folder), request.prompt, 40) for request in requests]
+    draft = str(folder) if drafted_by == "model" else drafted_by
+    assert run(engine_of(folder, cuts=(3,), draft=draft), lambda engine: answers(engine, requests)) == wanted

@@ -165,6 +165,32 @@ def test_clients_that_wait_take_turns(llama: Path) -> None:
     run(engine_of(llama, sequences=1), work)
 
 
+def test_who_fills_the_queue_locks_nobody_out(llama: Path) -> None:
+    async def work(engine: Engine) -> None:
+        text = prompts([4])[0]
+        greedy_ones = [engine.submit(Request(text, 20, GREEDY, client="many")) for _ in range(8)]
+        others = [engine.submit(Request(text, 20, GREEDY, client=client)) for client in ("one", "two")]
+        with pytest.raises(Busy):
+            engine.submit(Request(text, 20, GREEDY, client="many"))
+        ended = await asyncio.gather(*map(ids_of, [*greedy_ones, *others]), return_exceptions=True)
+        assert [isinstance(one, Busy) for one in ended] == [False] * 6 + [True] * 2 + [False] * 2
+
+    run(engine_of(llama, sequences=2, queue=6), work)
+
+
+def test_refused_requests_leave_nothing_behind(llama: Path) -> None:
+    async def work(engine: Engine) -> None:
+        text = prompts([4])[0]
+        taken = [engine.submit(Request(text, 20, GREEDY, client=str(number))) for number in range(4)]
+        for number in range(100):
+            with pytest.raises(Busy):
+                engine.submit(Request(text, 20, GREEDY, client=f"refused {number}"))
+        assert len(engine._turns) == 4
+        await asyncio.gather(*map(ids_of, taken))
+
+    run(engine_of(llama, sequences=2, queue=2), work)
+
+
 def test_a_queue_of_none_takes_what_there_is_room_for(llama: Path) -> None:
     async def work(engine: Engine) -> None:
         request = Request(prompts([4])[0], 10, GREEDY)

@@ -18,7 +18,7 @@ from split.generation.wire import MAX_TOKENS, HiddenCoder, codec_for_hidden_stat
 from split.runtime.base import BadPosition, Row
 
 HIDDEN = 16
-ROWS = [Row(0, 0, 3), Row(5, 7, 1, adapter=2)]
+ROWS = [Row(0, 0, 3), Row(5, 7, 1, adapter=2, long=True)]
 
 
 def states(tokens: int = 4) -> torch.Tensor:

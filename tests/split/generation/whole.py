@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from split.generation.engine import Answer, Engine
 from split.generation.request import Request, Token
-from tests.split.tiny_models import VOCABULARY
+from tests.split.tiny_models import VOCABULARY, make_model
 
 T = TypeVar("T")
 
@@ -62,3 +62,22 @@ def run(make: Callable[[], Awaitable[Engine]], work: Callable[[Engine], Awaitabl
             return await work(engine)
 
     return asyncio.run(inside())
+
+
+def longrope_model(folder: Path, **changes: Any) -> Path:
+    """A Phi-3 of which texts beyond 32 tokens have other rotary frequencies."""
+    head_size = changes.get("hidden", 32) // 4
+    return make_model(
+        folder,
+        "phi3",
+        max_position_embeddings=128,
+        original_max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * (head_size // 2),
+            "long_factor": [3.0] * (head_size // 2),
+            "original_max_position_embeddings": 32,
+        },
+        **changes,
+    )
