@@ -331,9 +331,11 @@ class Jobs:
 
     async def _shape(self, run: Run, method: Training) -> None:
         """Decides what each device holds and trains, and says so where the user left it open or they differ."""
-        kept = method.kept_shapes(self._state / "jobs" / run.job) if run.resume else {}
+        kept: dict[str, Shape] = {}
+        if run.resume:
+            kept = method.kept_shapes(self._state / "jobs" / run.job, self._store.events(run.job))
         server, profiles = 0.0, {}
-        if method.automatic:
+        if method.automatic and not kept.keys() >= set(run.devices):
             profiles = await self._measured_profiles(run)
             server = await self._measure_training()
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,22 +85,28 @@ class Training:
         """Whether a cut or a rank is to be chosen here."""
         return any(wanted.automatic for wanted in asked(self.config))
 
-    def kept_shapes(self, folder: Path) -> dict[str, Shape]:
-        """Of a job's last checkpoint: cuts may have moved since it began."""
+    def kept_shapes(self, folder: Path, events: Iterable[pb.JobEvent]) -> dict[str, Shape]:
+        """Of a job that goes on. events: of the job, which told what was chosen; a checkpoint that has shapes counts
+        more, for cuts may have moved since."""
+        shapes = {}
+        for event in events:
+            if event.kind == "shape":
+                told = json.loads(event.data)
+                shapes[event.device] = Shape(told["cut"], told["rank"])
         last = CheckpointFolder(folder / "checkpoints").last()
-        return from_plain(last.shapes) if last else {}
+        return {**shapes, **from_plain(last.shapes)} if last else shapes
 
     def choose(
         self, profiles: Mapping[str, pb.Profile], server_flops: float, kept: Mapping[str, Shape]
     ) -> dict[str, dict[str, Any]]:
-        """Decides what each device holds and trains. kept: of an earlier run. Returns what is to be told, by device:
-        nothing where all are alike and nothing was chosen. Raises BadRequest for a device with too little memory."""
+        """Decides what each device holds and trains. kept: of an earlier run; they stay. Returns what is to be told, by
+        device: nothing where all are alike and nothing was chosen. Raises BadRequest where memory does not suffice."""
         costs = Costs(self.folder.config, self.config)
         check_named(self.config, profiles)
         told: dict[str, dict[str, Any]] = {}
         if self.automatic and not kept.keys() >= profiles.keys():
             able = {name: Able(one.training_flops, _memory(one), _link(one)) for name, one in profiles.items()}
-            choices = choose_shapes(costs, able, Able(server_flops))
+            choices = choose_shapes(costs, able, Able(server_flops), kept)
             shapes = {name: choice.shape for name, choice in choices.items()}
             told = {name: choice.data(name) for name, choice in choices.items()}
         elif self.automatic:

@@ -19,6 +19,7 @@ from split.adapters.lora import A, flatten, shapes_of
 from split.averaging import Averager, Share
 from split.checkpoint import Checkpoint
 from split.config import TrainingConfig
+from split.errors import WrongState
 from split.link import Frame, Phase
 from split.merging import Merging
 from split.models.stage import Stage
@@ -165,7 +166,12 @@ class JobAdapters:
         return replace(point, merged=self._merging.state(), shapes=as_plain(self._merging.shapes))
 
     def restore(self, point: Checkpoint) -> None:
-        """Raises WrongState for a checkpoint of another model or of other options."""
+        """Raises WrongState for a checkpoint of another model, of other options or of other devices."""
+        if bool(point.merged) != (self._merging is not None):
+            before, now = ("differed", "are alike") if point.merged else ("were alike", "differ")
+            raise WrongState(
+                f"the checkpoint is of devices that {before}, and these {now}: resume the job with those that it had"
+            )
         if self._merging is None:
             self._trainer.restore(point.server, point.optimizer)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,8 +14,8 @@ from transformers import PretrainedConfig
 
 from split.adapters.lora import A, add_lora, lora_config, lora_parameters
 from split.config import TrainingConfig
+from split.dlora.sites import Layout, layout_of
 from split.dlora.sites import adapter_of as adapter_of_modules
-from split.dlora.sites import layout_of
 from split.errors import BadRequest
 from split.merging import Merging
 from split.models.architectures import architecture_of
@@ -64,15 +65,31 @@ def parts_of(config: PretrainedConfig, training: TrainingConfig, shape: Shape | 
             f"{MAX_MESSAGE_BYTES / 2**20:.0f} MiB; choose a smaller batch_size or sequence_length"
         )
     if training.dlora:
-        return Parts(device, server, adapter_of_modules(layout_of(config, training).cut_at(cut, rank)))
-    adapter = adapter_of(config, training, front, rank)  # checks the target modules for every cut
+        layout = layout_of(config, training).cut_at(cut, rank)
+        _check_site_frames(training, layout)
+        adapter = adapter_of_modules(layout)
+    else:
+        adapter = adapter_of(config, training, front, rank)  # checks the target modules for every cut
     size = 4 * sum(value.numel() for value in adapter.values())
-    if size > _LARGEST_FRAME:
+    if size > _LARGEST_FRAME and (training.aggregate or not training.dlora):  # else it stays on the device
         raise BadRequest(
             f"a device's adapter of {size / 2**20:.0f} MiB does not fit a message of {MAX_MESSAGE_BYTES / 2**20:.0f} "
             "MiB; choose a smaller rank or cut_layer, or fewer target_modules"
         )
     return Parts(device, server, adapter)
+
+
+def _check_site_frames(training: TrainingConfig, layout: Layout) -> None:
+    """Raises BadRequest where what modules of one site exchange (DLoRA) is too much for a message."""
+    # An evaluation's batches are whole, and so may a step's be where the link decides.
+    parts = max(1, training.micro_batches) if training.validation_fraction == 0 else 1
+    frame = 4 * math.ceil(training.batch_size / parts) * training.sequence_length * layout.widest
+    if frame > _LARGEST_FRAME:
+        raise BadRequest(
+            f"what LoRA modules with one input exchange, up to {frame / 2**20:.0f} MiB, does not fit a message of "
+            f"{MAX_MESSAGE_BYTES / 2**20:.0f} MiB; choose a smaller batch_size or sequence_length, fewer "
+            "target_modules or, with validation_fraction 0, more micro_batches"
+        )
 
 
 def segments_of(config: PretrainedConfig, training: TrainingConfig, cuts: Iterable[int]) -> list[StageSpec]:

@@ -42,6 +42,10 @@ class ByName:
     def of(self, device: str) -> int | None:
         return self.named.get(device, self.rest)
 
+    def but(self, device: str, number: int) -> ByName:
+        """With this number for this device."""
+        return ByName(self.rest, {**self.named, device: number})
+
     @property
     def numbers(self) -> list[int]:
         return [value for value in (self.rest, *self.named.values()) if value is not None]

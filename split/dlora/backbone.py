@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,6 +160,11 @@ class _RemoteLora(nn.Module):
         return result if added is None else result + added.to(result.dtype)
 
 
+def _in_one_thread(device: torch.device) -> bool:
+    """Whether autograd runs all backward passes there in one thread. On the CPU each is in its caller's."""
+    return device.type != "cpu"
+
+
 class Backbone:
     """The coordinator's blocks, for all devices. Nothing here changes from step to step."""
 
@@ -171,6 +176,7 @@ class Backbone:
         self._dtype = dtype
         self._now = threading.local()
         self.turn = Turn()
+        self._backwards = threading.Lock() if _in_one_thread(self._device) else nullcontext()
         for stage in stages:
             local = {stage.global_name(name): name for name, _ in stage.model.named_modules()}
             for site in layout.sites:
@@ -197,7 +203,8 @@ class Backbone:
         going.outputs = going.inputs = None
         work = ("backward", gradient.shape, going.cut, going.active.trained, len(going.active.merged))
         if outputs.requires_grad:
-            with self._computing(work, going):
+            # Before the turn: whoever had it while waiting for autograd's thread would keep it from the pass in there.
+            with self._backwards, self._computing(work, going):
                 outputs.backward(gradient.to(self._device, outputs.dtype))
         return inputs.grad
 

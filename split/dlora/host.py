@@ -32,6 +32,7 @@ from split.members import Deliver, problem_with_open
 from split.perplexity import perplexity
 from split.plan.choose import Planner, View
 from split.protocol import EVALUATIONS_AHEAD
+from split.shapes import AVERAGE
 from split.train import tensor_of
 
 
@@ -57,7 +58,7 @@ class _Member:
 
 class BackboneHost:
     """tell(kind, device, data) is called in the host's thread, with kind one of: joined, left, started, step, modules,
-    evaluation, checkpoint, log, finished, failed."""
+    evaluation, aggregation, checkpoint, log, finished, failed."""
 
     def __init__(
         self,
@@ -340,8 +341,10 @@ class BackboneHost:
     def _stepped(self, device: str, member: _Member, frame: Frame) -> None:
         if frame.values.get(ENDS) and frame.step == member.step < self.config.steps and self._between_steps(member):
             line = f"{device}: after step {member.step} no module is left that trains: its training has ended"
+            if self._steps[device] < self.config.steps:  # else it is told again, over another link
+                self._tell_modules(device, member.step, frozenset())
+                self.tell("log", device, {"message": line})
             member.step = self._steps[device] = self.config.steps
-            self.tell("log", device, {"message": line})
             return
         if frame.step != member.step or member.ended < member.plan.micro_batches:
             raise _not_due(device, frame)
@@ -372,8 +375,10 @@ class BackboneHost:
         frames = {device: member.aggregate for device, member in members.items() if member.aggregate is not None}
         total = sum(member.samples for member in members.values())
         shares = [(tensor_of(frame), members[device].samples / total) for device, frame in frames.items()]
+        error = self._averager.error(shares, self._point.device_adapter)
         average, encoded = self._averager.average(shares, self._point.device_adapter)
         done = max(member.step for member in members.values())
+        self.tell("aggregation", "", {"step": done, "method": AVERAGE, "aggregation_error": error})
         self._point = self._average_of(done, average)
         if self.config.checkpoints_after(done) and self._checkpoints:
             self._checkpoints.save(self._point)  # before anyone has it

@@ -65,13 +65,9 @@ class Costs:
         return sum(value.numel() for value in shapes.values())
 
     @cached_property
-    def site_inputs(self) -> int:
-        """Widths of what the LoRA modules of one block read, each once for those that share it."""
-        return sum(site.inputs for site in self._sites)
-
-    @cached_property
     def site_values(self) -> int:
-        """Those, and what the modules give: what one block's modules exchange each way, a token (DLoRA)."""
+        """Widths of what the LoRA modules of one block read, each once for those that share it, and of what they give:
+        what one block's modules exchange each way, a token (DLoRA)."""
         return sum(site.inputs + sum(module.outputs for module in site.modules) for site in self._sites)
 
     @property
@@ -129,8 +125,8 @@ class Costs:
         weights = cut * self.block_values + self.end_values
         adapter = _LORA_COPIES[self.training.optimizer] * self.adapter_values(cut, rank)
         kept = cut * (_WIDE * self.hidden + _NARROW * self._mlp) if rank else 0
-        if self.training.dlora and rank:  # what the modules of the server's blocks have been given
-            kept += (self.layers - cut) * self.site_inputs
+        if self.training.dlora and rank:  # what the modules of the server's blocks have been given, and have answered
+            kept += (self.layers - cut) * self.site_values
         kept += 4 * self.hidden  # what crosses, each way, and the head's own
         if self.training.labels == "device":
             kept += _LOGITS * int(self.config.vocab_size)

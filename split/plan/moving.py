@@ -7,6 +7,7 @@ after the other: a device that is slow for a moment keeps what it has. Ranks sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -58,7 +59,8 @@ class Mover:
         costs = self._with(shapes, {device: cuts.of(device) for device in shapes})
         able = {}
         for device, one in seen.items():
-            flops = costs.device_work(shapes[device].cut, shapes[device].rank) / one.compute_seconds
+            work = costs.device_work(shapes[device].cut, shapes[device].rank)
+            flops = work / one.compute_seconds if work else math.inf  # without blocks and a head its speed is no matter
             able[device] = Able(flops, self.memory.get(device, 0.0), one.link)
         server = Able(costs.server_work(shape.cut for shape in shapes.values()) / stage_seconds)
         chosen = choose_shapes(costs, able, server)

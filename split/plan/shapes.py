@@ -70,9 +70,15 @@ class Choice:
         }
 
 
-def choose_shapes(costs: Costs, devices: Mapping[str, Able], server: Able) -> dict[str, Choice]:
-    """Deterministic. Raises BadRequest for a device whose memory is not enough for the smallest share it may have."""
+def choose_shapes(
+    costs: Costs, devices: Mapping[str, Able], server: Able, kept: Mapping[str, Shape] | None = None
+) -> dict[str, Choice]:
+    """Deterministic. kept: of devices that have their shapes already.
+
+    Raises BadRequest for a device whose memory is not enough for the smallest share it may have."""
     cuts, ranks = asked(costs.training)
+    for name, shape in (kept or {}).items():
+        cuts, ranks = cuts.but(name, shape.cut), ranks.but(name, shape.rank)
     job = _Job(costs, server, {n: _Device(costs, n, able, server, cuts, ranks) for n, able in sorted(devices.items())})
     best = min((job.smallest(), job.fitting(math.inf)), key=job.slowest)
     least, greatest = 0.0, job.slowest(best)

@@ -14,8 +14,11 @@ from coordinator.sessions import Session, Sessions
 from coordinator.stage_actor import StageTask
 from coordinator.store import Store
 from protos.v1 import coordinator_pb2 as pb
+from protos.v1 import stage_pb2
 from split.config import TrainingConfig
 from split.errors import BadRequest, IsthmusError, NotAllowed, NotFound, WrongState
+from split.models.source import ModelFolder
+from split.plan.costs import Costs
 from split.serving import ServingConfig, parse_stages
 from tests.split.tiny_models import make_model
 
@@ -63,6 +66,50 @@ def test_a_job_whose_stage_fails_ends_with_one_line(tmp_path: Path, raised: Exce
     ended = asyncio.run(asyncio.wait_for(story(), 60))
     assert ended.state == pb.FAILED
     assert ended.message == line.replace("JOB", ended.id)
+
+
+@pytest.mark.parametrize("method", ["splitlora", "dlora"])
+def test_a_resumed_job_keeps_a_rank_that_would_be_another_now(tmp_path: Path, method: str) -> None:
+    """Its stage dies before there is a checkpoint; meanwhile the device has got more memory."""
+    shapes: list[dict[str, list[int]]] = []
+
+    async def start_stage(task: StageTask) -> tuple[Any, str]:
+        shapes.append(task.shapes)
+        raise ActorDiedError
+
+    async def measure(quiet: bool) -> pb.Profile:
+        raise AssertionError("a training job needs no measurement")
+
+    async def measure_training() -> float:
+        return 1e10
+
+    async def story() -> None:
+        store, sessions = Store(tmp_path / "state.db"), Sessions()
+        jobs = Jobs(store, sessions, tmp_path, start_stage, measure, measure_training)
+        model = make_model(tmp_path / "model", "llama", layers=4)
+        config = TrainingConfig(sequence_length=16, ranks="auto", dlora=method == "dlora")
+        costs = Costs(ModelFolder(model).config, config)
+        spec = pb.JobSpec(method=method, model=str(model), dataset="notes", device_count=1, training=config.to_json())
+
+        async def run(memory: float, resume: str = "") -> str:
+            link = stage_pb2.Measured(round_trip_seconds=0.001, up_bytes_per_second=1e9, down_bytes_per_second=1e9)
+            device = pb.Profile(
+                datasets=[pb.Dataset(name="notes")], task_kinds=[method], training_flops=1e9, memory_bytes=int(memory),
+                link=link,
+            )  # fmt: skip
+            await sessions.opened(Session("edge", "1", device))
+            job = await jobs.submit(spec, resume)
+            async for _ in jobs.events(job.id, 0):
+                pass
+            return job.id
+
+        first = await run(costs.memory(1, 4) / 0.9 + 1)
+        await run(2**36, resume=first)
+        await run(2**36)
+        store.close()
+
+    asyncio.run(asyncio.wait_for(story(), 60))
+    assert shapes == [{"edge": [1, 4]}, {"edge": [1, 4]}, {"edge": [1, 8]}]
 
 
 class Gateway:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from coordinator.methods import Serving, Training
 from protos.v1 import coordinator_pb2 as pb
+from split.checkpoint import Checkpoint, CheckpointFolder
 from split.config import TrainingConfig
 from split.errors import BadRequest, NotAllowed
 from split.serving import ServingConfig, memory_of, parse_stages
@@ -67,6 +69,31 @@ def test_a_resumed_job_keeps_the_cuts_that_it_had(tmp_path: Path) -> None:
     assert job.shapes == kept
     job.moved("b", Shape(2, 8))
     assert job.weights("b").digest == job.weights("a", 2).digest
+
+
+def _shape_event(device: str, cut: int, rank: int) -> pb.JobEvent:
+    return pb.JobEvent(kind="shape", device=device, data=json.dumps({"cut": cut, "rank": rank, "message": "why"}))
+
+
+def test_what_was_chosen_is_known_from_a_jobs_events_and_where_cuts_have_moved_since_from_its_checkpoint(
+    tmp_path: Path,
+) -> None:
+    job = _training(tmp_path, TrainingConfig(cuts="auto"), "a", "b")
+    events = [_shape_event("a", 1, 8), _shape_event("b", 2, 8), pb.JobEvent(kind="log"), _shape_event("a", 3, 8)]
+    told = {"a": Shape(3, 8), "b": Shape(2, 8)}
+    assert job.kept_shapes(tmp_path, events) == told
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    folder.save(Checkpoint(10, {}, {}, None, []))  # of devices that are alike
+    assert job.kept_shapes(tmp_path, events) == told
+    folder.save(Checkpoint(20, {}, {}, None, [], shapes={"a": [1, 8], "b": [2, 8]}))
+    assert job.kept_shapes(tmp_path, events) == {"a": Shape(1, 8), "b": Shape(2, 8)}
+
+
+def test_only_a_device_that_a_resumed_job_had_not_gets_a_new_choice(tmp_path: Path) -> None:
+    job = _training(tmp_path, TrainingConfig(cuts="auto", ranks="auto"), "a", "b")
+    told = job.choose({"a": PROFILE, "b": PROFILE}, 1e10, {"a": Shape(3, 5), "gone": Shape(2, 2)})
+    assert job.shapes["a"] == Shape(3, 5)
+    assert told["b"]["step_seconds"] > 0
 
 
 def test_a_training_device_without_the_memory_for_its_share_is_refused_with_the_figures(tmp_path: Path) -> None:

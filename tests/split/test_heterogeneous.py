@@ -17,7 +17,7 @@ from split.adapters.lora import lora_config, lora_parameters, save_adapter
 from split.codecs import FAMILIES
 from split.coding import Terms
 from split.config import TrainingConfig
-from split.errors import BadRequest
+from split.errors import BadRequest, WrongState
 from split.host import StageHost
 from split.ledger import Ledger
 from split.link import Frame, LocalLink, Phase
@@ -143,6 +143,16 @@ def test_a_resumed_job_of_different_devices_ends_where_an_uninterrupted_one_does
     assert [event[2]["step"] for event in resumed.events if event[0] == "step"] == list(range(11, 21))
     assert resumed.outcome.losses == pytest.approx(whole.outcome.losses, rel=1e-6 if codec == "none" else 0.02)
     _assert_same(resumed.adapter, whole.adapter, 1e-6 if codec == "none" else 0.1)
+
+
+@pytest.mark.parametrize(("before", "then"), [("", "d0=4,d1=2"), ("d0=4,d1=2", "")])
+def test_a_checkpoint_of_devices_that_were_alike_is_none_for_those_that_differ(
+    llama: Path, tmp_path: Path, before: str, then: str
+) -> None:
+    config = dataclasses.replace(CONFIG, steps=5, checkpoint_every=5)
+    split_run(llama, dataclasses.replace(config, ranks=before), _texts(2), checkpoints=tmp_path)
+    with pytest.raises(WrongState, match="resume the job with those that it had"):
+        split_run(llama, dataclasses.replace(config, ranks=then), _texts(2), checkpoints=tmp_path, resume=True)
 
 
 class Devices(Job):

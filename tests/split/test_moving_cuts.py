@@ -192,6 +192,20 @@ def test_a_device_that_is_fast_again_gets_its_blocks_back() -> None:
     assert looks[2]["a"].shape.cut > 1
 
 
+def test_a_device_without_work_of_its_own_does_not_keep_the_cuts_of_others_from_moving() -> None:
+    """One that has only the embedding: its labels, and so its head, are at the server."""
+    mover = Mover(
+        dataclasses.replace(COSTS, training=dataclasses.replace(COSTS.training, cuts="c=0,auto", labels="server"))
+    )
+    shapes = {"a": Shape(1, 8), "c": Shape(0, 8)}
+    seen = {"a": Seen(mover.costs.device_work(1, 8) / 1e11, LINK), "c": Seen(0.001, LINK)}
+    stage = mover.costs.server_work(shape.cut for shape in shapes.values()) / 5e9
+    looks = [mover.look(shapes, seen, stage) for _ in range(3)]
+    assert looks[:2] == [{}, {}]
+    assert looks[2].keys() == {"a"}
+    assert looks[2]["a"].shape.cut > 1
+
+
 def test_nothing_moves_without_measurements() -> None:
     mover = Mover(COSTS)
     shapes = {"a": Shape(5, 8)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from transformers import LlamaConfig
 
@@ -33,6 +35,28 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 def test_what_cannot_be_is_refused_with_what_to_choose(training: TrainingConfig, line: str) -> None:
     with pytest.raises(BadRequest, match=line):
         parts_of(LLAMA_8B, training)
+
+
+DLORA = TrainingConfig(dlora=True, batch_size=2, sequence_length=512, target_modules=ALL, validation_fraction=0)
+
+
+@pytest.mark.parametrize("change", [{}, {"validation_fraction": 0.1, "micro_batches": 2}])
+def test_modules_that_exchange_more_than_a_message_holds_are_refused(change: dict) -> None:
+    """Gate and up give 2 x 14336 values a token; an evaluation's batches are not cut."""
+    with pytest.raises(BadRequest, match=r"up to 112 MiB, does not fit a message of 64 MiB; choose .* target_modules"):
+        parts_of(LLAMA_8B, dataclasses.replace(DLORA, **change))
+
+
+@pytest.mark.parametrize("change", [{"micro_batches": 2}, {"target_modules": ("q_proj", "v_proj")}])
+def test_smaller_micro_batches_or_fewer_modules_make_them_fit(change: dict) -> None:
+    parts_of(LLAMA_8B, dataclasses.replace(DLORA, **change))
+
+
+def test_an_adapter_that_stays_on_its_device_may_be_larger_than_a_message() -> None:
+    config = dataclasses.replace(DLORA, micro_batches=2, rank=16)
+    parts_of(LLAMA_8B, config)
+    with pytest.raises(BadRequest, match="a device's adapter of 160 MiB does not fit"):
+        parts_of(LLAMA_8B, dataclasses.replace(config, aggregate=True))
 
 
 def test_the_adapter_has_the_values_of_the_devices_blocks_alone() -> None:

@@ -12,6 +12,8 @@ from transformers import LlamaConfig
 
 from split.adapters.lora import add_lora, lora_config
 from split.config import TrainingConfig
+from split.dlora.modules import RemoteModules
+from split.dlora.sites import layout_of
 from split.errors import BadRequest
 from split.ledger import Ledger
 from split.models.source import ModelFolder
@@ -87,6 +89,41 @@ def test_a_device_without_the_memory_for_the_smallest_share_is_refused_with_the_
     assert line.startswith("device watch has 0.23 GiB of memory for a job; its smallest share (cut 1, rank 1, ")
     assert f"takes {COSTS.memory(1, 1) / 2**30:.2f} GiB" in line
     assert "\n" not in line
+
+
+def test_shapes_that_devices_have_already_stay() -> None:
+    devices = {"a": Able(1e10, link=FAST), "b": Able(1e10, link=FAST)}
+    alone = choose_shapes(COSTS, devices, Able(1e12))
+    kept = choose_shapes(COSTS, devices, Able(1e12), {"a": Shape(5, 3), "gone": Shape(2, 2)})
+    assert alone["a"].shape != Shape(5, 3)
+    assert kept.keys() == {"a", "b"}
+    assert kept["a"].shape == Shape(5, 3)
+
+
+def test_what_modules_of_the_servers_blocks_keep_until_backward_is_counted() -> None:
+    every = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    training = TrainingConfig(dlora=True, target_modules=every, batch_size=2, sequence_length=16)
+    costs, layout = Costs(MODEL, training), layout_of(MODEL, training)
+    remote = RemoteModules(layout, 0, torch.device("cpu"))
+    parameters = {value.untyped_storage().data_ptr() for value in remote.parameters.values()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for site in layout.sites:
+            if site.block >= training.cut_layer:
+                remote.outputs(site, layout.remote, torch.zeros(costs.tokens, site.inputs), keep_as=0)
+    for inputs, outputs in remote._under_way.values():
+        keep(inputs), keep(outputs)
+    exchanged = dataclasses.replace(training, dlora=False)
+    adapter = 4 * 4 * 8 * costs.lora_values * (costs.layers - 1)
+    counted = costs.memory(1, 8) - Costs(MODEL, exchanged).memory(1, 8) - adapter
+    assert 0.9 * sum(kept.values()) <= counted <= sum(kept.values())  # the rest: what A makes of the inputs, r values
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from split.adapters.lora import A, B
+from split.dlora.local import train_dlora_locally
 from split.dlora.sites import layout_of
 from split.models.architectures import ARCHITECTURES as TABLE
 from split.models.source import ModelFolder
@@ -103,6 +107,26 @@ def test_an_average_that_was_asked_for_is_that_of_the_adapters(llama: Path) -> N
     twice, _ = dlora_run(llama, config, [text(0), text(1, 20)])
     assert_same(twice.adapters["d0"], twice.adapters["d1"], 0)
     assert any(not torch.equal(twice.adapters["d0"][name], value) for name, value in average.items())
+
+
+def test_how_far_an_average_is_from_that_of_the_products_is_told(llama: Path) -> None:
+    config = dataclasses.replace(CONFIG, aggregate=True, aggregate_every=CONFIG.steps)
+    told: list[dict[str, Any]] = []
+
+    def tell(kind: str, device: str, data: dict[str, Any]) -> None:
+        if kind == "aggregation":
+            told.append(data)
+
+    train_dlora_locally(ModelFolder(llama), config, [(text(0), None), (text(1, 20), None)], tell=tell)
+    one, other = (unsplit_run(llama, CONFIG, sequences)[1] for sequences in (text(0), text(1, 20)))
+    lost = norm = 0.0
+    for module in [name.removesuffix(A) for name in one if name.endswith(A)]:
+        a, b = ((2 * one[module + end] + other[module + end]) / 3 for end in (A, B))
+        exact = (2 * one[module + B] @ one[module + A] + other[module + B] @ other[module + A]) / 3
+        lost += float((b @ a - exact).square().sum())
+        norm += float(exact.square().sum())
+    error = pytest.approx(math.sqrt(lost / norm), rel=1e-2)
+    assert told == [{"step": CONFIG.steps, "method": "average", "aggregation_error": error}]
 
 
 @pytest.mark.parametrize("codec", ["bfloat16", "int8", "hadamard,uniform:step=0.05,zstd", "klt,uniform:step=0.05,zstd"])
