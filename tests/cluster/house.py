@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import grpc
+import psutil
 import torch
 
 from client.identity import Identity
@@ -102,6 +104,29 @@ class House:
                 self.cluster.start_device(name, {"notes": self.texts[name]}, enrolled=enrolled, **chosen)
         self.cluster.wait_connected(devices)
 
+    def stage(self) -> psutil.Process:
+        """Of the only job at work; those of earlier ones may take a moment to end."""
+        coordinator = psutil.Process(self.cluster.processes["coordinator"].pid)
+        found: list[psutil.Process] = []
+
+        def one_is_left() -> bool:
+            children = coordinator.children(recursive=True)
+            found[:] = [child for child in children if "StageActor" in " ".join(_command(child))]
+            return len(found) == 1
+
+        wait_for(one_is_left, "one stage is left")
+        return found[0]
+
+    @contextlib.contextmanager
+    def stopped(self, device: str) -> Iterator[None]:
+        """The device stands still."""
+        process = self.cluster.processes[device]
+        process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGCONT)
+
     def cancel_all(self) -> None:
         """Cancels what a test, perhaps one that failed, has left at work."""
         with self.connect() as connection:
@@ -113,6 +138,14 @@ class House:
         """`isthmus ARGUMENTS` in this process (an interpreter with torch takes seconds to start)."""
         words = [*arguments, "--credentials", str(self.cluster.credentials)]
         return run_cli(*words)
+
+
+def _command(process: psutil.Process) -> list[str]:
+    """Empty once it has ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
 
 
 def run_cli(*arguments: str, main: Callable[[], None] = cli.main, text: str = "") -> tuple[int, str, str]:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from coordinator.cli.common import Connection
-from coordinator.local_cluster import LocalCluster, submit
+from coordinator.local_cluster import LocalCluster, alive_after, submit
 from protos.v1 import coordinator_pb2 as pb
 from split.config import TrainingConfig
 from split.data import sequences_of_file
@@ -79,8 +79,7 @@ def test_a_job_survives_the_death_of_its_stage_and_of_its_coordinator(house: Hou
         job = house.submit(connection, config, devices)
         events_until(connection, job, lambda event, data: event.kind == "checkpoint")
         coordinator = psutil.Process(house.cluster.processes["coordinator"].pid)
-        stage = next(one for one in coordinator.children(recursive=True) if "StageActor" in " ".join(one.cmdline()))
-        stage.kill()
+        house.stage().kill()
         row = ended(connection, job)
         assert (row.state, row.checkpoint_step > 0) == (pb.FAILED, True)
         assert row.message == f"the stage's process died; --resume {job} goes on from the last checkpoint"
@@ -104,8 +103,7 @@ def test_a_job_survives_the_death_of_its_stage_and_of_its_coordinator(house: Hou
         assert (status, err) == (0, "")
         assert first_step_after_resume(connection, job, 2) in firsts_after(row, config)
     report = json.loads(out.splitlines()[-1])
-    _, alive = psutil.wait_procs(ray, timeout=LIMIT)  # of the killed one; Ray's agents take half a minute to see it
-    assert not alive
+    assert not alive_after(ray, LIMIT)  # of the killed one; Ray's agents take half a minute to see it
 
     tokenizer = ModelFolder(house.model).tokenizer()
     texts = [sequences_of_file(house.texts[name], config.data, tokenizer) for name in devices]
@@ -162,5 +160,4 @@ def test_a_coordinator_that_is_told_to_stop_leaves_no_process(tmp_path: Path) ->
 
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
-        _, alive = psutil.wait_procs(children, timeout=30)
-        assert not alive
+        assert not alive_after(children, 30)

@@ -15,7 +15,7 @@ from tests.cluster.house import TINY, House, events_of, events_until, step_reach
 
 pytestmark = pytest.mark.cluster
 
-CONFIG = replace(TINY, cuts="auto", steps=20, sequence_length=64, aggregate_every=2, learning_rate=1e-3)
+CONFIG = replace(TINY, cuts="auto", steps=40, sequence_length=64, aggregate_every=2, learning_rate=1e-3)
 
 
 @pytest.fixture
