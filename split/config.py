@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from split.documents import DataConfig
 from split.errors import BadRequest
-from split.shapes import AGGREGATIONS, STACKING, parse_by_name
+from split.shapes import AGGREGATIONS, AVERAGE, STACKING, parse_by_name
 
 LABELS = ("device", "server")
 OPTIMIZERS = ("adamw", "sgd")
@@ -60,9 +60,9 @@ class TrainingConfig:
     dlora: bool = False  # the devices train all modules, those of the server's blocks too: see split/dlora
     active_fraction: float = 1.0  # of the modules' bytes, that Kill and Revive goes down to; 1: it kills none
     bytes_per_step: int = 0  # instead, a device's, both ways; 0: no limit
-    kill_warmup: int = 30  # steps with all modules active, which score them
-    kill_anneal: int = 100  # steps in which the share goes down from there
-    kill_interval: int = 10  # steps between decisions
+    kill_warmup: int | None = None  # steps with all modules active, which score them; None: see kill_times
+    kill_anneal: int | None = None  # steps in which the share goes down from there
+    kill_interval: int | None = None  # steps between decisions
     killed: str = KEEP  # a killed module is still asked for, or merged into what the server applies, or dropped
     aggregate: bool = False  # average the devices' adapters, which are personal otherwise
 
@@ -109,6 +109,7 @@ class TrainingConfig:
             self._check_dlora()
         elif self.kills or self.aggregate or self.killed != KEEP:
             raise BadRequest("active_fraction, bytes_per_step, killed and aggregate are for method dlora")
+        self._check_kill_times()
 
     def _check_dlora(self) -> None:
         if self.labels != "device":
@@ -118,23 +119,55 @@ class TrainingConfig:
         if not 0 < self.active_fraction <= 1:
             raise BadRequest(f"active_fraction is {self.active_fraction}; choose a share above 0, up to 1")
         _at_least("bytes_per_step", self.bytes_per_step, 0)
-        _at_least("kill_warmup", self.kill_warmup, 1)
-        _at_least("kill_anneal", self.kill_anneal, 0)
-        _at_least("kill_interval", self.kill_interval, 1)
+        if not self.aggregate and (self.aggregation or self.aggregate_every != TrainingConfig.aggregate_every):
+            raise BadRequest("aggregation and aggregate_every: method dlora averages only where aggregate asks for it")
+        if self.aggregation not in ("", AVERAGE):
+            raise BadRequest(f"aggregation {self.aggregation} is not for method dlora, which averages A and B")
         if self.aggregate and self.kills:
             raise BadRequest("an average of modules that some devices have killed means nothing: leave aggregate out")
         if self.active_fraction < 1 and self.bytes_per_step:
             raise BadRequest("active_fraction and bytes_per_step are two ways to say one thing: choose one")
+        if self.bytes_per_step and self.killed == KEEP:
+            raise BadRequest(
+                "bytes_per_step cannot be held with killed keep, whose modules are still exchanged: choose merge (the "
+                "coordinator gets their values and applies them) or drop (the model goes on without them)"
+            )
         if self.codec != "auto":
             from split.streams import remembers_samples
 
             if remembers_samples(self.codec):
                 raise BadRequest("ef and delta remember samples, which modules' rows are not: choose a codec without")
 
+    def _check_kill_times(self) -> None:
+        chosen = self.kill_warmup, self.kill_anneal, self.kill_interval
+        if not self.kills:
+            if chosen != (None, None, None):
+                raise BadRequest(
+                    "kill_warmup, kill_anneal and kill_interval are for method dlora with active_fraction or "
+                    "bytes_per_step: give one of these, or leave them out"
+                )
+            return
+        warmup, anneal, interval = self.kill_times
+        _at_least("kill_warmup", warmup, 1)
+        _at_least("kill_anneal", anneal, 0)
+        _at_least("kill_interval", interval, 1)
+        if warmup + anneal >= self.steps:
+            raise BadRequest(
+                f"kill_warmup {warmup} and kill_anneal {anneal} leave none of {self.steps} steps at the share that was "
+                "asked for: choose fewer, or more steps"
+            )
+
     @property
     def kills(self) -> bool:
         """Whether Kill and Revive is at work."""
         return self.active_fraction < 1 or self.bytes_per_step > 0
+
+    @property
+    def kill_times(self) -> tuple[int, int, int]:
+        """Steps of warm-up, of the share's way down, and between decisions. What was not chosen follows the steps."""
+        warmup = max(1, min(30, self.steps * 15 // 100)) if self.kill_warmup is None else self.kill_warmup
+        anneal = min(100, self.steps * 35 // 100) if self.kill_anneal is None else self.kill_anneal
+        return warmup, anneal, 10 if self.kill_interval is None else self.kill_interval
 
     @property
     def data(self) -> DataConfig:
@@ -224,6 +257,7 @@ class TrainingConfig:
 def _fits(annotation: object, value: object) -> bool:
     allowed: dict[object, tuple[type, ...]] = {
         "int": (int,),
+        "int | None": (int, type(None)),
         "bool": (bool,),
         "float": (int, float),
         "str": (str,),

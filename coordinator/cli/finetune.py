@@ -22,7 +22,7 @@ from coordinator.cli.common import (
 )
 from coordinator.cli.watch import check_ended_well, follow, print_report
 from protos.v1 import coordinator_pb2 as pb
-from split.config import TrainingConfig
+from split.config import KEEP, TrainingConfig
 from split.errors import BadRequest
 from split.shapes import options_of
 
@@ -78,7 +78,8 @@ def finetune(
             help="How the devices' adapters become one. average: A and B each for itself, an approximation, for equal "
             "ranks. padding: the same, with zeros in the place of ranks that a device does not have. stacking: "
             "exact; the sum of all rounds is kept frozen and grows. svd: the exact average, factorised anew to the "
-            "job's rank. Empty: average where all ranks are equal, else svd.",
+            "job's rank. Empty: average where all ranks are equal, else svd. With dlora only average, and only with "
+            "--aggregate.",
             rich_help_panel=_TRAINING,
         ),
     ] = _DEFAULTS.aggregation,
@@ -151,30 +152,43 @@ def finetune(
     active_fraction: Annotated[
         float,
         typer.Option(
-            help="Kill and Revive goes down to modules that take this share of all modules' bytes; 1: it kills none.",
+            help="Kill and Revive goes down to modules that take this share of all modules' bytes; 1: it kills none. "
+            "With --killed keep it saves the device's gradients only: bytes with merge or drop.",
             rich_help_panel=_DLORA,
         ),
     ] = _DEFAULTS.active_fraction,
     bytes_per_step: Annotated[
         int,
-        typer.Option(help="Instead: down to so many bytes a step of a device, both ways.", rich_help_panel=_DLORA),
+        typer.Option(
+            help="Instead: down to so many bytes a step of a device, both ways. Takes --killed merge or drop.",
+            rich_help_panel=_DLORA,
+        ),
     ] = _DEFAULTS.bytes_per_step,
     killed: Annotated[
         str,
         typer.Option(
-            help="A killed module. keep: frozen, and still asked for. merge: frozen, and its values go to the "
-            "coordinator, which applies it (the device's owner has to allow modules-leave). drop: left out.",
+            help="A killed module. keep: frozen, and still exchanged, which saves no bytes. merge: frozen, and its "
+            "values go to the coordinator, which applies it (the device's owner has to allow modules-leave). drop: "
+            "left out.",
             rich_help_panel=_DLORA,
         ),
     ] = _DEFAULTS.killed,
     kill_warmup: Annotated[
-        int, typer.Option(help="Steps with all modules active, which score them.", rich_help_panel=_DLORA)
+        int | None,
+        typer.Option(
+            help="Steps with all modules active, which score them. Left out: 15 % of the steps, 30 at most.",
+            rich_help_panel=_DLORA,
+        ),
     ] = _DEFAULTS.kill_warmup,
     kill_anneal: Annotated[
-        int, typer.Option(help="Steps in which the share goes down from there.", rich_help_panel=_DLORA)
+        int | None,
+        typer.Option(
+            help="Steps in which the share goes down from there. Left out: 35 % of the steps, 100 at most.",
+            rich_help_panel=_DLORA,
+        ),
     ] = _DEFAULTS.kill_anneal,
     kill_interval: Annotated[
-        int, typer.Option(help="Steps between decisions.", rich_help_panel=_DLORA)
+        int | None, typer.Option(help="Steps between decisions. Left out: 10.", rich_help_panel=_DLORA)
     ] = _DEFAULTS.kill_interval,
     aggregate: Annotated[
         bool,
@@ -185,7 +199,11 @@ def finetune(
         ),
     ] = False,
     aggregate_every: Annotated[
-        int, typer.Option(help="Steps between averages of the devices' adapters.", rich_help_panel=_TRAINING)
+        int,
+        typer.Option(
+            help="Steps between averages of the devices' adapters; with dlora, takes --aggregate.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = _DEFAULTS.aggregate_every,
     checkpoint_every: Annotated[
         int, typer.Option(help="Steps; rounded up to an aggregation.", rich_help_panel=_TRAINING)
@@ -293,6 +311,9 @@ def finetune(
         )
     if not json_output and labels == "server" and not resume:
         console.print("labels are at the server: the coordinator can read the devices' text", style="bold")
+    if not json_output and training.kills and training.killed == KEEP and not resume:
+        line = "killed modules are kept, and still exchanged: that saves the devices' gradients, not messages"
+        console.print(f"{line}; --killed merge or drop does", style="bold")
     with connected(credentials, coordinator) as connection:
         job = connection.stub.SubmitJob(request)
         if detach:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,8 @@ class Controller:
     """`decide(step)` before a step, `observe(step, ...)` after it, for every step from 0 on, in order.
 
     The budget holds over the run: what is active at the steps so far never costs more than their budgets together
-    (what is set aside for trials may be saved up for them), and a step outside a trial never more than its own.
+    (what is set aside for trials may be saved up for them), and a step outside a trial never more than its own. A
+    budget above zero always leaves something active: where no module fits in it, the cheapest ones take turns.
     """
 
     def __init__(self, costs: Mapping[str, ModuleCost], policy: KillPolicy, total_steps: int) -> None:
@@ -100,6 +101,9 @@ class Controller:
         if self._start_trials(step):
             reasons.append("loss stalled" if self._stalled(step) else "trial")
             self._best_step = step  # a stall is counted anew from here
+        if not self._active and budget > 0:
+            self._advance_a_trial(step, budget, before)
+            reasons.append("none was left")
         killed, revived = before - self._active, self._active - before
         for name in (*killed, *revived):
             self._changed[name] = step
@@ -266,16 +270,29 @@ class Controller:
         dead = [name for name in self._in_order(self._killed()) if self._may_revive(name, step)]
         started = False
         for name in sorted(dead, key=lambda name: -self._urgency(name, step)):
-            price = self._adds(name, []) * policy.probe_steps  # as if nothing shared its input
-            if price > self._credit + 1e-9:
+            if self._price(name) > self._credit + 1e-9:
                 break  # it is saved up for: or cheap modules would always come before dear ones
-            self._credit -= price
-            self._active.add(name)
-            self._probing[name] = step + policy.probe_steps
+            self._try(name, step)
             started = True
         if started:
             self._last_trial = step
         return started
+
+    def _advance_a_trial(self, step: int, budget: float, before: Collection[str]) -> None:
+        """Of the most urgent module that a step's budget pays for, or of the cheapest; what it costs is owed."""
+        open_to = [name for name in self.costs if name in before or self._may_revive(name, step)]
+        most = max(budget, min(self._adds(name, []) for name in open_to))
+        fitting = [name for name in open_to if self._adds(name, []) <= most + 1e-9]
+        self._try(max(fitting, key=lambda name: self._urgency(name, step)), step)
+
+    def _try(self, name: str, step: int) -> None:
+        self._credit -= self._price(name)
+        self._active.add(name)
+        self._probing[name] = step + self.policy.probe_steps
+
+    def _price(self, name: str) -> float:
+        """Of a trial, as if nothing shared its input."""
+        return self._adds(name, []) * self.policy.probe_steps
 
     def _urgency(self, name: str, step: int) -> float:
         """The longer unseen, and the more responsive for its cost, the more; one that did not respond has its turns."""

@@ -220,19 +220,18 @@ class DloraTrainer:
         self.stepper.step(step, norm_squared)
         self.step += 1
         self._told = {"norm_squared": norm_squared, "tokens": float(batch.tokens), "nll": batch.loss}
-        self._rest()  # before anyone hears of the step
+        self._rest(self.step)  # before anyone hears of the step
         link.send(Frame(Phase.STEP, step, values=self._told))
         return loss
 
     def _end_early(self, link: Link) -> None:
-        """No module is left that trains: the job is over for this device."""
+        """No module is left that trains: the job is over for this device. Over another link that is told again."""
         log.warning("after step %d no module is left that trains: training ends here", self.step)
-        self._told = {"norm_squared": 0.0, "tokens": 0.0, "nll": 0.0, ENDS: 1.0}
-        link.send(Frame(Phase.STEP, self.step, values=self._told))
-        self.step = self.config.steps
-        self._rest()
-        if self.config.evaluates_after(self.step):
-            self._evaluate(link, self.step)
+        last = self.config.steps
+        self._rest(last)
+        link.send(Frame(Phase.STEP, self.step, values={"norm_squared": 0.0, "tokens": 0.0, "nll": 0.0, ENDS: 1.0}))
+        if self.config.evaluates_after(last):
+            self._evaluate(link, last)
 
     def _merge(self, link: Link, step: int) -> None:
         """Gives the server what it is to apply itself from here on."""
@@ -362,9 +361,12 @@ class DloraTrainer:
         self._average = self._average + average if link.coder.adapters_differ("adapters_down") else average
         load_flat(self.parameters, self._average)
 
-    def _rest(self) -> None:
-        """Keeps what a later session may have to go on from: at aggregations here, at checkpoints on the disk."""
-        aggregates, keeps = self.config.aggregates_after(self.step), self.config.checkpoints_after(self.step)
+    def _rest(self, done: int) -> None:
+        """Keeps what a later session may have to go on from: at aggregations here, at checkpoints on the disk.
+
+        done: steps; all of the job's where it ends early.
+        """
+        aggregates, keeps = self.config.aggregates_after(done), self.config.checkpoints_after(done)
         if not aggregates and not (keeps and self._record):
             return
         state = DeviceState(

@@ -14,7 +14,7 @@ from torch import nn
 from split.adapters.kill_and_revive import Controller, Decision
 from split.adapters.kill_policy import KillPolicy
 from split.adapters.module_costs import costs_of
-from split.config import TrainingConfig
+from split.config import KEEP, TrainingConfig
 from split.dlora.sites import Layout
 from split.ledger import Traffic
 
@@ -42,17 +42,20 @@ class Killing:
         self._began: tuple[int, int, int] | None = None  # this run's first step; bytes of modules, and in all, by then
         if not config.kills:
             return
+        if config.killed == KEEP:
+            log.warning("killed modules are kept, and still exchanged: that saves their gradients here, not messages")
+        self._warmup, anneal, interval = config.kill_times
         turn = min(_PROBE_STEPS, max(1, config.steps // 10))
         policy = KillPolicy(
             active_fraction=config.active_fraction,  # 1 with bytes_per_step: until those are measured
-            warmup_steps=config.kill_warmup,
-            anneal_steps=config.kill_anneal,
-            interval=config.kill_interval,
+            warmup_steps=self._warmup,
+            anneal_steps=anneal,
+            interval=interval,
             killed=config.killed,
             probe_share=_PROBE_SHARE,
             probe_steps=turn,
             hold_steps=turn,
-            probe_interval=config.kill_interval,
+            probe_interval=interval,
         )
         self._controller = Controller(self._costs, policy, config.steps)
 
@@ -62,7 +65,7 @@ class Killing:
             return self._all
         if self._began is None:
             self._began = step, *self._counts()
-        if self._config.bytes_per_step and step >= self._config.kill_warmup:
+        if self._config.bytes_per_step and step >= self._warmup:
             self._ration(step)
         decision = self._controller.decide(step)
         if decision.killed or decision.revived:
@@ -103,11 +106,14 @@ class Killing:
             return
         of_modules, rest = (modules - modules_before) / steps, (everything - all_before) / steps
         rest -= of_modules
-        fraction = min(1.0, max(0.0, (self._config.bytes_per_step - rest) / max(1.0, of_modules)))
+        wanted = self._config.bytes_per_step
+        fraction = min(1.0, max(0.0, (wanted - rest) / max(1.0, of_modules)))
         if fraction == 1:
             return
         line = "step %d: modules took %.0f bytes a step, all else %.0f: their share is %.1f %% from now on"
         log.info(line, step, of_modules, rest, 100 * fraction)
+        if rest > wanted:
+            log.warning("bytes_per_step %d cannot be held: %.0f a step are of other than modules", wanted, rest)
         state = controller.state()
         state["policy"] = asdict(replace(controller.policy, active_fraction=fraction))
         self.load_state(state)

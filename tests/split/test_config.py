@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from split.config import TrainingConfig
 from split.errors import BadRequest
 
+KILLING = {"dlora": True, "active_fraction": 0.5}
+
 
 def test_a_configuration_survives_the_way_to_the_other_side() -> None:
     config = TrainingConfig(
@@ -45,11 +47,30 @@ def test_a_configuration_survives_the_way_to_the_other_side() -> None:
         ({"error_budget": float("nan")}, "error_budget is nan"),
         ({"codec": "zip"}, "no part of a codec is called 'zip'"),
         ({"codec": "up=int8;int4"}, "'int4' has no KEY="),
+        ({"dlora": True, "bytes_per_step": 9}, "cannot be held with killed keep.*choose merge .* or drop"),
+        ({"kill_warmup": 5}, "are for method dlora with active_fraction or bytes_per_step"),
+        ({"dlora": True, "kill_interval": 10}, "are for method dlora with active_fraction or bytes_per_step"),
+        (KILLING | {"kill_warmup": 0}, "kill_warmup is 0; choose 1 or more"),
+        (KILLING | {"kill_warmup": 30, "kill_anneal": 70}, "kill_warmup 30 and kill_anneal 70 leave none of 100 steps"),
+        (KILLING | {"kill_anneal": 90}, "kill_warmup 15 and kill_anneal 90 leave none of 100 steps"),
+        ({"dlora": True, "aggregation": "average"}, "method dlora averages only where aggregate asks for it"),
+        ({"dlora": True, "aggregate_every": 5}, "method dlora averages only where aggregate asks for it"),
+        ({"dlora": True, "aggregate": True, "aggregation": "svd"}, "aggregation svd is not for method dlora"),
     ],
 )
 def test_what_cannot_be_is_refused_with_a_line_that_says_so(change: dict, line: str) -> None:
     with pytest.raises(BadRequest, match=line):
         TrainingConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("steps", "times"), [(2, (1, 0, 10)), (20, (3, 7, 10)), (100, (15, 35, 10)), (300, (30, 100, 10))]
+)
+def test_kill_and_revive_reaches_its_share_however_short_a_job_is(steps: int, times: tuple[int, int, int]) -> None:
+    config = TrainingConfig(steps=steps, dlora=True, active_fraction=0.5)
+    assert config.kill_times == times
+    assert TrainingConfig.from_json(config.to_json()) == config
+    assert dataclasses.replace(config, steps=300, kill_warmup=40, kill_interval=3).kill_times == (40, 100, 3)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"steps": "10"}', '{"steps": true}', '{"nonsense": 1}', "null"])

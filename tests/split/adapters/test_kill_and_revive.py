@@ -207,6 +207,32 @@ def test_all_modules_can_be_dead() -> None:
     assert decisions[-1].active == frozenset()
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("steps", [60, 300, 1000])
+@pytest.mark.parametrize("fraction", [0.005, 0.02, 0.05, 0.125, 0.25])
+def test_a_budget_above_zero_always_leaves_something_active(fraction: float, steps: int, seed: int) -> None:
+    """Where the device has no block, so that every module costs something, and most of the budget takes turns."""
+    costs = {name: replace(cost, remote=True) for name, cost in _costs().items()}
+    turn = min(40, steps // 10)
+    turns = {"probe_share": 0.8, "probe_steps": turn, "hold_steps": turn, "probe_interval": 10}
+    policy = KillPolicy(active_fraction=fraction, warmup_steps=steps // 10, anneal_steps=steps // 3, **turns)
+    controller = Controller(costs, policy, steps)
+    weights = {name: random.Random(f"{seed}/{name}").lognormvariate(0, 1) for name in costs}
+    decisions = _run(controller, lambda step, name: weights[name] * _noise(step, name), steps=range(steps))
+    assert all(decision.active for decision in decisions)
+    prices = [controller.cost({name}) for name in costs]
+    spent = sum(controller.cost(decision.active) for decision in decisions)
+    assert spent <= sum(max(controller.budget(step), min(prices)) for step in range(steps)) + turn * max(prices)
+
+
+def test_modules_take_turns_where_one_at_a_time_is_all_that_there_may_be() -> None:
+    costs = {name: replace(cost, remote=True) for name, cost in _costs().items()}
+    policy = KillPolicy(budget="modules", active_fraction=0.01, schedule="step", hold_steps=5)
+    decisions = _run(Controller(costs, policy, STEPS), lambda step, name: 1.0)[policy.warmup_steps :]
+    assert all(len(decision.active) == 1 for decision in decisions)
+    assert set(costs) == {name for decision in decisions for name in decision.active}
+
+
 def test_no_modules_at_all_are_no_error() -> None:
     assert _run(Controller({}, KillPolicy(), STEPS))[-1] == Decision(frozenset())
 

@@ -14,6 +14,7 @@ import torch
 from split.adapters.lora import initial_adapter
 from split.checkpoint import CheckpointFolder, DeviceRecord
 from split.config import TrainingConfig
+from split.dlora.backbone import _in_one_thread
 from split.dlora.device import DloraTrainer
 from split.dlora.host import BackboneHost
 from split.dlora.local import backbone_of, device_of, train_dlora_locally
@@ -30,6 +31,10 @@ SMALL = dataclasses.replace(
     CONFIG, steps=4, batch_size=2, rank=2, micro_batches=2, target_modules=("q_proj", "v_proj", "down_proj"),
     optimizer="sgd", learning_rate=0.5, schedule="constant", checkpoint_every=2, validation_fraction=0.1,
 )  # fmt: skip
+
+ENDING = dataclasses.replace(
+    SMALL, steps=30, cut_layer=0, killed="drop", bytes_per_step=1, kill_warmup=3, kill_anneal=0, kill_interval=1
+)  # no module is left after three steps
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +234,34 @@ def test_with_averages_a_device_that_comes_back_goes_on_from_the_last_one(
     assert torch.isfinite(job.host.average).all()
 
 
+def test_where_one_thread_runs_all_backward_passes_they_do_not_wait_for_each_other_in_it(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator: here a lock in the thread's place, which a backward pass of the backbone has to its end."""
+    adapters, _ = undisturbed(llama, SMALL, 2)
+    whole, engine = torch.Tensor.backward, threading.Lock()
+
+    def backward(self: torch.Tensor, *arguments: Any, **settings: Any) -> None:
+        if not threading.current_thread().name.startswith("pass-"):
+            return whole(self, *arguments, **settings)
+        assert engine.acquire(timeout=5), "a pass that has the turn waits for the thread"
+        try:
+            return whole(self, *arguments, **settings)
+        finally:
+            engine.release()
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr("split.dlora.backbone._in_one_thread", lambda device: True)
+    run, _ = dlora_run(llama, SMALL, [text(number, 20) for number in range(2)])
+    for name, adapter in adapters.items():
+        assert_same(run.adapters[name], adapter)
+
+
+def test_autograd_has_one_thread_for_an_accelerator_and_none_for_the_cpu() -> None:
+    assert _in_one_thread(torch.device("cuda"))
+    assert not _in_one_thread(torch.device("cpu"))
+
+
 def test_a_device_that_goes_away_is_not_waited_for(llama: Path) -> None:
     job = Job(llama, SMALL, 2)
     gone, stays = job.trainer(0), job.trainer(1)
@@ -243,9 +276,7 @@ def test_a_device_that_goes_away_is_not_waited_for(llama: Path) -> None:
 
 def test_a_job_in_which_no_module_is_left_ends_with_a_line(llama: Path) -> None:
     """The device's own blocks exchange nothing, so their modules would go on: here it has none."""
-    small = {"steps": 30, "cut_layer": 0, "bytes_per_step": 1, "kill_warmup": 3, "kill_anneal": 0, "kill_interval": 1}
-    config = dataclasses.replace(SMALL, **small)  # type: ignore[arg-type]
-    job = Job(llama, config)
+    job = Job(llama, ENDING)
     trainer = job.trainer()
     run(trainer, job.link(trainer))
     assert job.finished.wait(60)
@@ -254,8 +285,41 @@ def test_a_job_in_which_no_module_is_left_ends_with_a_line(llama: Path) -> None:
     assert [data["message"] for data in job.told("log")][-1] == (
         "d0: after step 3 no module is left that trains: its training has ended"
     )
+    assert job.told("modules")[-1]["step"] == 3  # where the picture of what was trained ends
+    assert job.told("modules")[-1]["active"] == []
     assert [data["step"] for data in job.told("evaluation")] == [0, 30]
-    assert trainer.step == 30
+    assert trainer.step == 3
+
+
+def test_an_early_end_that_a_broken_link_has_lost_is_told_again_and_is_on_the_disk_before(
+    llama: Path, tmp_path: Path
+) -> None:
+    class Dies(CutLink):
+        """With the early end, or with a frame after it."""
+
+        def send(self, frame: Frame) -> None:
+            if frame.phase == self.phase and frame.step >= 3:  # type: ignore[attr-defined]
+                self.close()
+                raise LinkLost("the link was cut")
+            super().send(frame)
+
+    _, losses = undisturbed(llama, dataclasses.replace(ENDING, validation_fraction=0))
+    for phase in (Phase.STEP, Phase.EVALUATE, Phase.CLOSE):
+        for restarts in (False, True):
+            job = Job(llama, ENDING, records=tmp_path / f"{phase}{restarts}")
+            trainer = job.trainer()
+            link = Dies(job.host, "d0", trainer, -1)
+            link.phase = phase  # type: ignore[attr-defined]
+            with pytest.raises(LinkLost):
+                run(trainer, link)
+            again = job.trainer() if restarts else trainer
+            assert again.step == 3
+            run(again, job.link(again))
+            assert job.finished.wait(60)
+            job.host.close()
+            assert [data["loss"] for data in job.told("step")] == pytest.approx(losses, rel=1e-5)
+            assert ["no module is left" in data["message"] for data in job.told("log")].count(True) == 1
+            assert job.told("evaluation")[-1]["step"] == 30
 
 
 Change = Callable[[Frame], Frame]
