@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from split.errors import BadRequest
+from split.generation.chain import Span
 from split.generation.engine import Engine
 from split.generation.local import local_engine
 from split.generation.request import Busy, Request, Sampling
+from split.generation.stream import Stream
 from split.models.source import open_model
+from split.runtime.base import Row
 from tests.split.generation.whole import answers, greedy, ids_of, prompts, run, tokens_of, whole_model
 from tests.split.tiny_models import ARCHITECTURES, make_model
 
@@ -163,6 +168,53 @@ def test_clients_that_wait_take_turns(llama: Path) -> None:
         assert ended == ["a0", "b0", "c0", "a1", "b1", "c1", "a2", "a3", "a4", "a5"]
 
     run(engine_of(llama, sequences=1), work)
+
+
+def test_with_enough_requests_every_span_is_busy(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [greedy(whole_model(llama), prompt, 20) for prompt in prompts(range(3, 9))]
+    all_busy = asyncio.Barrier(3)
+    waited: set[str] = set()
+    compute = Span.compute
+
+    async def compute_when_all_are_busy(span: Span, rows: Sequence[Row], hidden: Tensor) -> Tensor:
+        if all(row.position for row in rows) and str(span) not in waited:
+            waited.add(str(span))
+            await asyncio.wait_for(all_busy.wait(), 60)
+        return await compute(span, rows, hidden)
+
+    monkeypatch.setattr(Span, "compute", compute_when_all_are_busy)
+    requests = [Request(prompt, 20, GREEDY) for prompt in prompts(range(3, 9))]
+    assert run(engine_of(llama, cuts=(2, 4), sequences=6), lambda engine: answers(engine, requests)) == wanted
+    assert waited == {"0-2", "2-4", "4-6"}
+
+
+def test_no_more_batches_are_under_way_than_are_faster(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [Request(prompt, 20, GREEDY) for prompt in prompts([5] * 6)]
+    under_way, most, sizes = 0, 0, set()
+    advance = Engine._advance
+
+    async def counted(engine: Engine, batch: list[Stream]) -> None:
+        nonlocal under_way, most
+        decodes = not batch[0].prefilling
+        sizes.update({len(batch)} if decodes else ())
+        under_way += decodes
+        most = max(most, under_way)
+        try:
+            await advance(engine, batch)
+        finally:
+            under_way -= decodes
+
+    async def work(engine: Engine) -> list[list[int]]:
+        monkeypatch.setattr(engine._in_flight, "value", 1)
+        monkeypatch.setattr(engine._in_flight, "took", lambda *_: None)
+        return await answers(engine, requests)
+
+    monkeypatch.setattr(Engine, "_advance", counted)
+    assert run(engine_of(llama, cuts=(2, 4), sequences=6, chunk=64), work) == [
+        greedy(whole_model(llama), request.prompt, 20) for request in requests
+    ]
+    assert most == 1
+    assert 6 in sizes
 
 
 def test_who_fills_the_queue_locks_nobody_out(llama: Path) -> None:
