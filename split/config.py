@@ -231,7 +231,8 @@ class TrainingConfig:
         return done // self.evaluate_every > before // self.evaluate_every
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        chosen = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return json.dumps(chosen, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> TrainingConfig:
@@ -251,6 +252,9 @@ class TrainingConfig:
         for name, value in values.items():
             if not _fits(known[name].type, value):
                 raise BadRequest(f"training option {name} has the value {value!r}; it must be {known[name].type}")
+        if values.get("active_fraction", 1) == 1 and not values.get("bytes_per_step"):
+            for name in ("kill_warmup", "kill_anneal", "kill_interval"):  # earlier versions told them of every job
+                values.pop(name, None)
         return cls(**values)
 
 

@@ -256,7 +256,7 @@ def bind_one_of(server: grpc.aio.Server, host: str, ports: tuple[int, int], cred
 
 _BROKE_OFF = ("Internal error from Core", "Received RST_STREAM")
 """What gRPC itself says where no server has answered. The first is grpc.aio's word for a message that could not be
-written; it takes the place of the status with which the stream ended, even of a server's (grpc/grpc#36066)."""
+written; it takes the place of the status with which the stream ended, even of a server's."""
 
 
 def error_of(error: grpc.RpcError, address: str) -> IsthmusError:

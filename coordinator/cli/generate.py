@@ -267,7 +267,8 @@ def chat(
     api_key: Key = "",
     system: Annotated[str, typer.Option(help="What the model is told first.")] = "",
     max_tokens: Annotated[
-        int | None, typer.Option(help="Of one answer, at most; by default a quarter of the context.", min=1)
+        int | None,
+        typer.Option(help="Of one answer, at most; a quarter of the context, or up to half of it.", min=1),
     ] = None,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
@@ -306,8 +307,9 @@ def chat(
     with interruptible(), asyncio.Runner() as runner:  # lines are read between its runs, so that Ctrl-C ends that, too
         try:
             where = runner.run(begin())
-            quarter = where.context and max(1, where.context // 4)
-            asking = Asking(max_tokens or quarter, temperature, top_p, top_k, seed)
+            if where.context:
+                max_tokens = min(max_tokens or where.context // 4, where.context // 2)
+            asking = Asking(max_tokens, temperature, top_p, top_k, seed)
             while line := _ask():
                 turns.append({"role": "user", "content": line})
                 try:
@@ -329,17 +331,19 @@ def _ask() -> str:
 async def _reply(
     where: Here | There, first: list[dict[str, str]], turns: list[dict[str, str]], asking: Asking, stat: Stat
 ) -> AsyncIterator[str]:
-    """The answer as it comes. turns: question and answer by turns; the oldest are taken out when they are too many."""
-    del turns[: max(0, len(turns) - _KEPT + 1) // 2 * 2]
+    """The answer as it comes. turns: question and answer by turns; the oldest are taken out when they are too many, but
+    not for a question that is too long by itself."""
+    forgotten = max(0, len(turns) - _KEPT + 1) // 2 * 2
     while True:
         try:
-            async for text in where.reply([*first, *turns], asking, stat):
+            async for text in where.reply([*first, *turns[forgotten:]], asking, stat):
                 yield text
-            return
+            break
         except TooLong:
-            if len(turns) < 3:
+            forgotten += 2
+            if forgotten >= len(turns):
                 raise
-            del turns[:2]
+    del turns[:forgotten]
 
 
 def _where(model: str, local: bool, url: str, key: str, loading: Loading) -> Here | There:

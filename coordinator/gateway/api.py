@@ -150,6 +150,7 @@ async def completion_job(model: ServedModel, asked: CompletionRequest, client: s
     if asked.best_of not in (None, n):
         raise ApiError(400, "best_of: only the same as n", param="best_of", code="unsupported_parameter")
     prompts = prompts_of(asked)
+    alone = n == len(prompts) == 1
     check_count(model, len(prompts) * n)
     choices: list[Choice] = []
     for prompt in prompts:
@@ -159,7 +160,7 @@ async def completion_job(model: ServedModel, asked: CompletionRequest, client: s
         echo = None
         if asked.echo:
             echo = prompt if isinstance(prompt, str) else text_of(model, ids)
-        for request in requests_of(model, asked, client, ids, length, asked.logprobs, bool(asked.echo)):
+        for request in requests_of(model, asked, client, ids, length, asked.logprobs, bool(asked.echo), alone):
             choices.append(Choice(request, asked.stops, echo))  # noqa: PERF401
     return Job(model, choices, n)
 
@@ -172,7 +173,7 @@ async def chat_job(model: ServedModel, asked: ChatRequest, client: str, chat_tem
     ids = await encode_chat(model, asked.messages, chat_template)
     length = answer_length(model, ids, asked.max_completion_tokens or asked.max_tokens, None, "messages")
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-    requests = requests_of(model, asked, client, ids, length, logprobs, False)
+    requests = requests_of(model, asked, client, ids, length, logprobs, False, n == 1)
     return Job(model, [Choice(request, asked.stops, continues=False) for request in requests], n)
 
 
@@ -207,6 +208,7 @@ def requests_of(
     length: int,
     logprobs: int | None,
     echo: bool,
+    alone: bool,
 ) -> list[engine.Request]:
     """The n requests for one prompt; with a seed, each has its own."""
     return [
@@ -224,6 +226,7 @@ def requests_of(
             stop_tokens=model.ends(),
             adapter=model.adapter,
             client=client,
+            alone=alone,
         )
         for i in range(asked.n or 1)
     ]

@@ -89,11 +89,9 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
         first = await _first(requests)
         if first is None:
             return
-        self._check(peer)
-        if self._closed is not None:
-            raise self._closed
+        self._check_user(peer)
         async with self.guests.admitted(_device(peer), first) as guest:
-            self._check(peer)
+            self._check_user(peer)  # again: it may have waited for an earlier stream's end
             guest.task = asyncio.current_task()
             reading = asyncio.create_task(guest.read(requests))
             try:
@@ -142,6 +140,11 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
         """Holders take over in the order in which they were named."""
         config = next(one for one in self._serving.spans if str(one) == str(span))
         return config.holders.index(CLOUD if peer.role == "stage" else peer.name)
+
+    def _check_user(self, peer: Peer) -> None:
+        self._check(peer)
+        if self._closed is not None:
+            raise self._closed
 
     def _check(self, peer: Peer) -> None:
         if not self._allowed(peer):

@@ -64,7 +64,8 @@ class Generator(Protocol):
     def submit(self, request: Request) -> Answer:
         """Raises Busy when the queue is full, BadRequest for a prompt that does not fit or is empty.
 
-        Where a client has more requests waiting than whoever comes, its latest one ends with Busy instead.
+        Where a client has more requests waiting than whoever comes, the latest of them that is alone ends with Busy
+        instead.
         """
 
 
@@ -172,10 +173,12 @@ class Engine:
         return stream
 
     def _one_too_many(self) -> Stream:
-        """The latest of a client that has the most requests waiting; of several such clients, the latest of all."""
+        """The newest; or the latest of a client that has more requests waiting than the newest's, and most of all."""
         counts = Counter(stream.request.client for stream in self._waiting)
-        most = max(counts.values())
-        return next(stream for stream in reversed(self._waiting) if counts[stream.request.client] == most)
+        newest = self._waiting[-1]
+        most = counts[newest.request.client]
+        fuller = [s for s in self._waiting if s.request.alone and counts[s.request.client] > most]
+        return max(reversed(fuller), key=lambda stream: counts[stream.request.client], default=newest)
 
     def _clients(self) -> set[str]:
         return {stream.request.client for stream in (*self._at_work, *self._waiting)}

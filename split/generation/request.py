@@ -28,7 +28,8 @@ class Request:
 
     max_tokens may be 0 for the prompt's logprobs alone. stop_tokens: end the answer, and belong to it (EOS).
     adapter: 0 for the base model, i for the i-th adapter that is served with it.
-    client: those that wait take turns by it.
+    client: those that wait take turns by it. alone: nobody asked for other answers together with this one, so while it
+    waits it may be refused in another client's favour.
     """
 
     prompt: tuple[int, ...]
@@ -39,6 +40,7 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     adapter: int = 0
     client: str = ""
+    alone: bool = True
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def test_the_deaths_of_a_device_and_of_the_stage_lose_nothing(house: House) -> N
         house.cluster.kill("d0")
         left = events_until(connection, job, lambda event, data: event.kind == "left")
         assert json.loads(left.data)["done"] is False
-        with house.stopped("d1"):  # without which the job does not come to its end meanwhile
+        with house.stopped("d1"), house.stopped("d2"):  # without whom the job does not come to its end meanwhile
             house.start("d0")
             events_until(connection, job, lambda event, data: event.kind == "joined", after=left.number)
         events_until(connection, job, lambda event, data: event.kind == "checkpoint")

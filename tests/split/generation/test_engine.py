@@ -230,6 +230,17 @@ def test_who_fills_the_queue_locks_nobody_out(llama: Path) -> None:
     run(engine_of(llama, sequences=2, queue=6), work)
 
 
+def test_what_was_asked_for_together_is_not_refused_in_part(llama: Path) -> None:
+    async def work(engine: Engine) -> None:
+        text = prompts([4])[0]
+        together = [engine.submit(Request(text, 20, GREEDY, client="many", alone=False)) for _ in range(8)]
+        with pytest.raises(Busy):
+            engine.submit(Request(text, 20, GREEDY, client="one"))
+        assert len(await asyncio.gather(*map(ids_of, together))) == 8
+
+    run(engine_of(llama, sequences=2, queue=6), work)
+
+
 def test_refused_requests_leave_nothing_behind(llama: Path) -> None:
     async def work(engine: Engine) -> None:
         text = prompts([4])[0]
