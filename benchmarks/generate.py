@@ -221,7 +221,7 @@ def ratios(measured: dict[str, list[dict[str, float]]]) -> dict[str, float]:
     """Medians of the rounds' ratios; those that were measured."""
 
     def over(name: str, other: str, figure: str = "decode", by: str = "decode") -> float | None:
-        if name not in measured or other not in measured:
+        if figure not in measured.get(name, [{}])[0] or by not in measured.get(other, [{}])[0]:
             return None
         pairs = zip(measured[name], measured[other], strict=False)
         return median(mine[figure] / theirs[by] for mine, theirs in pairs)

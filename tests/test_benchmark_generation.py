@@ -44,8 +44,8 @@ def test_ratios_are_of_the_same_round_and_only_of_what_was_measured() -> None:
             {"decode": 80.0, "requests_16": 400.0},
             {"decode": 20.0, "requests_16": 80.0},
         ],
-        "two, loopback": [{"decode": 18.0, "hop_overhead_ms": 2.0}],
-        "one process beside two, loopback": [{"decode": 20.0}],
+        "two, loopback": [{"decode": 18.0, "hop_overhead_ms": 2.0, "requests_4": 40.0}],
+        "one process beside two, loopback": [{"decode": 20.0, "requests_4": 50.0}],
         "drafts, slow, temperature 0, none": [{"decode": 10.0, "tokens_per_round_trip": 1.0}],
         "drafts, slow, temperature 0, early": [{"decode": 25.0, "tokens_per_round_trip": 3.0}],
         "drafts, slow, temperature 0.8, early": [{"decode": 15.0, "tokens_per_round_trip": 2.0}],
@@ -53,6 +53,7 @@ def test_ratios_are_of_the_same_round_and_only_of_what_was_measured() -> None:
     assert ratios(measured) == {
         "one_process_over_transformers": 3.0,
         "two_processes_over_one": 0.9,
+        "two_processes_over_one_4_requests": 0.8,
         "hop_overhead_ms": 2.0,
         "sixteen_requests_over_one": 4.0,
         "tokens_per_round_trip": 3.0,

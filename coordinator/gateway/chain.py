@@ -54,9 +54,9 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
     ) -> AsyncIterator[pb.ToHolder]:
         peer = peer_of(context.auth_context())
         first = await _first(requests)
+        self._check(peer)
         if first is None:
             return
-        self._check(peer)
         span = self._span_of(peer, first)
         name = f"{CLOUD}-{first.hello.process}" if peer.role == "stage" else peer.name
         holder = RemoteHolder(name, self._serving.codec, secrets.randbits(48), self._hidden_size)
@@ -87,9 +87,9 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
     ) -> AsyncIterator[pb.FromHolder]:
         peer = peer_of(context.auth_context())
         first = await _first(requests)
+        self._check_user(peer)
         if first is None:
             return
-        self._check_user(peer)
         async with self.guests.admitted(_device(peer), first) as guest:
             self._check_user(peer)  # again: it may have waited for an earlier stream's end
             guest.task = asyncio.current_task()
