@@ -368,8 +368,8 @@ def test_a_target_that_is_not_there_costs_the_connection_and_not_the_link(caplog
         target: Address = reserved.getsockname()
         with caplog.at_level(logging.WARNING), LinkThread(LinkSpec(), [(ANY, target)]) as link:
             with (
+                pytest.raises(ConnectionResetError),  # which may come while `create_connection` waits
                 socket.create_connection(link.addresses[0], LIMIT) as refused,
-                pytest.raises(ConnectionResetError),
             ):
                 refused.recv(1)
             assert f"the link's target 127.0.0.1:{target[1]} cannot be reached" in caplog.text
