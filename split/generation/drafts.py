@@ -41,6 +41,11 @@ class Ask:
     adapter: int = 0
     long: bool = False
 
+    @property
+    def kind(self) -> tuple[int, bool]:
+        """What keys and values of one ask have to have in common with those of another, to be of use to it."""
+        return self.adapter, self.long
+
 
 class Drafter(Protocol):
     @property
@@ -95,7 +100,7 @@ class _Line:
 
     choose: Chooser
     tokens: list[int]
-    kind: tuple[int, bool]  # adapter, long
+    kind: tuple[int, bool]  # of its asks
     fed: int = 0
 
 
@@ -133,7 +138,7 @@ class ModelDrafter:
 
     def unread(self, ask: Ask) -> int:
         line = self._lines.get(ask.sequence)
-        if line is None or line.kind != (ask.adapter, ask.long):
+        if line is None or line.kind != ask.kind:
             return len(ask.tokens)
         return len(ask.tokens) - min(line.fed, in_common(line.tokens, ask.tokens))
 
@@ -154,8 +159,8 @@ class ModelDrafter:
 
     def _line(self, ask: Ask) -> _Line:
         line = self._lines.get(ask.sequence)
-        if line is None or line.kind != (ask.adapter, ask.long):
-            line = self._lines[ask.sequence] = _Line(ask.choose, [], (ask.adapter, ask.long))
+        if line is None or line.kind != ask.kind:
+            line = self._lines[ask.sequence] = _Line(ask.choose, [], ask.kind)
         known = in_common(line.tokens, ask.tokens)
         if line.choose is not ask.choose or known < len(ask.tokens):  # another answer, or a wrong guess
             line.choose = ask.choose

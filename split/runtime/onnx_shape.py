@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from split.errors import BadRequest, UnsupportedModel
-from split.models.architectures import Architecture, architecture_of
+from split.models.architectures import Architecture, architecture_of, rotary_boundary
 from split.models.stage import StageSpec, skeleton
 
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -105,10 +105,8 @@ class RotaryTables:
 
     def __init__(self, config: PreTrainedConfig, tokens: int) -> None:
         """tokens: the longest text."""
-        rope = config.rope_parameters
-        limits = [tokens]
-        if rope["rope_type"] == "longrope" and tokens > rope["original_max_position_embeddings"]:
-            limits = [rope["original_max_position_embeddings"], tokens]
+        boundary = rotary_boundary(config)
+        limits = [tokens] if boundary is None or tokens <= boundary else [boundary, tokens]
         self._tables = [(limit, *_rotary_table(config, limit)) for limit in limits]
         self.width: int = self._tables[0][1].shape[1]
 
