@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from split.terminal import hops_between
 from tests.cluster.house import run_cli
 from tests.split.generation.whole import greedy, whole_model
 from tests.split.tiny_adapters import make_adapter, with_adapter
@@ -87,6 +88,12 @@ def test_stats_are_a_table(model: Path) -> None:
     assert status == 0
     assert "tokens a second" in " ".join(out.split())
     assert "computing" in out
+
+
+def test_a_holder_that_has_come_anew_counts_from_nothing() -> None:
+    hop = {"span": "0-2", "holder": "d0", "computing": 1.0, "median_ms_beyond_computing": 2.0}
+    before, after = [{**hop, "batches": 1000}], [{**hop, "batches": 20, "computing": 0.5}]
+    assert hops_between(before, after) == after
 
 
 def test_an_answer_ends_before_a_stop_text(model: Path, wanted: str) -> None:
