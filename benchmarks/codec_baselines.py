@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from split.codecs import Codec, CodecState
+from isthmus.split.codecs import Codec, CodecState
 
 _CODES = 256
 _SIGMAS = 6  # that the evenly spaced buckets span: three to each side of the mean

@@ -9,14 +9,14 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from split.config import TrainingConfig
-from split.data import Sequences, batch_indices, sequences_of_file
-from split.errors import BadData
-from split.link import Frame, LocalLink
-from split.local import train_split_locally
-from split.models.source import open_model
-from split.stdlib_text import PRIVATE_MODULES, private_text
-from split.streams import TRAINING, stream_of
+from isthmus.split.data.sequences import Sequences, batch_indices, sequences_of_file
+from isthmus.split.data.stdlib_text import PRIVATE_MODULES, private_text
+from isthmus.split.errors import BadData
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.streams import TRAINING, stream_of
+from isthmus.split.link.session import Frame, LocalLink
+from isthmus.split.models.source import open_model
+from isthmus.split.training.local import train_split_locally
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,6 @@ def capture(model: str, path: Path | None, config: TrainingConfig, sequences: in
             take(frame, False)
             return frame
 
-    with patch("split.local.LocalLink", Watched):
+    with patch("isthmus.split.training.local.LocalLink", Watched):
         train_split_locally(source, config, [(train, None)])
     return passed

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.codec_baselines import Method, Ours, others
 from benchmarks.codec_bounds import decibels, gaussian_bits, water_filling
 from benchmarks.codec_streams import Passed
-from split.codecs import parse
+from isthmus.split.codecs import parse
 
 _STEPS = (0.03, 0.06, 0.13, 0.25, 0.5, 1, 2)
 _SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)

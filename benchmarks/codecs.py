@@ -25,11 +25,11 @@ from benchmarks.codec_bounds import decibels, gaussian_bits, spectrum, water_fil
 from benchmarks.codec_streams import Passed, capture
 from benchmarks.codec_sweep import bounds, draw, sweep
 from benchmarks.common import JsonFile, command, console, describe, machine, table, write_json
-from split.codecs import parse
-from split.config import TrainingConfig
-from split.plan.choose import ladder
-from split.stdlib_text import PRIVATE_MODULES
-from split.streams import TRAINING
+from isthmus.split.codecs import parse
+from isthmus.split.data.stdlib_text import PRIVATE_MODULES
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.streams import TRAINING
+from isthmus.split.link.ladder import ladder
 
 GIGABIT = 1e9  # bits a second, of the link that codecs are compared with
 _CODECS = (

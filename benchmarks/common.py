@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from coordinator.cli.common import Connection
-from coordinator.local_cluster import submit
-from protos.v1 import coordinator_pb2 as pb
-from split.config import TrainingConfig
-from split.errors import IsthmusError
-from split.runtime.speed import processor
+from isthmus.coordinator.connection import Connection
+from isthmus.coordinator.emulation.local_cluster import submit
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.errors import IsthmusError
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.runtime.speed import processor
 
 console = Console()
 if not console.is_terminal:

@@ -25,14 +25,14 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.common import JsonFile, command, console, describe, machine, quieten, table, write_json
 from benchmarks.methods import last_tenths
-from split.adapters.lora import lora_config, save_adapter
-from split.config import TrainingConfig
-from split.data import Sequences, sequences_of_file
-from split.errors import BadData, BadRequest
-from split.local import train_split_locally
-from split.loss import nll
-from split.models.source import open_model
-from split.plan.profile import LinkProfile
+from isthmus.split.data.sequences import Sequences, sequences_of_file
+from isthmus.split.errors import BadData, BadRequest
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.link.profile import LinkProfile
+from isthmus.split.lora.lora import lora_config, save_adapter
+from isthmus.split.models.source import open_model
+from isthmus.split.training.local import train_split_locally
+from isthmus.split.training.loss import nll
 
 _SHARED = Path(__file__).parents[2] / "shared" / "data"
 _TRAINING_KINDS = ("forward", "backward", "aggregate", "step")

@@ -24,13 +24,13 @@ from benchmarks.common import JsonFile, command, console, describe, machine, tab
 from benchmarks.dlora_runs import Case, Outcome, run
 from benchmarks.dlora_start import pretrain, random_llama
 from benchmarks.dlora_summary import keys, summarise
-from coordinator.emulation import LinkSpec
-from coordinator.heat_map import heat_map
-from split.adapters.kill_policy import KillPolicy
-from split.adapters.module_costs import module_costs
-from split.config import TrainingConfig
-from split.errors import BadData, BadRequest
-from split.models.source import open_model
+from isthmus.coordinator.emulation import LinkSpec
+from isthmus.coordinator.jobs.heat_map import heat_map
+from isthmus.split.dlora.kill_policy import KillPolicy
+from isthmus.split.dlora.module_costs import module_costs
+from isthmus.split.errors import BadData, BadRequest
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.models.source import open_model
 
 _SHARED = Path(__file__).parents[2] / "shared" / "data"
 _POLICY = KillPolicy(  # chosen on validation text: few modules at a time, for many steps, all of them in turn

@@ -13,16 +13,16 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.common import JsonFile, command, console, describe, machine, table, write_json
-from coordinator.cli.common import human_bytes
-from split.config import TrainingConfig
-from split.data import IGNORE, Sequences, batch_indices, build_sequences
-from split.dlora.device import seen_positions
-from split.dlora.local import train_dlora_locally
-from split.dlora.sites import Layout, layout_of
-from split.documents import read_documents
-from split.errors import BadData
-from split.ledger import Ledger
-from split.models.source import open_model
+from isthmus.coordinator.cli.common import human_bytes
+from isthmus.split.data.documents import read_documents
+from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices, build_sequences
+from isthmus.split.dlora.device import seen_positions
+from isthmus.split.dlora.local import train_dlora_locally
+from isthmus.split.errors import BadData
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.lora.sites import Layout, layout_of
+from isthmus.split.models.source import open_model
+from isthmus.split.resources.ledger import Ledger
 
 _SHARED = Path(__file__).parents[2] / "shared" / "data"
 _STEPS = 8

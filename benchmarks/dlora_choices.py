@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
-from split.adapters.kill_and_revive import Controller, Decision
-from split.adapters.kill_policy import KillPolicy
-from split.adapters.module_costs import ModuleCost
+from isthmus.split.dlora.kill_and_revive import Controller, Decision
+from isthmus.split.dlora.kill_policy import KillPolicy
+from isthmus.split.dlora.module_costs import ModuleCost
 
 CHOICES = ("all", "controller", "fixed", "random", "named")
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from split.adapters.module_costs import ModuleCost, exchange, module_flops
-from split.config import MERGE, TrainingConfig
-from split.models.architectures import architecture_of
-from split.models.stage import StageSpec, skeleton
+from isthmus.split.dlora.module_costs import ModuleCost, exchange, module_flops
+from isthmus.split.job.config import MERGE, TrainingConfig
+from isthmus.split.models.architectures import architecture_of
+from isthmus.split.models.stage import StageSpec, skeleton
 
 
 @dataclass

@@ -26,11 +26,11 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.common import JsonFile, command, console, describe, machine, start_job, table, write_json
-from coordinator.cli.common import human_bytes
-from coordinator.emulation import LinkSpec
-from coordinator.local_cluster import LocalCluster, events_of, wait_for_job
-from split.config import TrainingConfig
-from split.errors import BadData, IsthmusError
+from isthmus.coordinator.cli.common import human_bytes
+from isthmus.coordinator.emulation import LinkSpec
+from isthmus.coordinator.emulation.local_cluster import LocalCluster, events_of, wait_for_job
+from isthmus.split.errors import BadData, IsthmusError
+from isthmus.split.job.config import TrainingConfig
 
 LOCAL, SPLITLORA, DLORA, KILLING = "local", "splitlora", "dlora", "killing"
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -88,7 +88,7 @@ def over_the_link(cluster: LocalCluster, name: str, model: str, training: Traini
 
 def on_the_device(text: Path, model: str, training: TrainingConfig, folder: Path) -> Row:
     """In a process of its own, with one thread."""
-    call = [sys.executable, "-m", "coordinator.cli.main", "finetune", "--method", "centralised", "--json"]
+    call = [sys.executable, "-m", "isthmus.coordinator.cli.main", "finetune", "--method", "centralised", "--json"]
     call += ["--model", model, "--data", str(text), "--out", str(folder / "local")]
     for key, value in asdict(training).items():
         if key in (

@@ -22,17 +22,17 @@ from benchmarks.common import quieten
 from benchmarks.dlora_choices import chooser
 from benchmarks.dlora_costs import Costs, Spent
 from benchmarks.dlora_wires import Wires
-from split.adapters.kill_policy import KillPolicy
-from split.adapters.lora import draw_initial_values, lora_config
-from split.adapters.module_costs import module_costs
-from split.config import DROP, MERGE, TrainingConfig
-from split.data import Sequences, batch_indices, build_sequences
-from split.documents import Document, read_documents, split_documents
-from split.evaluate import load_model
-from split.loss import nll
-from split.models.architectures import architecture_of
-from split.models.source import open_model
-from split.optim import Stepper
+from isthmus.split.data.documents import Document, read_documents, split_documents
+from isthmus.split.data.sequences import Sequences, batch_indices, build_sequences
+from isthmus.split.dlora.kill_policy import KillPolicy
+from isthmus.split.dlora.module_costs import module_costs
+from isthmus.split.job.config import DROP, MERGE, TrainingConfig
+from isthmus.split.lora.lora import draw_initial_values, lora_config
+from isthmus.split.models.architectures import architecture_of
+from isthmus.split.models.source import open_model
+from isthmus.split.training.evaluate import load_model
+from isthmus.split.training.loss import nll
+from isthmus.split.training.optim import Stepper
 
 _PREFIX = "base_model.model."
 _HELD_OUT, _TEST = 0.2, 0.1  # shares of the documents, by hash: held out; of these the test's, the rest is to choose by

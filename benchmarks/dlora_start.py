@@ -10,12 +10,12 @@ from rich.progress import track
 
 from benchmarks.common import console
 from benchmarks.split_training import write_random_llama
-from split.data import batch_indices, build_sequences
-from split.documents import DataConfig, Document, read_documents
-from split.evaluate import load_model
-from split.loss import nll
-from split.models.source import open_model
-from split.stdlib_text import training_documents
+from isthmus.split.data.documents import DataConfig, Document, read_documents
+from isthmus.split.data.sequences import batch_indices, build_sequences
+from isthmus.split.data.stdlib_text import training_documents
+from isthmus.split.models.source import open_model
+from isthmus.split.training.evaluate import load_model
+from isthmus.split.training.loss import nll
 
 _BATCH, _LENGTH, _PEAK, _WARMUP, _SEED = 4, 128, 6e-4, 20, 0
 

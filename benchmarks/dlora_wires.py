@@ -9,8 +9,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from split.adapters.module_costs import ModuleCost
-from split.codecs import CodecState, parse
+from isthmus.split.codecs import CodecState, parse
+from isthmus.split.dlora.module_costs import ModuleCost
 
 
 class Wire:

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 from benchmarks.early_exit import ANSWER, prompts_of
 from benchmarks.serving import served
-from client.generate import Found, find, start
-from client.identity import Identity
-from coordinator.local_cluster import LocalCluster
-from split.errors import NotEnrolled
-from split.generation.request import Request, Sampling
-from split.models.source import open_model
-from split.runtime.choose import RuntimeChoice
-from split.stdlib_text import PRIVATE_MODULES, private_text
+from isthmus.client.generate import Found, find, start
+from isthmus.client.identity import Identity
+from isthmus.coordinator.emulation.local_cluster import LocalCluster
+from isthmus.split.data.stdlib_text import PRIVATE_MODULES, private_text
+from isthmus.split.errors import NotEnrolled
+from isthmus.split.inference.request import Request, Sampling
+from isthmus.split.models.source import open_model
+from isthmus.split.runtime.choose import RuntimeChoice
 
 DRAFTS = ("none", "lookup", "early")
 TEMPERATURES = (0.0, 0.8)

@@ -23,14 +23,14 @@ import typer
 from transformers import AutoModelForCausalLM
 
 from benchmarks.common import JsonFile, command, console, describe, machine, table, write_json
-from split.errors import BadRequest
-from split.generation.engine import Engine
-from split.generation.exits import ExitRule, parse_exit
-from split.generation.local import local_engine
-from split.generation.request import Request, Sampling
-from split.models.source import ModelFolder, open_model
-from split.runtime.choose import TORCH, RuntimeChoice
-from split.stdlib_text import PRIVATE_MODULES, private_text
+from isthmus.split.data.stdlib_text import PRIVATE_MODULES, private_text
+from isthmus.split.errors import BadRequest
+from isthmus.split.inference.engine import Engine
+from isthmus.split.inference.exits import ExitRule, parse_exit
+from isthmus.split.inference.local import local_engine
+from isthmus.split.inference.request import Request, Sampling
+from isthmus.split.models.source import ModelFolder, open_model
+from isthmus.split.runtime.choose import TORCH, RuntimeChoice
 
 PROMPT, ANSWER = 96, 96  # tokens
 THRESHOLDS = ("0.95", "0.9", "0.8", "0.7", "0.6", "0.5", "0.4", "0.3", "0.2", "0.1", "0")

@@ -29,9 +29,9 @@ import typer
 
 from benchmarks.common import JsonFile, command, console, describe, machine, table, write_json
 from benchmarks.serving import Served, served, wait_measured, whole_answers
-from coordinator.local_cluster import LocalCluster
-from split.errors import LinkLost
-from split.models.source import end_tokens, open_model
+from isthmus.coordinator.emulation.local_cluster import LocalCluster
+from isthmus.split.errors import LinkLost
+from isthmus.split.models.source import end_tokens, open_model
 
 DEVICES = ("north", "south")
 PROMPTS = (

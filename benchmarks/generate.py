@@ -30,12 +30,12 @@ from benchmarks.common import JsonFile, command, console, describe, machine, qui
 from benchmarks.llama_cpp import bench, rpc_servers, write_gguf
 from benchmarks.serving import Served, served, wait_measured
 from benchmarks.split_training import SIZES, write_random_llama
-from coordinator.emulation import LinkSpec
-from coordinator.local_cluster import LocalCluster
-from split.generation.local import local_engine
-from split.generation.request import Request, Sampling
-from split.models.source import ModelFolder, open_model
-from split.runtime.choose import AUTO, TORCH, RuntimeChoice
+from isthmus.coordinator.emulation import LinkSpec
+from isthmus.coordinator.emulation.local_cluster import LocalCluster
+from isthmus.split.inference.local import local_engine
+from isthmus.split.inference.request import Request, Sampling
+from isthmus.split.models.source import ModelFolder, open_model
+from isthmus.split.runtime.choose import AUTO, TORCH, RuntimeChoice
 
 PROMPT, ANSWER, LONG = 16, 64, 128  # tokens
 LINKS = ("1gbit,1ms", "20mbit,40ms")

@@ -34,10 +34,10 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.common import JsonFile, command, console, describe, machine, start_job, table, write_json
-from coordinator.emulation import LinkSpec
-from coordinator.local_cluster import LocalCluster, events_of, wait_for_job
-from split.config import TrainingConfig
-from split.stdlib_text import PRIVATE_MODULES, private_text
+from isthmus.coordinator.emulation import LinkSpec
+from isthmus.coordinator.emulation.local_cluster import LocalCluster, events_of, wait_for_job
+from isthmus.split.data.stdlib_text import PRIVATE_MODULES, private_text
+from isthmus.split.job.config import TrainingConfig
 
 DEVICES = {"d1": (1, "5mbit,40ms"), "d2": (2, "20mbit,40ms"), "d4": (4, "50mbit,20ms"), "d8": (8, "100mbit,10ms")}
 FASTEST = 8

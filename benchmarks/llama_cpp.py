@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
-from split.errors import BadData, BadRequest, LinkLost
-from split.models.source import open_model
+from isthmus.split.errors import BadData, BadRequest, LinkLost
+from isthmus.split.models.source import open_model
 
 _NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",

@@ -25,15 +25,15 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.common import JsonFile, command, console, describe, machine, start_job, table, write_json
-from coordinator.cli.common import human_bytes
-from coordinator.cli.jobs import write_export
-from coordinator.local_cluster import LocalCluster, wait_for_job
-from split.config import TrainingConfig
-from split.documents import read_documents, split_documents
-from split.errors import BadData, IsthmusError
-from split.evaluate import evaluate_files
-from split.models.source import open_model
-from split.parts import parts_of
+from isthmus.coordinator.cli.common import human_bytes
+from isthmus.coordinator.cli.jobs import write_export
+from isthmus.coordinator.emulation.local_cluster import LocalCluster, wait_for_job
+from isthmus.split.data.documents import read_documents, split_documents
+from isthmus.split.errors import BadData, IsthmusError
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.models.source import open_model
+from isthmus.split.plan.parts import parts_of
+from isthmus.split.training.evaluate import evaluate_files
 
 CENTRALISED = "centralised"
 LABELS = ("device", "server")
@@ -150,7 +150,7 @@ class Bench:
         """In a process of its own, so that its peak memory is its own."""
         out = self.folder / f"centralised-{training.rank}-{training.seed}"
         options = [f"--{key.replace('_', '-')}={_text(value)}" for key, value in _changed(training).items()]
-        call = [sys.executable, "-m", "coordinator.cli.main", "finetune", "--method", "centralised", "--json"]
+        call = [sys.executable, "-m", "isthmus.coordinator.cli.main", "finetune", "--method", "centralised", "--json"]
         call += ["--model", _MODEL, "--out", str(out), *(f"--data={path}" for path in self.files.values()), *options]
         started = time.monotonic()
         done = subprocess.run(call, capture_output=True, text=True, check=False)

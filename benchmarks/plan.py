@@ -20,12 +20,12 @@ from benchmarks.common import JsonFile, command, console, describe, machine, tab
 from benchmarks.generate import ANSWER, LINKS, PROMPT, prompt_of
 from benchmarks.serving import Served, served, wait_measured
 from benchmarks.split_training import write_random_llama
-from coordinator.emulation import LinkSpec
-from coordinator.local_cluster import LocalCluster
-from protos.v1 import coordinator_pb2 as pb
-from split.models.source import open_model
-from split.runtime.choose import AUTO
-from split.serving import CLOUD
+from isthmus.coordinator.emulation import LinkSpec
+from isthmus.coordinator.emulation.local_cluster import LocalCluster
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.inference.serving import CLOUD
+from isthmus.split.models.source import open_model
+from isthmus.split.runtime.choose import AUTO
 
 NEAR, ALONE = "near", "coordinator alone"
 

@@ -16,11 +16,11 @@ import httpx2
 import torch
 from transformers import AutoModelForCausalLM
 
-from coordinator.cli.common import Connection
-from coordinator.local_cluster import LocalCluster, submit
-from protos.v1 import coordinator_pb2 as pb
-from split.errors import LinkLost
-from split.serving import ServingConfig, parse_stages
+from isthmus.coordinator.connection import Connection
+from isthmus.coordinator.emulation.local_cluster import LocalCluster, submit
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.errors import LinkLost
+from isthmus.split.inference.serving import ServingConfig, parse_stages
 
 NAME = "model"
 _PATIENCE = 300.0  # seconds for devices to measure themselves

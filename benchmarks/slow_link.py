@@ -24,12 +24,12 @@ import typer
 
 from benchmarks.common import JsonFile, command, console, describe, machine, start_job, table, write_json
 from benchmarks.split_training import write_random_llama
-from coordinator.cli.common import human_bytes
-from coordinator.emulation import LinkSpec
-from coordinator.local_cluster import LocalCluster, events_of, wait_for_job
-from split.config import TrainingConfig
-from split.errors import BadData, BadRequest
-from split.stdlib_text import PRIVATE_MODULES, private_text
+from isthmus.coordinator.cli.common import human_bytes
+from isthmus.coordinator.emulation import LinkSpec
+from isthmus.coordinator.emulation.local_cluster import LocalCluster, events_of, wait_for_job
+from isthmus.split.data.stdlib_text import PRIVATE_MODULES, private_text
+from isthmus.split.errors import BadData, BadRequest
+from isthmus.split.job.config import TrainingConfig
 
 LINKS = ("100mbit,10ms", "20mbit,40ms", "5mbit,100ms")
 HEADLINE = "20mbit,40ms"

@@ -23,13 +23,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from benchmarks.common import JsonFile, command, console, describe, machine, start_job, table, write_json
 from benchmarks.turns import Turns, child, over_grpc, take_turns
-from coordinator.cli.common import Connection, human_bytes
-from coordinator.local_cluster import LocalCluster, wait_for_job
-from split.adapters.lora import lora_config
-from split.config import TrainingConfig
-from split.data import Sequences, batch_indices, sequences_of_file
-from split.local import train_split_locally
-from split.models.source import ModelFolder, open_model
+from isthmus.coordinator.cli.common import human_bytes
+from isthmus.coordinator.connection import Connection
+from isthmus.coordinator.emulation.local_cluster import LocalCluster, wait_for_job
+from isthmus.split.data.sequences import Sequences, batch_indices, sequences_of_file
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.lora.lora import lora_config
+from isthmus.split.models.source import ModelFolder, open_model
+from isthmus.split.training.local import train_split_locally
 
 UNSPLIT, LOCAL, ONE, THREE = "unsplit", "split_local", "grpc_one_device", "grpc_three_devices"
 VARIANTS = {LOCAL: 1, ONE: 1, THREE: 3}  # and their devices

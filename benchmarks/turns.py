@@ -19,10 +19,10 @@ from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
 from benchmarks.common import quieten
-from coordinator.cli.common import Connection
-from coordinator.local_cluster import LocalCluster
-from protos.v1 import coordinator_pb2 as pb
-from split.errors import IsthmusError
+from isthmus.coordinator.connection import Connection
+from isthmus.coordinator.emulation.local_cluster import LocalCluster
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.errors import IsthmusError
 
 Turns = Sequence[tuple[Sequence[float], Sequence[float]]]  # seconds of the steps: unsplit, and of the variant beside it
 

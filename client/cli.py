@@ -13,9 +13,9 @@ from typing import Annotated
 
 import typer
 
-from client.generate import generate
-from client.identity import Identity, enrol
-from split.errors import BadData, BadRequest, IsthmusError, NotEnrolled
+from isthmus.client.generate import generate
+from isthmus.client.identity import Identity, enrol
+from isthmus.split.errors import BadData, BadRequest, IsthmusError, NotEnrolled
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +80,9 @@ def run(
     Example: isthmus-client run --coordinator cloud.example:7443 --token ist1.… --data notes=notes.txt
     """
     _log_to_stderr(json_output)
-    from client.daemon import Daemon  # torch and gRPC: not for --help
-    from client.runner import TASK_KINDS, DeviceOptions
-    from split.precision import pick_device
+    from isthmus.client.daemon import Daemon  # torch and gRPC: not for --help
+    from isthmus.client.runner import TASK_KINDS, DeviceOptions
+    from isthmus.split.models.precision import pick_device
 
     state = state_dir.expanduser()
     options = DeviceOptions(

@@ -16,13 +16,13 @@ import grpc.aio
 import psutil
 import torch
 
-from client.identity import Identity
-from client.measuring import Measurements
-from client.runner import DeviceOptions, Runner
-from protos.v1 import coordinator_pb2 as pb
-from protos.v1.coordinator_pb2_grpc import CoordinatorStub
-from split.errors import IsthmusError, NotAllowed, NotEnrolled
-from split.tls import aio_channel, error_of
+from isthmus.client.identity import Identity
+from isthmus.client.measuring import Measurements
+from isthmus.client.runner import DeviceOptions, Runner
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
+from isthmus.split.errors import IsthmusError, NotAllowed, NotEnrolled
+from isthmus.split.tls import aio_channel, error_of
 
 log = logging.getLogger(__name__)
 

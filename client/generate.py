@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 import grpc
 import typer
 
-from client.identity import Identity
-from protos.v1 import coordinator_pb2 as pb
-from protos.v1.coordinator_pb2_grpc import CoordinatorStub
-from split.errors import BadRequest, NotEnrolled
-from split.terminal import (
+from isthmus.client.identity import Identity
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
+from isthmus.split.errors import BadRequest, NotEnrolled
+from isthmus.split.terminal import (
     Asking,
     ExitThreshold,
     Json,
@@ -33,15 +33,15 @@ from split.terminal import (
     interruptible,
     show_answer,
 )
-from split.tls import channel, error_of, join_address, split_address
+from isthmus.split.tls import channel, error_of, join_address, split_address
 
 if TYPE_CHECKING:  # torch: not for --help
-    from split.adapters.served import LoraAdapter
-    from split.generation.asking import Asked
-    from split.generation.exits import ExitRule
-    from split.models.source import TensorSource
-    from split.runtime.choose import RuntimeChoice
-    from split.serving import ServingConfig
+    from isthmus.split.inference.asking import Asked
+    from isthmus.split.inference.exits import ExitRule
+    from isthmus.split.inference.serving import ServingConfig
+    from isthmus.split.lora.served import LoraAdapter
+    from isthmus.split.models.source import TensorSource
+    from isthmus.split.runtime.choose import RuntimeChoice
 
 _TIMEOUT = 60.0  # seconds
 _LARGE = 16 * 2**20  # bytes of weights that take long enough to say how many are here
@@ -111,8 +111,8 @@ def generate(
     with interruptible():
         import torch
 
-        from split.generation.exits import parse_exit
-        from split.runtime.choose import RuntimeChoice, check_runtime
+        from isthmus.split.inference.exits import parse_exit
+        from isthmus.split.runtime.choose import RuntimeChoice, check_runtime
 
         identity = _identity(state_dir.expanduser(), coordinator)
         if threads:
@@ -157,11 +157,11 @@ def find(identity: Identity, name: str = "", blocks: int | None = None, folder: 
 
     name: of the model, one of its adapters, or the job. blocks: as `blocks_of`. folder: a copy of the model.
     """
-    from client.runner import stage_address
-    from client.weights import device_source
-    from split.adapters.served import LoraAdapter
-    from split.generation.using import blocks_of
-    from split.serving import ServingConfig
+    from isthmus.client.runner import stage_address
+    from isthmus.client.weights import device_source
+    from isthmus.split.inference.serving import ServingConfig
+    from isthmus.split.inference.using import blocks_of
+    from isthmus.split.lora.served import LoraAdapter
 
     if folder is not None and not folder.is_dir():
         raise BadRequest(f"--model {name}: there is no folder {folder}")
@@ -194,9 +194,9 @@ async def start(
     identity: Identity, found: Found, choice: RuntimeChoice, *, draft: str, exits: ExitRule | None = None
 ) -> AsyncIterator[Asked]:
     """An engine that is at work, with a stream to the gateway. draft, exits: as `user_engine`."""
-    from split.generation.asking import Asked
-    from split.generation.using import Using, user_engine
-    from split.models.source import end_tokens
+    from isthmus.split.inference.asking import Asked
+    from isthmus.split.inference.using import Using, user_engine
+    from isthmus.split.models.source import end_tokens
 
     engine, far = await user_engine(
         found.source, found.serving, found.blocks, choice, adapters=found.adapters, draft=draft, exits=exits

@@ -19,10 +19,10 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from protos.v1 import coordinator_pb2 as pb
-from protos.v1 import coordinator_pb2_grpc as rpc
-from split.errors import IsthmusError, LinkLost, NotEnrolled, WrongState
-from split.tls import (
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.protos.v1 import coordinator_pb2_grpc as rpc
+from isthmus.split.errors import IsthmusError, LinkLost, NotEnrolled, WrongState
+from isthmus.split.tls import (
     Credentials,
     Token,
     check_name,

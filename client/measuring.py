@@ -18,14 +18,22 @@ from typing import Any
 
 import torch
 
-from client.identity import Identity
-from client.runner import DLORA, SERVE, TRAINING, DeviceOptions
-from split.errors import IsthmusError
-from split.plan.probing import measure_link
-from split.plan.profile import LinkProfile
-from split.runtime.speed import Speed, Stopped, accelerator_bytes, kept_speeds, kinds, measure_speeds, speed_to_proto
-from split.runtime.training_speed import measure_training
-from split.tls import channel
+from isthmus.client.identity import Identity
+from isthmus.client.runner import DLORA, SERVE, TRAINING, DeviceOptions
+from isthmus.split.errors import IsthmusError
+from isthmus.split.link.profile import LinkProfile
+from isthmus.split.plan.probing import measure_link
+from isthmus.split.runtime.speed import (
+    Speed,
+    Stopped,
+    accelerator_bytes,
+    kept_speeds,
+    kinds,
+    measure_speeds,
+    speed_to_proto,
+)
+from isthmus.split.runtime.training_speed import measure_training
+from isthmus.split.tls import channel
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +111,7 @@ def measure_training_apart(options: DeviceOptions, *, stop: Callable[[], bool]) 
 
 def _apart(arguments: Sequence[str], stop: Callable[[], bool]) -> str:
     """What `main` prints for these arguments."""
-    command = [sys.executable, "-m", "client.measuring", *arguments]
+    command = [sys.executable, "-m", "isthmus.client.measuring", *arguments]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         try:
             while process.poll() is None:

@@ -17,30 +17,30 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from client.identity import Identity
-from client.weights import device_source
-from protos.v1 import coordinator_pb2 as pb
-from protos.v1.coordinator_pb2_grpc import CoordinatorStub
-from split.adapters.lora import lora_config, save_adapter
-from split.adapters.served import LoraAdapter
-from split.checkpoint import DeviceRecord, OptimizerRecord
-from split.config import MERGE, TrainingConfig
-from split.data import Sequences, sequences_of_file
-from split.dlora.device import DloraTrainer
-from split.errors import IsthmusError, LinkLost, NotAllowed, NotFound
-from split.generation.holding import Holding
-from split.ledger import Ledger
-from split.link import GrpcLink
-from split.models.blobs import Blobs
-from split.models.source import TensorSource
-from split.models.stage import Stage, StageSpec
-from split.parts import device_stages
-from split.precision import pick_device, pick_precision
-from split.runtime.choose import RuntimeChoice, make_runtime
-from split.serving import ServingConfig
-from split.shapes import Shape, asked
-from split.tls import channel, join_address, split_address
-from split.train import Cancelled, DeviceTrainer, Progress
+from isthmus.client.identity import Identity
+from isthmus.client.weights import device_source
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
+from isthmus.split.data.sequences import Sequences, sequences_of_file
+from isthmus.split.dlora.device import DloraTrainer
+from isthmus.split.errors import IsthmusError, LinkLost, NotAllowed, NotFound
+from isthmus.split.inference.holding import Holding
+from isthmus.split.inference.serving import ServingConfig
+from isthmus.split.job.config import MERGE, TrainingConfig
+from isthmus.split.job.shapes import Shape, asked
+from isthmus.split.link.session import GrpcLink
+from isthmus.split.lora.lora import lora_config, save_adapter
+from isthmus.split.lora.served import LoraAdapter
+from isthmus.split.models.blobs import Blobs
+from isthmus.split.models.precision import pick_device, pick_precision
+from isthmus.split.models.source import TensorSource
+from isthmus.split.models.stage import Stage, StageSpec
+from isthmus.split.plan.parts import device_stages
+from isthmus.split.resources.ledger import Ledger
+from isthmus.split.runtime.choose import RuntimeChoice, make_runtime
+from isthmus.split.tls import channel, join_address, split_address
+from isthmus.split.training.checkpoint import DeviceRecord, OptimizerRecord
+from isthmus.split.training.device import Cancelled, DeviceTrainer, Progress
 
 log = logging.getLogger(__name__)
 

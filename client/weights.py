@@ -8,13 +8,13 @@ from pathlib import Path
 
 import grpc
 
-from protos.v1 import coordinator_pb2 as pb
-from protos.v1.coordinator_pb2_grpc import CoordinatorStub
-from split.errors import BadModelFolder, BadTensor, LinkLost, WrongState
-from split.models.blobs import BlobModel, Blobs, BlobStore
-from split.models.manifest import Manifest, build_manifest, holder_digest, restrict, with_adapters
-from split.models.source import TOKENIZER_FILES, ModelFolder, TensorSource
-from split.tls import error_of
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
+from isthmus.split.errors import BadModelFolder, BadTensor, LinkLost, WrongState
+from isthmus.split.models.blobs import BlobModel, Blobs, BlobStore
+from isthmus.split.models.manifest import Manifest, build_manifest, holder_digest, restrict, with_adapters
+from isthmus.split.models.source import TOKENIZER_FILES, ModelFolder, TensorSource
+from isthmus.split.tls import error_of
 
 Tell = Callable[[int, int], None]  # bytes that are here, bytes in all
 _DECIDING = {"config.json", *TOKENIZER_FILES} - {"chat_template.jinja", "chat_template.json"}  # files, for training

@@ -9,17 +9,17 @@ from typing import Any
 
 import grpc.aio
 
-from coordinator import sessions
-from coordinator.interceptors import caller
-from coordinator.jobs import Jobs
-from coordinator.sessions import Sessions
-from coordinator.store import Store
-from coordinator.weights import DeviceWeights
-from protos.v1 import coordinator_pb2 as pb
-from protos.v1 import coordinator_pb2_grpc, stage_pb2
-from split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
-from split.plan.probing import answer
-from split.tls import Peer, Token, peer_of
+from isthmus.coordinator.control import sessions
+from isthmus.coordinator.control.interceptors import caller
+from isthmus.coordinator.control.sessions import Sessions
+from isthmus.coordinator.control.store import Store
+from isthmus.coordinator.jobs.jobs import Jobs
+from isthmus.coordinator.jobs.weights import DeviceWeights
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.protos.v1 import coordinator_pb2_grpc, stage_pb2
+from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
+from isthmus.split.plan.probing import answer
+from isthmus.split.tls import Peer, Token, peer_of
 
 HEARTBEAT_SECONDS = 5
 _CHUNK = 1024 * 1024  # bytes

@@ -17,7 +17,7 @@ from torch import Tensor
 from train_default_model import bits_per_byte, encode, is_held_out
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from split.stdlib_text import PRIVATE_MODULES, Document, private_text, training_documents
+from isthmus.split.data.stdlib_text import PRIVATE_MODULES, Document, private_text, training_documents
 
 
 def perplexity(bits: float, tokens: Tensor, byte_lengths: Tensor, length: int) -> float:

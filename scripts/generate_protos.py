@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def generate(out: Path) -> None:
-    """Writes *_pb2.py, *_pb2.pyi and *_pb2_grpc.py under out/protos/v1."""
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "protos" / "v1").glob("*.proto"))
+    """Writes *_pb2.py, *_pb2.pyi and *_pb2_grpc.py under out/isthmus/protos/v1."""
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "isthmus" / "protos" / "v1").glob("*.proto"))
     arguments = ["protoc", f"-I{ROOT}", f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}", *sources]
     if protoc.main(arguments) != 0:
         raise SystemExit("protoc failed")

@@ -1,7 +1,7 @@
 """Train the small model that comes with the package: a 5.3 million parameter Llama on text that every Python has.
 
-The text is `split.stdlib_text`: docstrings, comments and the language reference of the standard library. One
-document in twenty, chosen by the hash of its name, is held out. Training is AdamW with a warm-up / stable / decay
+The text is `isthmus.split.data.stdlib_text`: docstrings, comments and the language reference of the standard library.
+One document in twenty, chosen by the hash of its name, is held out. Training is AdamW with a warm-up / stable / decay
 schedule and LayerSkip (Elhoushi et al. 2024, arXiv 2404.16710): layers are dropped at random, deeper ones more often,
 and one intermediate layer a step also predicts the next token through the shared head, so that decoding can stop early.
 
@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from split.stdlib_text import Document, text_digest, training_documents
+from isthmus.split.data.stdlib_text import Document, text_digest, training_documents
 
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TEMPLATE = (

@@ -61,7 +61,7 @@ class Asking:
 
 @dataclass
 class Stat:
-    """Seconds since the question, and what each hop took: as in `split.generation.engine.Engine.stats`."""
+    """Seconds since the question, and what each hop took: as in `isthmus.split.inference.engine.Engine.stats`."""
 
     first_token: float = 0.0
     total: float = 0.0

@@ -26,7 +26,7 @@ import grpc.aio
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
-from split.errors import BadRequest, IsthmusError, LinkLost, NotEnrolled, NotFound, WrongState, from_status
+from isthmus.split.errors import BadRequest, IsthmusError, LinkLost, NotEnrolled, NotFound, WrongState, from_status
 
 SERVER_NAME = "coordinator.isthmus"
 """In the certificate of every server that is not the enrolment server."""

@@ -16,12 +16,12 @@ from benchmarks.codec_baselines import Buckets, DynamicBlocks, Method, Ours, dyn
 from benchmarks.codec_bounds import decibels, gaussian_bits, spectrum, water_filling
 from benchmarks.codec_streams import Passed, capture
 from benchmarks.codecs import codec_names, faster_everywhere, measure
-from split.codecs import parse
-from split.config import TrainingConfig
-from split.data import batch_indices
-from split.errors import CodecError
-from split.plan.choose import ladder
-from split.streams import TRAINING
+from isthmus.split.codecs import parse
+from isthmus.split.data.sequences import batch_indices
+from isthmus.split.errors import CodecError
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.streams import TRAINING
+from isthmus.split.link.ladder import ladder
 
 COMMAND = [sys.executable, "-m", "benchmarks.codecs"]
 

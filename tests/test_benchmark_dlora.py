@@ -17,14 +17,14 @@ from benchmarks.dlora_choices import chooser
 from benchmarks.dlora_costs import Costs, Spent
 from benchmarks.dlora_runs import Case, Outcome, Point, Texts, run, spread
 from benchmarks.dlora_summary import BYTES_A_VALUE, keys, summarise
-from split.adapters.kill_policy import KillPolicy
-from split.adapters.module_costs import module_costs
-from split.config import KEEP
-from split.data import IGNORE, batch_indices
-from split.dlora.device import seen_positions
-from split.dlora.sites import layout_of
-from split.documents import Document
-from split.models.source import open_model
+from isthmus.split.data.documents import Document
+from isthmus.split.data.sequences import IGNORE, batch_indices
+from isthmus.split.dlora.device import seen_positions
+from isthmus.split.dlora.kill_policy import KillPolicy
+from isthmus.split.dlora.module_costs import module_costs
+from isthmus.split.job.config import KEEP
+from isthmus.split.lora.sites import layout_of
+from isthmus.split.models.source import open_model
 from tests.split.dlora.jobs import CONFIG, padded_text
 from tests.split.tiny_models import make_model
 

@@ -15,8 +15,8 @@ from benchmarks.generate import ratios
 from benchmarks.llama_cpp import bench, write_gguf
 from benchmarks.plan import chains, errors
 from benchmarks.serving import Asked
-from split.errors import BadData, BadRequest
-from split.serving import check_spans, parse_stages
+from isthmus.split.errors import BadData, BadRequest
+from isthmus.split.inference.serving import check_spans, parse_stages
 from tests.split.tiny_models import make_model
 
 

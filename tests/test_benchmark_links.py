@@ -12,9 +12,9 @@ import pytest
 
 from benchmarks.compression import LOSSLESS, PAIRS, Case, Result, reduction_within, summarise
 from benchmarks.slow_link import Measured, bound, bytes_a_step
-from coordinator.emulation import LinkSpec
-from split.config import TrainingConfig
-from split.streams import TRAINING, choices
+from isthmus.coordinator.emulation import LinkSpec
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.streams import TRAINING, choices
 
 
 @pytest.mark.parametrize("name", ["compression", "slow_link"])

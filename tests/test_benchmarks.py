@@ -25,9 +25,9 @@ from benchmarks.methods import (
 )
 from benchmarks.split_training import LOCAL, ONE, THREE, UNSPLIT, Workload, summarise, write_random_llama
 from benchmarks.turns import child
-from split.documents import DataConfig, read_documents
-from split.errors import BadData, IsthmusError
-from split.models.source import ModelFolder
+from isthmus.split.data.documents import DataConfig, read_documents
+from isthmus.split.errors import BadData, IsthmusError
+from isthmus.split.models.source import ModelFolder
 
 
 @pytest.mark.parametrize("name", ["split_training", "methods", "heterogeneous"])

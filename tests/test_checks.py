@@ -30,15 +30,17 @@ def test_the_tree_passes(command: list[str]) -> None:
 def test_generating_the_protocol_code_again_changes_nothing(tmp_path: Path) -> None:
     script = ROOT / "scripts" / "generate_protos.py"
     subprocess.run([sys.executable, script, "--out", tmp_path], check=True, capture_output=True)
-    generated = sorted((tmp_path / "protos" / "v1").iterdir())
+    generated = sorted((tmp_path / "isthmus" / "protos" / "v1").iterdir())
     assert len(generated) == 9
     for path in generated:
         assert path.read_text() == (ROOT / "protos" / "v1" / path.name).read_text(), path.name
 
 
 def test_a_device_imports_neither_ray_nor_flower_nor_the_coordinator() -> None:
-    script = "import client.cli, client.daemon, client.runner, sys; print([m for m in sys.modules])"
+    script = (
+        "import isthmus.client.cli, isthmus.client.daemon, isthmus.client.runner, sys; print([m for m in sys.modules])"
+    )
     loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "'client.runner'" in loaded
-    for module in ("ray", "flwr", "coordinator", "sqlalchemy"):
+    assert "'isthmus.client.runner'" in loaded
+    for module in ("ray", "flwr", "isthmus.coordinator", "sqlalchemy"):
         assert f"'{module}'" not in loaded

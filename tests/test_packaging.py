@@ -89,7 +89,7 @@ def test_the_installed_command_is_there(command: str) -> None:
 
 
 def test_the_wheel_has_the_four_packages_the_default_model_and_the_protocol(tmp_path: Path) -> None:
-    for name in ("pyproject.toml", "README.md", "LICENSE", *PACKAGES):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "isthmus", *PACKAGES):
         (tmp_path / name).symlink_to(ROOT / name)
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", ".", "."],
@@ -97,7 +97,7 @@ def test_the_wheel_has_the_four_packages_the_default_model_and_the_protocol(tmp_
     )  # fmt: skip
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"isthmus"}
     tracked = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", *PACKAGES],
         cwd=ROOT,
@@ -105,8 +105,8 @@ def test_the_wheel_has_the_four_packages_the_default_model_and_the_protocol(tmp_
         capture_output=True,
         text=True,
     ).stdout.splitlines()  # fmt: skip
-    assert sorted({name for name in tracked if (ROOT / name).exists()} - names) == []
-    assert "split/models/default/model.safetensors" in names
+    assert sorted({f"isthmus/{name}" for name in tracked if (ROOT / name).exists()} - names) == []
+    assert "isthmus/split/models/default/model.safetensors" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

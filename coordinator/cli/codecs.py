@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from coordinator.cli.common import Json, console, human_bytes, print_json
+from isthmus.coordinator.cli.common import Json, console, human_bytes, print_json
 
 if TYPE_CHECKING:  # torch comes with them: not for whoever only asks for help
     from torch import Tensor
 
-    from split.codecs import Codec, Family
+    from isthmus.split.codecs import Codec, Family
 
 KEYS = ("up", "down", "hidden", "gradients", "adapters", "evaluation")  # and every stream
 _TYPICAL = ("none", "lossless", "bfloat16", "fp8", "int8", "hadamard,int4", "hadamard,int2", "topk:0.05", "lowrank:16")
@@ -52,7 +52,7 @@ def codecs(
 
 
 def _one(text: str, width: int, json_output: bool) -> None:
-    from split.codecs import FAMILIES, parse
+    from isthmus.split.codecs import FAMILIES, parse
 
     codec = parse(text)
     tried = _tried(codec, width)
@@ -88,11 +88,11 @@ def _one(text: str, width: int, json_output: bool) -> None:
 
 
 def _all(width: int, json_output: bool) -> None:
-    from split.codecs import FAMILIES, parse
-    from split.codecs.grammar import ALIASES
-    from split.config import TrainingConfig
-    from split.plan.choose import ladder
-    from split.streams import ADAPTERS_CODEC, EVALUATION_CODEC, STREAMS, TRAINING
+    from isthmus.split.codecs import FAMILIES, parse
+    from isthmus.split.codecs.grammar import ALIASES
+    from isthmus.split.job.config import TrainingConfig
+    from isthmus.split.job.streams import ADAPTERS_CODEC, EVALUATION_CODEC, STREAMS, TRAINING
+    from isthmus.split.link.ladder import ladder
 
     budget = TrainingConfig.error_budget
     auto = {stream: ladder(stream, budget) for stream in TRAINING}
@@ -136,7 +136,7 @@ def _all(width: int, json_output: bool) -> None:
 
 def _described(kind: str) -> Iterator[str]:
     """Lines on a kind's families; those that differ in their name and cost alone share them."""
-    from split.codecs import FAMILIES
+    from isthmus.split.codecs import FAMILIES
 
     alike: dict[object, list[Family]] = {}
     for family in FAMILIES.values():
@@ -175,7 +175,7 @@ def _as_dict(family: Family) -> dict[str, Any]:
 
 def _tried(codec: Codec, width: int) -> dict[str, float]:
     """Bits, error, speed and memory, of the second half of a synthetic stream of tensors (_ROWS, width)."""
-    from split.codecs import CodecState
+    from isthmus.split.codecs import CodecState
 
     near, far = CodecState(0), CodecState(0)
     encoding, decoding = math.inf, math.inf

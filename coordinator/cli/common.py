@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import grpc
 import typer
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from rich.console import Console
 
-from protos.v1.coordinator_pb2_grpc import CoordinatorStub
-from split.errors import BadRequest, NotFound
-from split.terminal import Json as Json
-from split.terminal import console as console
-from split.terminal import human_bytes as human_bytes
-from split.terminal import print_json as print_json
-from split.tls import Credentials, channel, error_of
+from isthmus.split.errors import BadRequest
+from isthmus.split.terminal import Json as Json
+from isthmus.split.terminal import console as console
+from isthmus.split.terminal import human_bytes as human_bytes
+from isthmus.split.terminal import print_json as print_json
 
 errors = Console(stderr=True, markup=False)
 
@@ -43,31 +36,6 @@ Address = Annotated[
 DEFAULT_CREDENTIALS = DEFAULT_STATE / "admin"
 
 
-@dataclass(frozen=True)
-class Connection:
-    """A stub of the coordinator, and the host under which it was reached."""
-
-    stub: CoordinatorStub
-    address: str
-
-
-@contextmanager
-def connected(credentials: Path, address: str) -> Iterator[Connection]:
-    """The coordinator's service. A failed call inside becomes one line that says what to do."""
-    folder = credentials.expanduser()
-    if not folder.is_dir():
-        raise NotFound(
-            f"no credentials in {folder}: start the coordinator with `isthmus up`, or copy its `admin` folder here "
-            "and name it with --credentials"
-        )
-    where = address or address_of(folder)
-    with channel(where, Credentials.load(folder)) as opened:
-        try:
-            yield Connection(CoordinatorStub(opened), where)
-        except grpc.RpcError as error:
-            raise error_of(error, where) from None
-
-
 def new_folder(path: Path) -> Path:
     """The full path of a folder that can be made: not there yet, or empty. Raises BadRequest, before work is lost."""
     folder = path.expanduser().resolve()
@@ -83,14 +51,6 @@ def model_name(model: str) -> str:
     """A folder by its full path, since the coordinator may have been started elsewhere."""
     folder = Path(model).expanduser()
     return str(folder.resolve()) if folder.is_dir() and model != "default" else model
-
-
-def address_of(credentials: Path) -> str:
-    """HOST:PORT that the coordinator wrote beside a user's credentials."""
-    try:
-        return str(json.loads((credentials / "address.json").read_text())["address"])
-    except (OSError, ValueError, KeyError):
-        raise NotFound(f"no usable address.json in {credentials}: give --coordinator HOST:PORT") from None
 
 
 def as_dict(message: Message) -> dict[str, Any]:

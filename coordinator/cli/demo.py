@@ -13,18 +13,19 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from coordinator.cli.common import Connection, console, human_bytes
-from coordinator.cli.jobs import write_export
-from coordinator.cli.watch import check_ended_well, follow
-from coordinator.emulation import LinkSpec
-from coordinator.local_cluster import LocalCluster, submit
-from protos.v1 import coordinator_pb2 as pb
-from split.config import TrainingConfig
-from split.documents import DataConfig, read_documents, split_documents
-from split.errors import BadRequest, IsthmusError
-from split.models.default_model import DEFAULT_MODEL_FOLDER
-from split.perplexity import PERPLEXITY
-from split.stdlib_text import PRIVATE_MODULES, private_text
+from isthmus.coordinator.cli.common import console, human_bytes
+from isthmus.coordinator.cli.jobs import write_export
+from isthmus.coordinator.cli.watch import check_ended_well, follow
+from isthmus.coordinator.connection import Connection
+from isthmus.coordinator.emulation import LinkSpec
+from isthmus.coordinator.emulation.local_cluster import LocalCluster, submit
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.data.documents import DataConfig, read_documents, split_documents
+from isthmus.split.data.stdlib_text import PRIVATE_MODULES, private_text
+from isthmus.split.errors import BadRequest, IsthmusError
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.models.default_model import DEFAULT_MODEL_FOLDER
+from isthmus.split.training.perplexity import PERPLEXITY
 
 _MARKER = ".isthmus-demo"  # what says that a folder is an earlier demo's and may be replaced
 _DATASET = "notes"
@@ -104,7 +105,7 @@ def demo(
             "whole_model_bytes": _whole_model_peak(folder, next(iter(texts.values())), training),
             "libraries_bytes": _libraries_peak(),
         }
-        from split.evaluate import evaluate_files  # torch and transformers: only now
+        from isthmus.split.training.evaluate import evaluate_files  # torch and transformers: only now
 
         check = evaluate_files("default", held_out, adapter=adapter, data=training.data)
     report["link"] = str(link_spec or "this machine's loopback")
@@ -144,7 +145,7 @@ def _private_texts(folder: Path, config: DataConfig) -> tuple[dict[str, Path], l
 
 def _whole_model_peak(folder: Path, text: Path, training: TrainingConfig) -> int:
     """Peak memory of a process that trains the whole model unsplit, on one device's text with one device's batch."""
-    command = [sys.executable, "-m", "coordinator.cli.main", "finetune", "--method", "centralised", "--json"]
+    command = [sys.executable, "-m", "isthmus.coordinator.cli.main", "finetune", "--method", "centralised", "--json"]
     command += ["--data", str(text), "--out", str(folder / "unsplit"), "--steps", "3", "--validation-fraction", "0"]
     command += ["--batch-size", str(training.batch_size), "--sequence-length", str(training.sequence_length)]
     command += ["--target-modules", ",".join(training.target_modules)]
@@ -153,7 +154,7 @@ def _whole_model_peak(folder: Path, text: Path, training: TrainingConfig) -> int
 
 def _libraries_peak() -> int:
     """Peak memory of a process that has imported what a device imports, and has no model."""
-    program = "import client.runner, split.ledger; print(split.ledger.peak_bytes())"
+    program = "import isthmus.client.runner, isthmus.split.resources.ledger; print(split.ledger.peak_bytes())"
     return int(_output_of([sys.executable, "-c", program], "importing the device's libraries"))
 
 

@@ -8,18 +8,18 @@ from typing import Annotated
 import typer
 from rich.table import Column, Table
 
-from coordinator.cli.common import (
+from isthmus.coordinator.cli.common import (
     DEFAULT_CREDENTIALS,
     Address,
     CredentialsFolder,
     Json,
     as_dict,
-    connected,
     console,
     human_bytes,
     print_json,
 )
-from protos.v1 import coordinator_pb2 as pb
+from isthmus.coordinator.connection import connected
+from isthmus.protos.v1 import coordinator_pb2 as pb
 
 
 def enroll(

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
-from coordinator.cli.common import Json, console, print_json
-from split.documents import DataConfig
-from split.perplexity import PERPLEXITY
+from isthmus.coordinator.cli.common import Json, console, print_json
+from isthmus.split.data.documents import DataConfig
+from isthmus.split.training.perplexity import PERPLEXITY
 
 
 def evaluate(
@@ -27,8 +27,8 @@ def evaluate(
     device: Annotated[str, typer.Option(help="torch device: auto, cpu, cuda, ...")] = "auto",
     json_output: Json = False,
 ) -> None:
-    from split.evaluate import evaluate_files  # torch and transformers: not for --help
-    from split.precision import pick_device
+    from isthmus.split.models.precision import pick_device
+    from isthmus.split.training.evaluate import evaluate_files  # torch and transformers: not for --help
 
     config = DataConfig(
         sequence_length=sequence_length,

@@ -9,22 +9,22 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli.common import (
+from isthmus.coordinator.cli.common import (
     DEFAULT_CREDENTIALS,
     Address,
     CredentialsFolder,
     Json,
-    connected,
     console,
     model_name,
     new_folder,
     print_json,
 )
-from coordinator.cli.watch import check_ended_well, follow, print_report
-from protos.v1 import coordinator_pb2 as pb
-from split.config import KEEP, TrainingConfig
-from split.errors import BadRequest
-from split.shapes import options_of
+from isthmus.coordinator.cli.watch import check_ended_well, follow, print_report
+from isthmus.coordinator.connection import connected
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.errors import BadRequest
+from isthmus.split.job.config import KEEP, TrainingConfig
+from isthmus.split.job.shapes import options_of
 
 _DEFAULTS = TrainingConfig()
 _TEXT = "Text"
@@ -333,7 +333,7 @@ def finetune(
         check_ended_well(ended)
         report = json.loads(ended.report)
         if out is not None:
-            from coordinator.cli.jobs import write_export
+            from isthmus.coordinator.cli.jobs import write_export
 
             report["adapter"] = str(write_export(connection, job.id, out))
     if json_output:
@@ -351,7 +351,7 @@ def _centralised(model: str, files: list[Path], out: Path | None, training: Trai
         raise BadRequest("--method centralised trains here: give it --data FILE (repeatable) and --out DIR")
     from rich.progress import Progress
 
-    from split.centralised import train_centralised
+    from isthmus.split.training.centralised import train_centralised
 
     with Progress(console=console, disable=as_json) as bar:
         task = bar.add_task("unsplit training", total=training.steps)

@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
-from split.errors import BadRequest, IsthmusError, LinkLost
-from split.terminal import (
+from isthmus.split.errors import BadRequest, IsthmusError, LinkLost
+from isthmus.split.terminal import (
     Asking,
     ExitThreshold,
     Json,
@@ -90,13 +90,13 @@ class Here:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Here:
-        from split.adapters.folder import AdapterFolder
-        from split.adapters.served import LoraAdapter
-        from split.generation.asking import Asked
-        from split.generation.exits import parse_exit
-        from split.generation.local import EARLY, local_engine
-        from split.models.source import end_tokens, open_model
-        from split.runtime.choose import RuntimeChoice
+        from isthmus.split.inference.asking import Asked
+        from isthmus.split.inference.exits import parse_exit
+        from isthmus.split.inference.local import EARLY, local_engine
+        from isthmus.split.lora.folder import AdapterFolder
+        from isthmus.split.lora.served import LoraAdapter
+        from isthmus.split.models.source import end_tokens, open_model
+        from isthmus.split.runtime.choose import RuntimeChoice
 
         folder = open_model(self._model)
         tokenizer = folder.tokenizer()

@@ -12,21 +12,20 @@ from typing import Annotated, Any, BinaryIO
 import typer
 from rich.table import Table
 
-from coordinator.cli.common import (
+from isthmus.coordinator.cli.common import (
     DEFAULT_CREDENTIALS,
     Address,
-    Connection,
     CredentialsFolder,
     Json,
     as_dict,
-    connected,
     console,
     new_folder,
     print_json,
 )
-from coordinator.cli.watch import check_ended_well, follow, print_report
-from protos.v1 import coordinator_pb2 as pb
-from split.errors import IsthmusError
+from isthmus.coordinator.cli.watch import check_ended_well, follow, print_report
+from isthmus.coordinator.connection import Connection, connected
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.errors import IsthmusError
 
 JobId = Annotated[str, typer.Argument(help="As `isthmus jobs` shows it.")]
 

@@ -8,10 +8,19 @@ from typing import Annotated
 
 import typer
 
-from coordinator.cli.common import Json, console, human_bytes, print_json
-from coordinator.emulation import Address, Cut, EmulatedLink, LinkSpec, Pair, parse_rate, parse_share, parse_time
-from split.errors import BadRequest, IsthmusError
-from split.tls import split_address
+from isthmus.coordinator.cli.common import Json, console, human_bytes, print_json
+from isthmus.coordinator.emulation import (
+    Address,
+    Cut,
+    EmulatedLink,
+    LinkSpec,
+    Pair,
+    parse_rate,
+    parse_share,
+    parse_time,
+)
+from isthmus.split.errors import BadRequest, IsthmusError
+from isthmus.split.tls import split_address
 
 
 def link(

@@ -6,8 +6,8 @@ import os
 
 import typer
 
-from coordinator.cli import codecs, demo, devices, evaluate, finetune, generate, jobs, link, serve, up
-from split.errors import IsthmusError
+from isthmus.coordinator.cli import codecs, demo, devices, evaluate, finetune, generate, jobs, link, serve, up
+from isthmus.split.errors import IsthmusError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

@@ -13,21 +13,21 @@ from typing import Annotated, Any
 
 import typer
 
-from coordinator.cli.common import (
+from isthmus.coordinator.cli.common import (
     DEFAULT_CREDENTIALS,
     Address,
     CredentialsFolder,
     Json,
     as_dict,
-    connected,
     console,
     model_name,
     print_json,
 )
-from coordinator.cli.watch import check_ended_well
-from protos.v1 import coordinator_pb2 as pb
-from split.errors import BadRequest
-from split.terminal import ExitThreshold
+from isthmus.coordinator.cli.watch import check_ended_well
+from isthmus.coordinator.connection import connected
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.errors import BadRequest
+from isthmus.split.terminal import ExitThreshold
 
 
 def serve(
@@ -98,7 +98,7 @@ def serve(
 
     Example: isthmus serve --model default --stages laptop:0-2,cloud:2-6 --port 8000
     """
-    from split.serving import ServingConfig, parse_adapter, parse_stages
+    from isthmus.split.inference.serving import ServingConfig, parse_adapter, parse_stages
 
     if no_api_key and api_key:
         raise BadRequest("--api-key and --no-api-key exclude each other")

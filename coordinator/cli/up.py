@@ -13,10 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
-from coordinator.cli.common import DEFAULT_STATE, Json, console, errors, print_json
-from coordinator.ray_host import ray_running
-from split.errors import BadRequest, IsthmusError, LinkLost, WrongState
-from split.tls import private_folder
+from isthmus.coordinator.cli.common import DEFAULT_STATE, Json, console, errors, print_json
+from isthmus.coordinator.stages.ray_host import ray_running
+from isthmus.split.errors import BadRequest, IsthmusError, LinkLost, WrongState
+from isthmus.split.tls import private_folder
 
 
 def up(
@@ -60,7 +60,10 @@ def up(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     with _alone_in(state), ray_running(state, ray_address) as ray:
-        from coordinator.control import ControlActor, ControlOptions  # it imports Ray, whose environment is set by now
+        from isthmus.coordinator.actor import (  # it imports Ray, whose environment is set by now
+            ControlActor,
+            ControlOptions,
+        )
 
         options = ControlOptions(str(state), host, port, enrolment_port, advertise, threads, device, ports, slow_down)
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

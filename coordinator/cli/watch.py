@@ -11,9 +11,10 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from coordinator.cli.common import Connection, as_dict, console, human_bytes, print_json
-from protos.v1 import coordinator_pb2 as pb
-from split.errors import IsthmusError, WrongState
+from isthmus.coordinator.cli.common import as_dict, console, human_bytes, print_json
+from isthmus.coordinator.connection import Connection
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.errors import IsthmusError, WrongState
 
 
 @dataclass

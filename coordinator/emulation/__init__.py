@@ -5,9 +5,9 @@ rate, then a delay line. A full queue is not read into, so a slow link stops the
 not of TCP: congestion windows, headers and acknowledgements are not in it.
 """
 
-from coordinator.emulation.proxy import EmulatedLink
-from coordinator.emulation.run import LinkProcess, LinkThread, link_process
-from coordinator.emulation.spec import Address, Cut, LinkSpec, Pair, parse_rate, parse_share, parse_time
+from isthmus.coordinator.emulation.proxy import EmulatedLink
+from isthmus.coordinator.emulation.run import LinkProcess, LinkThread, link_process
+from isthmus.coordinator.emulation.spec import Address, Cut, LinkSpec, Pair, parse_rate, parse_share, parse_time
 
 __all__ = [
     "Address",

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
-from coordinator.emulation.spec import Cut
+from isthmus.coordinator.emulation.spec import Cut
 
 _EARLY = 0.0005  # epoll wakes up to 1 ms late: aiming half of that early, errors are as often early as late
 

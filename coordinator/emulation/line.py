@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from coordinator.emulation.clock import Clock, wake
-from coordinator.emulation.spec import LinkSpec
+from isthmus.coordinator.emulation.clock import Clock, wake
+from isthmus.coordinator.emulation.spec import LinkSpec
 
 PACKET = 1448  # payload of a TCP segment on Ethernet, in bytes
 _MIN_QUEUE, _MAX_QUEUE, _QUEUE_SECONDS = 64 * 1024, 8 * 1024 * 1024, 0.05

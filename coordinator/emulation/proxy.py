@@ -9,10 +9,10 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from coordinator.emulation.clock import Clock
-from coordinator.emulation.line import Lane, Pipe
-from coordinator.emulation.spec import Address, LinkSpec, Pair
-from split.errors import IsthmusError, WrongState
+from isthmus.coordinator.emulation.clock import Clock
+from isthmus.coordinator.emulation.line import Lane, Pipe
+from isthmus.coordinator.emulation.spec import Address, LinkSpec, Pair
+from isthmus.split.errors import IsthmusError, WrongState
 
 log = logging.getLogger(__name__)
 

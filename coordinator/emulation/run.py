@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from coordinator.emulation.proxy import EmulatedLink
-from coordinator.emulation.spec import Address, LinkSpec, Pair
-from split.errors import LinkLost
-from split.tls import join_address
+from isthmus.coordinator.emulation.proxy import EmulatedLink
+from isthmus.coordinator.emulation.spec import Address, LinkSpec, Pair
+from isthmus.split.errors import LinkLost
+from isthmus.split.tls import join_address
 
 _START_SECONDS = _STOP_SECONDS = 30.0
 
@@ -90,7 +90,7 @@ def link_process(spec: LinkSpec, pairs: Sequence[Pair], log: Path | None = None)
 
     log: file for what it has to complain about; none: standard error. Raises LinkLost if it does not start.
     """
-    command = [sys.executable, "-m", "coordinator.cli.link", "--json", *_arguments(spec, pairs)]
+    command = [sys.executable, "-m", "isthmus.coordinator.cli.link", "--json", *_arguments(spec, pairs)]
     with log.open("a") if log else nullcontext() as errors:
         process = subprocess.Popen(
             command,

@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from split.errors import BadRequest
+from isthmus.split.errors import BadRequest
 
 Address = tuple[str, int]
 Pair = tuple[Address, Address]  # where to listen (port 0: any free one), and the target

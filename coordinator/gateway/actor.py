@@ -18,24 +18,24 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
-from coordinator.gateway import make_app, serve
-from coordinator.gateway.chain import ChainServicer
-from coordinator.gateway.holder_actor import HolderActor, HolderTask
-from coordinator.gateway.models import ServedModel
-from coordinator.interceptors import ErrorInterceptor
-from coordinator.stage_actor import ServingOptions
-from protos.v1 import chain_pb2_grpc
-from split.errors import IsthmusError
-from split.generation.chain import Recovery, Span
-from split.generation.drafts import Drafter
-from split.generation.ends import Ends
-from split.generation.engine import Engine
-from split.generation.exits import parse_exit
-from split.generation.local import make_drafter
-from split.models.source import ModelFolder, end_tokens, open_model
-from split.runtime.choose import RuntimeChoice
-from split.serving import CLOUD, ServingConfig, SpanConfig
-from split.tls import SERVER_OPTIONS, Peer, bind_one_of, join_address, server_credentials
+from isthmus.coordinator.control.interceptors import ErrorInterceptor
+from isthmus.coordinator.gateway import make_app, serve
+from isthmus.coordinator.gateway.chain import ChainServicer
+from isthmus.coordinator.gateway.holder_actor import HolderActor, HolderTask
+from isthmus.coordinator.gateway.models import ServedModel
+from isthmus.coordinator.stages.stage_actor import ServingOptions
+from isthmus.protos.v1 import chain_pb2_grpc
+from isthmus.split.errors import IsthmusError
+from isthmus.split.inference.chain import Recovery, Span
+from isthmus.split.inference.drafts import Drafter
+from isthmus.split.inference.ends import Ends
+from isthmus.split.inference.engine import Engine
+from isthmus.split.inference.exits import parse_exit
+from isthmus.split.inference.local import make_drafter
+from isthmus.split.inference.serving import CLOUD, ServingConfig, SpanConfig
+from isthmus.split.models.source import ModelFolder, end_tokens, open_model
+from isthmus.split.runtime.choose import RuntimeChoice
+from isthmus.split.tls import SERVER_OPTIONS, Peer, bind_one_of, join_address, server_credentials
 
 log = logging.getLogger(__name__)
 

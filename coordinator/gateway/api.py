@@ -12,15 +12,15 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from coordinator.gateway import errors
-from coordinator.gateway.choices import Choice, Job
-from coordinator.gateway.errors import ApiError
-from coordinator.gateway.models import ServedModel, answer_length, check_ids, encode, encode_chat
-from coordinator.gateway.respond import Generated
-from coordinator.gateway.schemas import ChatRequest, CompletionRequest
-from coordinator.gateway.shapes import ChatShape, CompletionShape
-from split.generation import request as engine
-from split.generation.text import TextStream
+from isthmus.coordinator.gateway import errors
+from isthmus.coordinator.gateway.choices import Choice, Job
+from isthmus.coordinator.gateway.errors import ApiError
+from isthmus.coordinator.gateway.models import ServedModel, answer_length, check_ids, encode, encode_chat
+from isthmus.coordinator.gateway.respond import Generated
+from isthmus.coordinator.gateway.schemas import ChatRequest, CompletionRequest
+from isthmus.coordinator.gateway.shapes import ChatShape, CompletionShape
+from isthmus.split.inference import request as engine
+from isthmus.split.inference.text import TextStream
 
 MAX_CHOICES = 128
 COMPLETION_TOKENS = 16  # OpenAI's default

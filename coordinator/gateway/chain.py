@@ -10,15 +10,15 @@ from typing import Any, TypeVar
 
 import grpc.aio
 
-from coordinator.gateway.guests import LAST_WORD, Guests
-from protos.v1 import chain_pb2 as pb
-from protos.v1 import chain_pb2_grpc
-from split.codecs import parse
-from split.errors import BadFrame, IsthmusError, LinkLost, NotAllowed, WrongState
-from split.generation.chain import Span
-from split.generation.remote import RemoteHolder
-from split.serving import CLOUD, ServingConfig
-from split.tls import Peer, peer_of
+from isthmus.coordinator.gateway.guests import LAST_WORD, Guests
+from isthmus.protos.v1 import chain_pb2 as pb
+from isthmus.protos.v1 import chain_pb2_grpc
+from isthmus.split.codecs import parse
+from isthmus.split.errors import BadFrame, IsthmusError, LinkLost, NotAllowed, WrongState
+from isthmus.split.inference.chain import Span
+from isthmus.split.inference.remote import RemoteHolder
+from isthmus.split.inference.serving import CLOUD, ServingConfig
+from isthmus.split.tls import Peer, peer_of
 
 _HELLO = 30.0  # seconds in which a holder has to say what it has, and a user what it wants
 Tell = Callable[[str, str, dict[str, Any]], None]

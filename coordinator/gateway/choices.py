@@ -7,11 +7,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from coordinator.gateway.models import ServedModel
-from split.errors import IsthmusError
-from split.generation.engine import Answer
-from split.generation.request import Logprob, Request
-from split.generation.text import TextStream
+from isthmus.coordinator.gateway.models import ServedModel
+from isthmus.split.errors import IsthmusError
+from isthmus.split.inference.engine import Answer
+from isthmus.split.inference.request import Logprob, Request
+from isthmus.split.inference.text import TextStream
 
 
 @dataclass(frozen=True)

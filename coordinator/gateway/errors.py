@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from split.errors import IsthmusError
-from split.generation.request import Busy
+from isthmus.split.errors import IsthmusError
+from isthmus.split.inference.request import Busy
 
 log = logging.getLogger(__name__)
 

@@ -18,14 +18,14 @@ from typing import Any
 
 from torch import Tensor
 
-from protos.v1 import chain_pb2 as pb
-from split.codecs import FAMILIES
-from split.errors import BadFrame, BadRequest, BadTensor, IsthmusError, LinkLost, NotAllowed
-from split.generation.chain import Span
-from split.generation.request import Busy
-from split.generation.wire import HiddenCoder, rows_of
-from split.runtime.base import BadPosition, Row
-from split.serving import ServingConfig
+from isthmus.protos.v1 import chain_pb2 as pb
+from isthmus.split.codecs import FAMILIES
+from isthmus.split.errors import BadFrame, BadRequest, BadTensor, IsthmusError, LinkLost, NotAllowed
+from isthmus.split.inference.chain import Span
+from isthmus.split.inference.request import Busy
+from isthmus.split.inference.serving import ServingConfig
+from isthmus.split.inference.wire import HiddenCoder, rows_of
+from isthmus.split.runtime.base import BadPosition, Row
 
 log = logging.getLogger(__name__)
 

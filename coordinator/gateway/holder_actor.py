@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from split.adapters.folder import AdapterFolder
-from split.adapters.served import LoraAdapter
-from split.generation.holding import Holding
-from split.models.source import open_model
-from split.models.stage import StageSpec
-from split.runtime.choose import RuntimeChoice, make_runtime
-from split.tls import Credentials, channel
+from isthmus.split.inference.holding import Holding
+from isthmus.split.lora.folder import AdapterFolder
+from isthmus.split.lora.served import LoraAdapter
+from isthmus.split.models.source import open_model
+from isthmus.split.models.stage import StageSpec
+from isthmus.split.runtime.choose import RuntimeChoice, make_runtime
+from isthmus.split.tls import Credentials, channel
 
 
 @dataclass(frozen=True)

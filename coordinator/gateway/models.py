@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from coordinator.gateway.errors import ApiError
-from coordinator.gateway.schemas import Message
-from split.generation.engine import Generator
+from isthmus.coordinator.gateway.errors import ApiError
+from isthmus.coordinator.gateway.schemas import Message
+from isthmus.split.inference.engine import Generator
 
 
 @dataclass(frozen=True)

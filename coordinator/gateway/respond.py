@@ -13,9 +13,9 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from coordinator.gateway.choices import Delta, Job
-from coordinator.gateway.errors import api_error
-from coordinator.gateway.shapes import Shape
+from isthmus.coordinator.gateway.choices import Delta, Job
+from isthmus.coordinator.gateway.errors import api_error
+from isthmus.coordinator.gateway.shapes import Shape
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import uvicorn
 from starlette.types import ASGIApp
 
-from split.errors import BadRequest, IsthmusError
+from isthmus.split.errors import BadRequest, IsthmusError
 
 
 class _Server(uvicorn.Server):

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from coordinator.gateway.choices import Delta, Scored
-from split.generation.text import Vocabulary, vocabulary_of
+from isthmus.coordinator.gateway.choices import Delta, Scored
+from isthmus.split.inference.text import Vocabulary, vocabulary_of
 
 _LEAST = -9999.0  # JSON has no infinity
 

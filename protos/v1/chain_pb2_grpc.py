@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from protos.v1 import chain_pb2 as protos_dot_v1_dot_chain__pb2
+from isthmus.protos.v1 import chain_pb2 as isthmus_dot_protos_dot_v1_dot_chain__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in protos/v1/chain_pb2_grpc.py depends on'
+        + ' but the generated code in isthmus/protos/v1/chain_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,13 +36,13 @@ class ChainStub:
         """
         self.Hold = channel.stream_stream(
                 '/isthmus.v1.Chain/Hold',
-                request_serializer=protos_dot_v1_dot_chain__pb2.FromHolder.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_chain__pb2.ToHolder.FromString,
+                request_serializer=isthmus_dot_protos_dot_v1_dot_chain__pb2.FromHolder.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_chain__pb2.ToHolder.FromString,
                 _registered_method=True)
         self.Use = channel.stream_stream(
                 '/isthmus.v1.Chain/Use',
-                request_serializer=protos_dot_v1_dot_chain__pb2.ToHolder.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_chain__pb2.FromHolder.FromString,
+                request_serializer=isthmus_dot_protos_dot_v1_dot_chain__pb2.ToHolder.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_chain__pb2.FromHolder.FromString,
                 _registered_method=True)
 
 
@@ -67,13 +67,13 @@ def add_ChainServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Hold': grpc.stream_stream_rpc_method_handler(
                     servicer.Hold,
-                    request_deserializer=protos_dot_v1_dot_chain__pb2.FromHolder.FromString,
-                    response_serializer=protos_dot_v1_dot_chain__pb2.ToHolder.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_chain__pb2.FromHolder.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_chain__pb2.ToHolder.SerializeToString,
             ),
             'Use': grpc.stream_stream_rpc_method_handler(
                     servicer.Use,
-                    request_deserializer=protos_dot_v1_dot_chain__pb2.ToHolder.FromString,
-                    response_serializer=protos_dot_v1_dot_chain__pb2.FromHolder.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_chain__pb2.ToHolder.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_chain__pb2.FromHolder.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -101,8 +101,8 @@ class Chain:
             request_iterator,
             target,
             '/isthmus.v1.Chain/Hold',
-            protos_dot_v1_dot_chain__pb2.FromHolder.SerializeToString,
-            protos_dot_v1_dot_chain__pb2.ToHolder.FromString,
+            isthmus_dot_protos_dot_v1_dot_chain__pb2.FromHolder.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_chain__pb2.ToHolder.FromString,
             options,
             channel_credentials,
             insecure,
@@ -128,8 +128,8 @@ class Chain:
             request_iterator,
             target,
             '/isthmus.v1.Chain/Use',
-            protos_dot_v1_dot_chain__pb2.ToHolder.SerializeToString,
-            protos_dot_v1_dot_chain__pb2.FromHolder.FromString,
+            isthmus_dot_protos_dot_v1_dot_chain__pb2.ToHolder.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_chain__pb2.FromHolder.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,8 +3,8 @@
 import grpc
 import warnings
 
-from protos.v1 import coordinator_pb2 as protos_dot_v1_dot_coordinator__pb2
-from protos.v1 import stage_pb2 as protos_dot_v1_dot_stage__pb2
+from isthmus.protos.v1 import coordinator_pb2 as isthmus_dot_protos_dot_v1_dot_coordinator__pb2
+from isthmus.protos.v1 import stage_pb2 as isthmus_dot_protos_dot_v1_dot_stage__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
 GRPC_VERSION = grpc.__version__
@@ -19,7 +19,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in protos/v1/coordinator_pb2_grpc.py depends on'
+        + ' but the generated code in isthmus/protos/v1/coordinator_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -37,8 +37,8 @@ class EnrolmentStub:
         """
         self.Enroll = channel.unary_unary(
                 '/isthmus.v1.Enrolment/Enroll',
-                request_serializer=protos_dot_v1_dot_coordinator__pb2.EnrollRequest.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_coordinator__pb2.EnrollReply.FromString,
+                request_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.EnrollRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.EnrollReply.FromString,
                 _registered_method=True)
 
 
@@ -56,8 +56,8 @@ def add_EnrolmentServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Enroll': grpc.unary_unary_rpc_method_handler(
                     servicer.Enroll,
-                    request_deserializer=protos_dot_v1_dot_coordinator__pb2.EnrollRequest.FromString,
-                    response_serializer=protos_dot_v1_dot_coordinator__pb2.EnrollReply.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.EnrollRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.EnrollReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -85,8 +85,8 @@ class Enrolment:
             request,
             target,
             '/isthmus.v1.Enrolment/Enroll',
-            protos_dot_v1_dot_coordinator__pb2.EnrollRequest.SerializeToString,
-            protos_dot_v1_dot_coordinator__pb2.EnrollReply.FromString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.EnrollRequest.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.EnrollReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -109,73 +109,73 @@ class CoordinatorStub:
         """
         self.Session = channel.stream_stream(
                 '/isthmus.v1.Coordinator/Session',
-                request_serializer=protos_dot_v1_dot_coordinator__pb2.DeviceMessage.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_coordinator__pb2.CoordinatorMessage.FromString,
+                request_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.DeviceMessage.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.CoordinatorMessage.FromString,
                 _registered_method=True)
         self.MeasureLink = channel.stream_stream(
                 '/isthmus.v1.Coordinator/MeasureLink',
-                request_serializer=protos_dot_v1_dot_stage__pb2.Probe.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_stage__pb2.Probe.FromString,
+                request_serializer=isthmus_dot_protos_dot_v1_dot_stage__pb2.Probe.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_stage__pb2.Probe.FromString,
                 _registered_method=True)
         self.GetManifest = channel.unary_unary(
                 '/isthmus.v1.Coordinator/GetManifest',
-                request_serializer=protos_dot_v1_dot_coordinator__pb2.ManifestRequest.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_coordinator__pb2.Manifest.FromString,
+                request_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ManifestRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Manifest.FromString,
                 _registered_method=True)
         self.Fetch = channel.unary_stream(
                 '/isthmus.v1.Coordinator/Fetch',
-                request_serializer=protos_dot_v1_dot_coordinator__pb2.FetchRequest.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_coordinator__pb2.Chunk.FromString,
+                request_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.FetchRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Chunk.FromString,
                 _registered_method=True)
         self.FindServed = channel.unary_unary(
                 '/isthmus.v1.Coordinator/FindServed',
-                request_serializer=protos_dot_v1_dot_coordinator__pb2.FindServedRequest.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_coordinator__pb2.Served.FromString,
+                request_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.FindServedRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Served.FromString,
                 _registered_method=True)
         self.CreateToken = channel.unary_unary(
                 '/isthmus.v1.Coordinator/CreateToken',
-                request_serializer=protos_dot_v1_dot_coordinator__pb2.CreateTokenRequest.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_coordinator__pb2.CreateTokenReply.FromString,
+                request_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.CreateTokenRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.CreateTokenReply.FromString,
                 _registered_method=True)
         self.ListDevices = channel.unary_unary(
                 '/isthmus.v1.Coordinator/ListDevices',
-                request_serializer=protos_dot_v1_dot_coordinator__pb2.ListDevicesRequest.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_coordinator__pb2.ListDevicesReply.FromString,
+                request_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ListDevicesRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ListDevicesReply.FromString,
                 _registered_method=True)
         self.RevokeDevice = channel.unary_unary(
                 '/isthmus.v1.Coordinator/RevokeDevice',
-                request_serializer=protos_dot_v1_dot_coordinator__pb2.RevokeDeviceRequest.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_coordinator__pb2.RevokeDeviceReply.FromString,
+                request_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.RevokeDeviceRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.RevokeDeviceReply.FromString,
                 _registered_method=True)
         self.SubmitJob = channel.unary_unary(
                 '/isthmus.v1.Coordinator/SubmitJob',
-                request_serializer=protos_dot_v1_dot_coordinator__pb2.SubmitJobRequest.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_coordinator__pb2.Job.FromString,
+                request_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.SubmitJobRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Job.FromString,
                 _registered_method=True)
         self.GetJob = channel.unary_unary(
                 '/isthmus.v1.Coordinator/GetJob',
-                request_serializer=protos_dot_v1_dot_coordinator__pb2.JobRequest.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_coordinator__pb2.Job.FromString,
+                request_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Job.FromString,
                 _registered_method=True)
         self.ListJobs = channel.unary_unary(
                 '/isthmus.v1.Coordinator/ListJobs',
-                request_serializer=protos_dot_v1_dot_coordinator__pb2.ListJobsRequest.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_coordinator__pb2.ListJobsReply.FromString,
+                request_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ListJobsRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ListJobsReply.FromString,
                 _registered_method=True)
         self.WatchJob = channel.unary_stream(
                 '/isthmus.v1.Coordinator/WatchJob',
-                request_serializer=protos_dot_v1_dot_coordinator__pb2.WatchJobRequest.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_coordinator__pb2.JobEvent.FromString,
+                request_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.WatchJobRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobEvent.FromString,
                 _registered_method=True)
         self.CancelJob = channel.unary_unary(
                 '/isthmus.v1.Coordinator/CancelJob',
-                request_serializer=protos_dot_v1_dot_coordinator__pb2.JobRequest.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_coordinator__pb2.Job.FromString,
+                request_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Job.FromString,
                 _registered_method=True)
         self.ExportJob = channel.unary_stream(
                 '/isthmus.v1.Coordinator/ExportJob',
-                request_serializer=protos_dot_v1_dot_coordinator__pb2.JobRequest.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_coordinator__pb2.ExportedFile.FromString,
+                request_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ExportedFile.FromString,
                 _registered_method=True)
 
 
@@ -273,73 +273,73 @@ def add_CoordinatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Session': grpc.stream_stream_rpc_method_handler(
                     servicer.Session,
-                    request_deserializer=protos_dot_v1_dot_coordinator__pb2.DeviceMessage.FromString,
-                    response_serializer=protos_dot_v1_dot_coordinator__pb2.CoordinatorMessage.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.DeviceMessage.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.CoordinatorMessage.SerializeToString,
             ),
             'MeasureLink': grpc.stream_stream_rpc_method_handler(
                     servicer.MeasureLink,
-                    request_deserializer=protos_dot_v1_dot_stage__pb2.Probe.FromString,
-                    response_serializer=protos_dot_v1_dot_stage__pb2.Probe.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_stage__pb2.Probe.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_stage__pb2.Probe.SerializeToString,
             ),
             'GetManifest': grpc.unary_unary_rpc_method_handler(
                     servicer.GetManifest,
-                    request_deserializer=protos_dot_v1_dot_coordinator__pb2.ManifestRequest.FromString,
-                    response_serializer=protos_dot_v1_dot_coordinator__pb2.Manifest.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ManifestRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Manifest.SerializeToString,
             ),
             'Fetch': grpc.unary_stream_rpc_method_handler(
                     servicer.Fetch,
-                    request_deserializer=protos_dot_v1_dot_coordinator__pb2.FetchRequest.FromString,
-                    response_serializer=protos_dot_v1_dot_coordinator__pb2.Chunk.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.FetchRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Chunk.SerializeToString,
             ),
             'FindServed': grpc.unary_unary_rpc_method_handler(
                     servicer.FindServed,
-                    request_deserializer=protos_dot_v1_dot_coordinator__pb2.FindServedRequest.FromString,
-                    response_serializer=protos_dot_v1_dot_coordinator__pb2.Served.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.FindServedRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Served.SerializeToString,
             ),
             'CreateToken': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateToken,
-                    request_deserializer=protos_dot_v1_dot_coordinator__pb2.CreateTokenRequest.FromString,
-                    response_serializer=protos_dot_v1_dot_coordinator__pb2.CreateTokenReply.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.CreateTokenRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.CreateTokenReply.SerializeToString,
             ),
             'ListDevices': grpc.unary_unary_rpc_method_handler(
                     servicer.ListDevices,
-                    request_deserializer=protos_dot_v1_dot_coordinator__pb2.ListDevicesRequest.FromString,
-                    response_serializer=protos_dot_v1_dot_coordinator__pb2.ListDevicesReply.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ListDevicesRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ListDevicesReply.SerializeToString,
             ),
             'RevokeDevice': grpc.unary_unary_rpc_method_handler(
                     servicer.RevokeDevice,
-                    request_deserializer=protos_dot_v1_dot_coordinator__pb2.RevokeDeviceRequest.FromString,
-                    response_serializer=protos_dot_v1_dot_coordinator__pb2.RevokeDeviceReply.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.RevokeDeviceRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.RevokeDeviceReply.SerializeToString,
             ),
             'SubmitJob': grpc.unary_unary_rpc_method_handler(
                     servicer.SubmitJob,
-                    request_deserializer=protos_dot_v1_dot_coordinator__pb2.SubmitJobRequest.FromString,
-                    response_serializer=protos_dot_v1_dot_coordinator__pb2.Job.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.SubmitJobRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Job.SerializeToString,
             ),
             'GetJob': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJob,
-                    request_deserializer=protos_dot_v1_dot_coordinator__pb2.JobRequest.FromString,
-                    response_serializer=protos_dot_v1_dot_coordinator__pb2.Job.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Job.SerializeToString,
             ),
             'ListJobs': grpc.unary_unary_rpc_method_handler(
                     servicer.ListJobs,
-                    request_deserializer=protos_dot_v1_dot_coordinator__pb2.ListJobsRequest.FromString,
-                    response_serializer=protos_dot_v1_dot_coordinator__pb2.ListJobsReply.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ListJobsRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ListJobsReply.SerializeToString,
             ),
             'WatchJob': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchJob,
-                    request_deserializer=protos_dot_v1_dot_coordinator__pb2.WatchJobRequest.FromString,
-                    response_serializer=protos_dot_v1_dot_coordinator__pb2.JobEvent.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.WatchJobRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobEvent.SerializeToString,
             ),
             'CancelJob': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelJob,
-                    request_deserializer=protos_dot_v1_dot_coordinator__pb2.JobRequest.FromString,
-                    response_serializer=protos_dot_v1_dot_coordinator__pb2.Job.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Job.SerializeToString,
             ),
             'ExportJob': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportJob,
-                    request_deserializer=protos_dot_v1_dot_coordinator__pb2.JobRequest.FromString,
-                    response_serializer=protos_dot_v1_dot_coordinator__pb2.ExportedFile.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ExportedFile.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -367,8 +367,8 @@ class Coordinator:
             request_iterator,
             target,
             '/isthmus.v1.Coordinator/Session',
-            protos_dot_v1_dot_coordinator__pb2.DeviceMessage.SerializeToString,
-            protos_dot_v1_dot_coordinator__pb2.CoordinatorMessage.FromString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.DeviceMessage.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.CoordinatorMessage.FromString,
             options,
             channel_credentials,
             insecure,
@@ -394,8 +394,8 @@ class Coordinator:
             request_iterator,
             target,
             '/isthmus.v1.Coordinator/MeasureLink',
-            protos_dot_v1_dot_stage__pb2.Probe.SerializeToString,
-            protos_dot_v1_dot_stage__pb2.Probe.FromString,
+            isthmus_dot_protos_dot_v1_dot_stage__pb2.Probe.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_stage__pb2.Probe.FromString,
             options,
             channel_credentials,
             insecure,
@@ -421,8 +421,8 @@ class Coordinator:
             request,
             target,
             '/isthmus.v1.Coordinator/GetManifest',
-            protos_dot_v1_dot_coordinator__pb2.ManifestRequest.SerializeToString,
-            protos_dot_v1_dot_coordinator__pb2.Manifest.FromString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ManifestRequest.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Manifest.FromString,
             options,
             channel_credentials,
             insecure,
@@ -448,8 +448,8 @@ class Coordinator:
             request,
             target,
             '/isthmus.v1.Coordinator/Fetch',
-            protos_dot_v1_dot_coordinator__pb2.FetchRequest.SerializeToString,
-            protos_dot_v1_dot_coordinator__pb2.Chunk.FromString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.FetchRequest.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Chunk.FromString,
             options,
             channel_credentials,
             insecure,
@@ -475,8 +475,8 @@ class Coordinator:
             request,
             target,
             '/isthmus.v1.Coordinator/FindServed',
-            protos_dot_v1_dot_coordinator__pb2.FindServedRequest.SerializeToString,
-            protos_dot_v1_dot_coordinator__pb2.Served.FromString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.FindServedRequest.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Served.FromString,
             options,
             channel_credentials,
             insecure,
@@ -502,8 +502,8 @@ class Coordinator:
             request,
             target,
             '/isthmus.v1.Coordinator/CreateToken',
-            protos_dot_v1_dot_coordinator__pb2.CreateTokenRequest.SerializeToString,
-            protos_dot_v1_dot_coordinator__pb2.CreateTokenReply.FromString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.CreateTokenRequest.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.CreateTokenReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -529,8 +529,8 @@ class Coordinator:
             request,
             target,
             '/isthmus.v1.Coordinator/ListDevices',
-            protos_dot_v1_dot_coordinator__pb2.ListDevicesRequest.SerializeToString,
-            protos_dot_v1_dot_coordinator__pb2.ListDevicesReply.FromString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ListDevicesRequest.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ListDevicesReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -556,8 +556,8 @@ class Coordinator:
             request,
             target,
             '/isthmus.v1.Coordinator/RevokeDevice',
-            protos_dot_v1_dot_coordinator__pb2.RevokeDeviceRequest.SerializeToString,
-            protos_dot_v1_dot_coordinator__pb2.RevokeDeviceReply.FromString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.RevokeDeviceRequest.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.RevokeDeviceReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -583,8 +583,8 @@ class Coordinator:
             request,
             target,
             '/isthmus.v1.Coordinator/SubmitJob',
-            protos_dot_v1_dot_coordinator__pb2.SubmitJobRequest.SerializeToString,
-            protos_dot_v1_dot_coordinator__pb2.Job.FromString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.SubmitJobRequest.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Job.FromString,
             options,
             channel_credentials,
             insecure,
@@ -610,8 +610,8 @@ class Coordinator:
             request,
             target,
             '/isthmus.v1.Coordinator/GetJob',
-            protos_dot_v1_dot_coordinator__pb2.JobRequest.SerializeToString,
-            protos_dot_v1_dot_coordinator__pb2.Job.FromString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobRequest.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Job.FromString,
             options,
             channel_credentials,
             insecure,
@@ -637,8 +637,8 @@ class Coordinator:
             request,
             target,
             '/isthmus.v1.Coordinator/ListJobs',
-            protos_dot_v1_dot_coordinator__pb2.ListJobsRequest.SerializeToString,
-            protos_dot_v1_dot_coordinator__pb2.ListJobsReply.FromString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ListJobsRequest.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ListJobsReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -664,8 +664,8 @@ class Coordinator:
             request,
             target,
             '/isthmus.v1.Coordinator/WatchJob',
-            protos_dot_v1_dot_coordinator__pb2.WatchJobRequest.SerializeToString,
-            protos_dot_v1_dot_coordinator__pb2.JobEvent.FromString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.WatchJobRequest.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobEvent.FromString,
             options,
             channel_credentials,
             insecure,
@@ -691,8 +691,8 @@ class Coordinator:
             request,
             target,
             '/isthmus.v1.Coordinator/CancelJob',
-            protos_dot_v1_dot_coordinator__pb2.JobRequest.SerializeToString,
-            protos_dot_v1_dot_coordinator__pb2.Job.FromString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobRequest.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Job.FromString,
             options,
             channel_credentials,
             insecure,
@@ -718,8 +718,8 @@ class Coordinator:
             request,
             target,
             '/isthmus.v1.Coordinator/ExportJob',
-            protos_dot_v1_dot_coordinator__pb2.JobRequest.SerializeToString,
-            protos_dot_v1_dot_coordinator__pb2.ExportedFile.FromString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobRequest.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ExportedFile.FromString,
             options,
             channel_credentials,
             insecure,

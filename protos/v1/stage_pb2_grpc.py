@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from protos.v1 import stage_pb2 as protos_dot_v1_dot_stage__pb2
+from isthmus.protos.v1 import stage_pb2 as isthmus_dot_protos_dot_v1_dot_stage__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in protos/v1/stage_pb2_grpc.py depends on'
+        + ' but the generated code in isthmus/protos/v1/stage_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,8 +36,8 @@ class StageStub:
         """
         self.Exchange = channel.stream_stream(
                 '/isthmus.v1.Stage/Exchange',
-                request_serializer=protos_dot_v1_dot_stage__pb2.Frame.SerializeToString,
-                response_deserializer=protos_dot_v1_dot_stage__pb2.Frame.FromString,
+                request_serializer=isthmus_dot_protos_dot_v1_dot_stage__pb2.Frame.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_stage__pb2.Frame.FromString,
                 _registered_method=True)
 
 
@@ -55,8 +55,8 @@ def add_StageServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Exchange': grpc.stream_stream_rpc_method_handler(
                     servicer.Exchange,
-                    request_deserializer=protos_dot_v1_dot_stage__pb2.Frame.FromString,
-                    response_serializer=protos_dot_v1_dot_stage__pb2.Frame.SerializeToString,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_stage__pb2.Frame.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_stage__pb2.Frame.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -84,8 +84,8 @@ class Stage:
             request_iterator,
             target,
             '/isthmus.v1.Stage/Exchange',
-            protos_dot_v1_dot_stage__pb2.Frame.SerializeToString,
-            protos_dot_v1_dot_stage__pb2.Frame.FromString,
+            isthmus_dot_protos_dot_v1_dot_stage__pb2.Frame.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_stage__pb2.Frame.FromString,
             options,
             channel_credentials,
             insecure,

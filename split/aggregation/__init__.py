@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from split.aggregation.average import Average
-from split.aggregation.base import Aggregation
-from split.aggregation.padding import Padding
-from split.aggregation.refactor import Refactor
-from split.aggregation.stacking import Stacking
+from isthmus.split.aggregation.average import Average
+from isthmus.split.aggregation.base import Aggregation
+from isthmus.split.aggregation.padding import Padding
+from isthmus.split.aggregation.refactor import Refactor
+from isthmus.split.aggregation.stacking import Stacking
 
 REGISTRY: Mapping[str, Aggregation] = {one.name: one for one in (Average(), Padding(), Stacking(), Refactor())}

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from split.aggregation.base import Aggregation, Factors, Part
-from split.shapes import AVERAGE
+from isthmus.split.aggregation.base import Aggregation
+from isthmus.split.job.shapes import AVERAGE
+from isthmus.split.lora.factors import Factors, Part
 
 
 class Average(Aggregation):

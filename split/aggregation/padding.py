@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from split.aggregation.average import Average
-from split.aggregation.base import Aggregation, Factors, Part
-from split.shapes import PADDING
+from isthmus.split.aggregation.average import Average
+from isthmus.split.aggregation.base import Aggregation
+from isthmus.split.job.shapes import PADDING
+from isthmus.split.lora.factors import Factors, Part
 
 
 class Padding(Aggregation):

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from split.aggregation.base import Aggregation, Factors, Part, core_of, stacked
-from split.shapes import SVD
+from isthmus.split.aggregation.base import Aggregation
+from isthmus.split.job.shapes import SVD
+from isthmus.split.lora.factors import Factors, Part, core_of, stacked
 
 _ROW_NORM = 1 / math.sqrt(3)  # of a row of A as LoRA draws it: uniform within 1 / sqrt(in), in of them
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from split.aggregation.base import Aggregation, Factors, Part, stacked
-from split.aggregation.refactor import refactored
-from split.shapes import STACKING
+from isthmus.split.aggregation.base import Aggregation
+from isthmus.split.aggregation.refactor import refactored
+from isthmus.split.job.shapes import STACKING
+from isthmus.split.lora.factors import Factors, Part, stacked
 
 
 class Stacking(Aggregation):

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from split.codecs.payload import Reader, Writer
-from split.errors import CodecError
+from isthmus.split.codecs.payload import Reader, Writer
+from isthmus.split.errors import CodecError
 
 Keys = Sequence[int]  # of the samples of a batch: rows of the tensor's first dimension, across epochs
 

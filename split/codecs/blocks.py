@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from split.errors import CodecError
+from isthmus.split.errors import CodecError
 
 _LARGEST = 0x7F7F  # the greatest finite bfloat16, as bits
 

@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from split.codecs import frames, pieces, rangecoding
-from split.codecs.payload import Reader
-from split.codecs.plain import PLAIN
-from split.errors import CodecError
+from isthmus.split.codecs import frames, pieces, rangecoding
+from isthmus.split.codecs.payload import Reader
+from isthmus.split.codecs.plain import PLAIN
+from isthmus.split.errors import CodecError
 
 _HEAD = struct.Struct("<Bh")  # whether coded, and what was subtracted from the symbols
 _LEVELS = range(1, 20)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zstandard
 
-from split.errors import CodecError
+from isthmus.split.errors import CodecError
 
 _FORMAT = zstandard.FORMAT_ZSTD1_MAGICLESS
 _LEAST_WINDOW = 1 << 10  # of the format

@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from split.codecs.base import Codec
-from split.codecs.entropy import Range, Zstd
-from split.codecs.floats import BFloat16, Float16, Fp8, Raw, Shuffle
-from split.codecs.integers import Integer
-from split.codecs.klt import Klt
-from split.codecs.lowrank import LowRank, PowerSgd
-from split.codecs.memory import Delta, ErrorFeedback
-from split.codecs.plain import PLAIN
-from split.codecs.rotation import Hadamard
-from split.codecs.sparse import VALUES, RandTopK, TopK
-from split.codecs.uniform import Uniform
-from split.errors import CodecError
+from isthmus.split.codecs.base import Codec
+from isthmus.split.codecs.entropy import Range, Zstd
+from isthmus.split.codecs.floats import BFloat16, Float16, Fp8, Raw, Shuffle
+from isthmus.split.codecs.integers import Integer
+from isthmus.split.codecs.klt import Klt
+from isthmus.split.codecs.lowrank import LowRank, PowerSgd
+from isthmus.split.codecs.memory import Delta, ErrorFeedback
+from isthmus.split.codecs.plain import PLAIN
+from isthmus.split.codecs.rotation import Hadamard
+from isthmus.split.codecs.sparse import VALUES, RandTopK, TopK
+from isthmus.split.codecs.uniform import Uniform
+from isthmus.split.errors import CodecError
 
 KINDS = ("memory", "transform", "quantiser", "entropy")
 ALIASES = {"lossless": "shuffle,zstd"}

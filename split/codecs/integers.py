@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from split.codecs.base import CodecState, Entropy
-from split.codecs.blocks import blocked, blocks_in, divided, scale_bytes, scales_from, scales_of, unblocked
-from split.codecs.payload import Reader
+from isthmus.split.codecs.base import CodecState, Entropy
+from isthmus.split.codecs.blocks import blocked, blocks_in, divided, scale_bytes, scales_from, scales_of, unblocked
+from isthmus.split.codecs.payload import Reader
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from split.codecs.base import CodecState
-from split.errors import CodecError
+from isthmus.split.codecs.base import CodecState
+from isthmus.split.errors import CodecError
 
 _LASTS = 64  # tensors that the first basis is taken to be good for
 _GAP, _LONGEST_GAP = 16, 64  # widths: of rows from a new basis to the first check of the next, and between later ones

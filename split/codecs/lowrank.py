@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from split.codecs.base import CodecState, Entropy
-from split.codecs.floats import BFloat16, power_of_two, shift_from
-from split.codecs.payload import Reader
+from isthmus.split.codecs.base import CodecState, Entropy
+from isthmus.split.codecs.floats import BFloat16, power_of_two, shift_from
+from isthmus.split.codecs.payload import Reader
 
 _BFLOAT16 = BFloat16()
 _MORE = 8  # columns beyond the rank while looking for the best ones

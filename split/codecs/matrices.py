@@ -10,10 +10,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from split.codecs.base import Codec, CodecState, Keys
-from split.codecs.lowrank import Factors
-from split.codecs.payload import Reader, Writer
-from split.errors import CodecError
+from isthmus.split.codecs.base import Codec, CodecState, Keys
+from isthmus.split.codecs.lowrank import Factors
+from isthmus.split.codecs.payload import Reader, Writer
+from isthmus.split.errors import CodecError
 
 
 @dataclass(frozen=True)

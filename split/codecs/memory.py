@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from split.codecs.base import CodecState, Keys
-from split.errors import CodecError
+from isthmus.split.codecs.base import CodecState, Keys
+from isthmus.split.errors import CodecError
 
 _MIB = 1 << 20
 _Key = tuple[int, tuple[int, ...]]  # of a sample, and its shape

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from split.errors import CodecError
+from isthmus.split.errors import CodecError
 
 Unsigned = NDArray[Any]  # uint8, uint16 or uint32
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from split.errors import CodecError
+from isthmus.split.errors import CodecError
 
 _LENGTH = struct.Struct("<I")
 

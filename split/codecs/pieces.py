@@ -13,10 +13,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from split.codecs import frames
-from split.codecs.packing import byte_planes, from_byte_planes
-from split.codecs.payload import Reader, Writer
-from split.errors import CodecError
+from isthmus.split.codecs import frames
+from isthmus.split.codecs.packing import byte_planes, from_byte_planes
+from isthmus.split.codecs.payload import Reader, Writer
+from isthmus.split.errors import CodecError
 
 _ALPHABETS = (0, 1, 2, 3, 7, 127, 32768)  # the largest |symbol| of each
 _SHARE = (0, 5, 3, 2, 2, 1, 0)  # symbols a byte

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from split.codecs.packing import bits_for, pack, packed_size, unpack
-from split.errors import CodecError
+from isthmus.split.codecs.packing import bits_for, pack, packed_size, unpack
+from isthmus.split.errors import CodecError
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from split.codecs import contexts
-from split.codecs.packing import pack, packed_size, unpack
-from split.codecs.payload import Reader
-from split.errors import CodecError
+from isthmus.split.codecs import contexts
+from isthmus.split.codecs.packing import pack, packed_size, unpack
+from isthmus.split.codecs.payload import Reader
+from isthmus.split.errors import CodecError
 
 _HEAD = struct.Struct(
     "<HBB3s9s"

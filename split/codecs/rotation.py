@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from split.codecs.base import CodecState
-from split.errors import CodecError
+from isthmus.split.codecs.base import CodecState
+from isthmus.split.errors import CodecError
 
 _LARGEST_BLOCK = 1024
 _SMALLEST_BLOCK = 16  # a width that has only smaller ones is filled up

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from split.codecs.base import CodecState, Entropy, Quantiser
-from split.codecs.floats import BFloat16, Float16
-from split.codecs.integers import Integer
-from split.codecs.packing import bits_for, pack, packed_size, unpack
-from split.codecs.payload import Reader, Writer
-from split.codecs.plain import Plain
-from split.errors import CodecError
+from isthmus.split.codecs.base import CodecState, Entropy, Quantiser
+from isthmus.split.codecs.floats import BFloat16, Float16
+from isthmus.split.codecs.integers import Integer
+from isthmus.split.codecs.packing import bits_for, pack, packed_size, unpack
+from isthmus.split.codecs.payload import Reader, Writer
+from isthmus.split.codecs.plain import Plain
+from isthmus.split.errors import CodecError
 
 # Of the values that are sent; int8 has one scale for a row's values.
 VALUES: dict[str, Quantiser] = {"bfloat16": BFloat16(), "float16": Float16(), "int8": Integer(8, row=True)}

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from split.codecs.base import CodecState, Entropy
-from split.codecs.packing import pack_bits, packed_size, unpack_bits
-from split.codecs.payload import Reader, Writer
-from split.errors import CodecError
+from isthmus.split.codecs.base import CodecState, Entropy
+from isthmus.split.codecs.packing import pack_bits, packed_size, unpack_bits
+from isthmus.split.codecs.payload import Reader, Writer
+from isthmus.split.errors import CodecError
 
 _REACH = 16  # RMS that the symbols reach at least
 _SMALLEST_LIMIT, _LARGEST_LIMIT = 127, 2**15 - 1

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from split.dlora.sites import Layout, Module, Site
-from split.ledger import Ledger
-from split.models.stage import Stage
-from split.precision import autocast
+from isthmus.split.lora.sites import Layout, Module, Site
+from isthmus.split.models.precision import autocast
+from isthmus.split.models.stage import Stage
+from isthmus.split.resources.ledger import Ledger
 
 Ask = Callable[[Site, bool, Tensor, bool], "Tensor | None"]
 """(site, backward, (rows, width) float32 on the CPU, whether an answer is wanted) -> the answer, (rows, width)."""

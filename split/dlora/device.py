@@ -18,27 +18,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from protos.v1 import stage_pb2
-from split.adapters.lora import flatten, load_flat, lora_parameters, shapes_of
-from split.checkpoint import DeviceRecord, DeviceState
-from split.codecs import FAMILIES
-from split.coding import Terms
-from split.config import TrainingConfig
-from split.data import IGNORE, Sequences, batch_indices, micro_batch_slices
-from split.dlora.killing import Killing
-from split.dlora.modules import ActiveSet, RemoteModules, asked_site
-from split.dlora.sites import layout_of
-from split.errors import BadTensor
-from split.ledger import Ledger
-from split.link import ENDS, INPUT_GRADIENT, Frame, Link, Phase
-from split.loss import nll_where_wanted
-from split.models.stage import Stage
-from split.optim import Stepper
-from split.plan.choose import FRONT, FRONT_BACKWARD, TAIL
-from split.precision import autocast
-from split.protocol import EVALUATIONS_AHEAD
-from split.shapes import Shape
-from split.train import (
+from isthmus.protos.v1 import stage_pb2
+from isthmus.split.codecs import FAMILIES
+from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices, micro_batch_slices
+from isthmus.split.dlora.killing import Killing
+from isthmus.split.dlora.modules import ActiveSet, RemoteModules, asked_site
+from isthmus.split.errors import BadTensor
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.shapes import Shape
+from isthmus.split.link.coding import Terms
+from isthmus.split.link.protocol import EVALUATIONS_AHEAD
+from isthmus.split.link.session import ENDS, INPUT_GRADIENT, Frame, Link, Phase
+from isthmus.split.lora.lora import flatten, load_flat, lora_parameters, shapes_of
+from isthmus.split.lora.sites import layout_of
+from isthmus.split.models.precision import autocast
+from isthmus.split.models.stage import Stage
+from isthmus.split.plan.choose import FRONT, FRONT_BACKWARD, TAIL
+from isthmus.split.resources.ledger import Ledger
+from isthmus.split.training.checkpoint import DeviceRecord, DeviceState
+from isthmus.split.training.device import (
     Cancelled,
     Progress,
     answer_of,
@@ -48,6 +46,8 @@ from split.train import (
     seen_positions,
     tensor_like,
 )
+from isthmus.split.training.loss import nll_where_wanted
+from isthmus.split.training.optim import Stepper
 
 log = logging.getLogger(__name__)
 

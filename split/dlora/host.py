@@ -15,25 +15,25 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from protos.v1 import stage_pb2
-from split.adapters.lora import shapes_of
-from split.averaging import Averager
-from split.checkpoint import Checkpoint, CheckpointFolder
-from split.coding import Plan
-from split.config import MERGE, TrainingConfig
-from split.dlora.backbone import Active, Backbone
-from split.dlora.passes import Passing
-from split.dlora.sites import Layout, adapter_of
-from split.errors import BadFrame, BadRequest, IsthmusError, LinkLost, WrongState
-from split.host import PATIENCE, Tell
-from split.inbox import Inbox
-from split.link import ENDS, Frame, Phase
-from split.members import Deliver, problem_with_open
-from split.perplexity import perplexity
-from split.plan.choose import Planner, View
-from split.protocol import EVALUATIONS_AHEAD
-from split.shapes import AVERAGE
-from split.train import tensor_of
+from isthmus.protos.v1 import stage_pb2
+from isthmus.split.aggregation.averaging import Averager
+from isthmus.split.dlora.backbone import Active, Backbone
+from isthmus.split.dlora.passes import Passing
+from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost, WrongState
+from isthmus.split.job.config import MERGE, TrainingConfig
+from isthmus.split.job.shapes import AVERAGE
+from isthmus.split.link.coding import Plan
+from isthmus.split.link.protocol import EVALUATIONS_AHEAD
+from isthmus.split.link.session import ENDS, Deliver, Frame, Phase
+from isthmus.split.lora.lora import shapes_of
+from isthmus.split.lora.sites import Layout, adapter_of
+from isthmus.split.plan.choose import Planner, View
+from isthmus.split.training.checkpoint import Checkpoint, CheckpointFolder
+from isthmus.split.training.device import tensor_of
+from isthmus.split.training.host import PATIENCE, Tell
+from isthmus.split.training.inbox import Inbox
+from isthmus.split.training.members import problem_with_open
+from isthmus.split.training.perplexity import perplexity
 
 
 @dataclass

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from split.adapters.kill_and_revive import Controller, Decision
-from split.adapters.kill_policy import KillPolicy
-from split.adapters.module_costs import costs_of
-from split.config import KEEP, TrainingConfig
-from split.dlora.sites import Layout
-from split.ledger import Traffic
+from isthmus.split.dlora.kill_and_revive import Controller, Decision
+from isthmus.split.dlora.kill_policy import KillPolicy
+from isthmus.split.dlora.module_costs import costs_of
+from isthmus.split.job.config import KEEP, TrainingConfig
+from isthmus.split.lora.sites import Layout
+from isthmus.split.resources.ledger import Traffic
 
 log = logging.getLogger(__name__)
 

@@ -9,20 +9,20 @@ from typing import Any
 
 from torch import Tensor
 
-from split.adapters.lora import initial_adapter
-from split.checkpoint import CheckpointFolder, DeviceRecord
-from split.config import TrainingConfig
-from split.dlora.backbone import Backbone
-from split.dlora.device import DloraTrainer
-from split.dlora.host import BackboneHost
-from split.dlora.sites import layout_of
-from split.ledger import Ledger
-from split.local import LocalJob, Text
-from split.models.source import TensorSource
-from split.parts import device_stages, parts_of, server_stages
-from split.plan.profile import LinkProfile
-from split.precision import pick_device, pick_precision
-from split.shapes import Shape
+from isthmus.split.dlora.backbone import Backbone
+from isthmus.split.dlora.device import DloraTrainer
+from isthmus.split.dlora.host import BackboneHost
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.shapes import Shape
+from isthmus.split.link.profile import LinkProfile
+from isthmus.split.lora.lora import initial_adapter
+from isthmus.split.lora.sites import layout_of
+from isthmus.split.models.precision import pick_device, pick_precision
+from isthmus.split.models.source import TensorSource
+from isthmus.split.plan.parts import device_stages, parts_of, server_stages
+from isthmus.split.resources.ledger import Ledger
+from isthmus.split.training.checkpoint import CheckpointFolder, DeviceRecord
+from isthmus.split.training.local import LocalJob, Text
 
 Tell = Callable[[str, str, dict[str, Any]], None]
 

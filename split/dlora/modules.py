@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from split.adapters.lora import flatten, initial_adapter
-from split.config import DROP, KEEP, MERGE
-from split.dlora.sites import Layout, Module, Site
-from split.errors import BadTensor
-from split.link import Frame
-from split.models.stage import Stage
+from isthmus.split.errors import BadTensor
+from isthmus.split.job.config import DROP, KEEP, MERGE
+from isthmus.split.link.session import Frame
+from isthmus.split.lora.lora import flatten, initial_adapter
+from isthmus.split.lora.sites import Layout, Module, Site
+from isthmus.split.models.stage import Stage
 
 _Place = tuple[int, int]  # micro-batch, site
 

@@ -10,13 +10,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from split.dlora.backbone import Active, Backbone, Pass
-from split.dlora.sites import Layout, Site
-from split.errors import BadFrame, IsthmusError, LinkLost
-from split.host import where_wanted
-from split.link import INPUT_GRADIENT, Frame, Phase
-from split.members import Deliver
-from split.train import seen_positions, tensor_of
+from isthmus.split.dlora.backbone import Active, Backbone, Pass
+from isthmus.split.errors import BadFrame, IsthmusError, LinkLost
+from isthmus.split.link.session import INPUT_GRADIENT, Deliver, Frame, Phase
+from isthmus.split.lora.sites import Layout, Site
+from isthmus.split.training.device import seen_positions, tensor_of
+from isthmus.split.training.host import where_wanted
 
 log = logging.getLogger(__name__)
 

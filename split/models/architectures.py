@@ -15,7 +15,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from split.errors import BadModelFolder, UnsupportedModel
+from isthmus.split.errors import BadModelFolder, UnsupportedModel
 
 
 @dataclass(frozen=True)

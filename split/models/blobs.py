@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from split.errors import BadModelFolder, BadTensor, LinkLost, WrongState
-from split.models.architectures import parse_config
-from split.models.manifest import CHUNK_BYTES, DTYPES_BY_NAME, Blob, Manifest, TensorEntry, check_digest
-from split.models.safetensors_file import byte_size
-from split.models.source import MODEL_FILES, load_tokenizer, read_text, settle_head
+from isthmus.split.errors import BadModelFolder, BadTensor, LinkLost, WrongState
+from isthmus.split.models.architectures import parse_config
+from isthmus.split.models.manifest import CHUNK_BYTES, DTYPES_BY_NAME, Blob, Manifest, TensorEntry, check_digest
+from isthmus.split.models.safetensors_file import byte_size
+from isthmus.split.models.source import MODEL_FILES, load_tokenizer, read_text, settle_head
 
 
 class BlobStore:

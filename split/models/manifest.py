@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 import torch
 
-from protos.v1 import coordinator_pb2 as pb
-from split.errors import BadModelFolder, BadRequest, BadTensor, NotFound
-from split.models.safetensors_file import DTYPES, Place, byte_size
-from split.models.source import ADAPTER_FILES, MODEL_FILES
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.errors import BadModelFolder, BadRequest, BadTensor, NotFound
+from isthmus.split.models.safetensors_file import DTYPES, Place, byte_size
+from isthmus.split.models.source import ADAPTER_FILES, MODEL_FILES
 
 CHUNK_BYTES = 1 << 20
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from split.errors import BadModelFolder
+from isthmus.split.errors import BadModelFolder
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own bound
 

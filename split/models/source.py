@@ -14,9 +14,9 @@ from typing import Protocol, cast
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from split.errors import BadModelFolder
-from split.models.architectures import Architecture, architecture_of, parse_config
-from split.models.safetensors_file import Place, read_header, read_tensor
+from isthmus.split.errors import BadModelFolder
+from isthmus.split.models.architectures import Architecture, architecture_of, parse_config
+from isthmus.split.models.safetensors_file import Place, read_header, read_tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -145,7 +145,7 @@ def open_model(model: str) -> ModelFolder:
     A hub id is downloaded (configuration, tokenizer and safetensors only). Raises BadModelFolder or UnsupportedModel.
     """
     if model == "default":
-        from split.models.default_model import DEFAULT_MODEL_FOLDER
+        from isthmus.split.models.default_model import DEFAULT_MODEL_FOLDER
 
         return ModelFolder(DEFAULT_MODEL_FOLDER)
     folder = Path(model).expanduser()

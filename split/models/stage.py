@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from split.errors import BadModelFolder, BadRequest, UnsupportedModel
-from split.models.architectures import Architecture, architecture_of
-from split.models.source import TensorSource
+from isthmus.split.errors import BadModelFolder, BadRequest, UnsupportedModel
+from isthmus.split.models.architectures import Architecture, architecture_of
+from isthmus.split.models.source import TensorSource
 
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout")
 

@@ -1,9 +1,7 @@
 """`auto`: which codecs, how many micro-batches and how many of them under way, from what was measured.
 
 A candidate has to keep within the error budget; among those the one with the shortest step wins, and of those that are
-about as fast the one with the fewest bytes. The budget is a share by which perplexity may be worse. It is translated to
-the quantiser's steps by a calibration (benchmarks/README.md, compression): at a budget of 0.5 % each stream bears the
-step of _STEPS, in RMS, and the harm goes with the square of the step. Gradients have to be rounded without bias.
+about as fast the one with the fewest bytes. link/ladder.py has the candidates.
 """
 
 from __future__ import annotations
@@ -15,66 +13,26 @@ from itertools import product
 
 from torch import Tensor
 
-from protos.v1 import stage_pb2
-from split.codecs import CodecState, parse
-from split.codecs.base import matrix_shape
-from split.codecs.uniform import Uniform
-from split.coding import Plan
-from split.config import TrainingConfig
-from split.errors import CodecError
-from split.plan.pipeline import StepCosts, step_seconds
-from split.plan.profile import LinkProfile, codec_seconds
-from split.streams import AUTO, TRAINING, choices
+from isthmus.protos.v1 import stage_pb2
+from isthmus.split.codecs import CodecState, parse
+from isthmus.split.codecs.base import matrix_shape
+from isthmus.split.codecs.uniform import Uniform
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.streams import AUTO, TRAINING, choices
+from isthmus.split.link.coding import Plan
+from isthmus.split.link.ladder import candidates, kind_of, ladder
+from isthmus.split.link.profile import LinkProfile, codec_seconds
+from isthmus.split.plan.pipeline import StepCosts, step_seconds
 
 FRONT, TAIL, FRONT_BACKWARD = "front", "tail", "front backward"
 RECENT = "recent"  # beside them: all of that work, since the last aggregation
 DEVICE_WORK = (FRONT, TAIL, FRONT_BACKWARD)  # names of a device's work in its ledger
 
-_STEPS = {"hidden_up": 0.25, "hidden_down": 0.16, "gradients_up": 0.35, "gradients_down": 0.35}
-_CALIBRATED_AT, _LARGEST_STEP = 0.005, 2.0
 _ABOUT_AS_FAST = 1.03
 _WORTH_A_CHANGE = 0.95
 _MOST_MICRO_BATCHES = 8
 _SAMPLE_ROWS = 512
 _LONGEST = 3600.0  # seconds that a device may say that something takes
-
-
-def _kind(stream: str) -> str:
-    return stream.partition("_")[0]
-
-
-def ladder(stream: str, budget: float) -> list[str]:
-    """Codecs of a training stream that keep within the budget, from the quickest to the one with the fewest bytes."""
-    step = min(_STEPS[stream] * math.sqrt(budget / _CALIBRATED_AT), _LARGEST_STEP)
-    rounding = ":stochastic" if _kind(stream) == "gradients" else ""
-    uniform = f"uniform:step={step:.3g}:per=tensor{rounding}"
-    names = [
-        "none",
-        "bfloat16",
-        f"hadamard,int8{rounding}",
-        f"hadamard,{uniform},zstd",
-        f"klt,{uniform},zstd",
-        f"klt,{uniform},range",
-    ]
-    return [parse(name).name for name in names]
-
-
-def candidates(config: TrainingConfig) -> list[str]:
-    """All codecs that may be chosen in a job, those that the user has fixed included."""
-    names: list[str] = []
-    for stream, name in choices(config.codec).items():
-        if stream in TRAINING:
-            names += ladder(stream, config.error_budget) if name == AUTO else [name]
-    return list(dict.fromkeys(names))
-
-
-def check_agreed(plan: Plan, config: TrainingConfig) -> None:
-    """Raises CodecError for a plan with a codec that a job of this configuration cannot have."""
-    for stream, chosen in choices(config.codec).items():
-        name = plan.codec_of(stream)
-        allowed = ladder(stream, config.error_budget) if chosen == AUTO else [chosen]
-        if name not in allowed:
-            raise CodecError(f"a plan with {name[:200]} for {stream}, which this job has not agreed on")
 
 
 @dataclass(frozen=True)
@@ -193,7 +151,7 @@ class Planner:
         for levels in product(self._levels("hidden", view), self._levels("gradients", view)):
             level = dict(zip(("hidden", "gradients"), levels, strict=True))
             codecs = {
-                stream: self._ladders[stream][level[_kind(stream)]] if name == AUTO else name
+                stream: self._ladders[stream][level[kind_of(stream)]] if name == AUTO else name
                 for stream, name in self._choices.items()
             }
             plan = Plan(count, count, codecs, self.config.seed)
@@ -209,7 +167,7 @@ class Planner:
 
     def _levels(self, kind: str, view: View) -> list[int]:
         """Places on the ladders of a kind that the device can follow; one where there is nothing to choose."""
-        automatic = [stream for stream in TRAINING if _kind(stream) == kind and self._choices[stream] == AUTO]
+        automatic = [stream for stream in TRAINING if kind_of(stream) == kind and self._choices[stream] == AUTO]
         if not automatic:
             return [0]
         names = self._ladders[automatic[0]]

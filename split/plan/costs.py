@@ -12,10 +12,10 @@ from functools import cached_property
 
 from transformers import PretrainedConfig
 
-from split.config import TrainingConfig
-from split.dlora.sites import Site, layout_of
-from split.models.stage import StageSpec, skeleton
-from split.parts import adapter_of
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.lora.sites import Site, layout_of
+from isthmus.split.models.stage import StageSpec, skeleton
+from isthmus.split.plan.parts import adapter_of
 
 _FLOAT = 4  # bytes: weights, adapters and what is kept for backward are float32
 _LORA_COPIES = {"adamw": 4, "sgd": 2}  # the values, their gradients, AdamW's two moments

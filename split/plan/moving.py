@@ -11,10 +11,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from split.plan.costs import Costs
-from split.plan.profile import LinkProfile
-from split.plan.shapes import Able, Choice, choose_shapes, expected_step
-from split.shapes import AUTO, Shape, asked
+from isthmus.split.job.shapes import AUTO, Shape, asked
+from isthmus.split.link.profile import LinkProfile
+from isthmus.split.plan.costs import Costs
+from isthmus.split.plan.shapes import Able, Choice, choose_shapes, expected_step
 
 ROUNDS = 3  # aggregations
 WORTH = 0.85  # of the present step that the new one may take at most

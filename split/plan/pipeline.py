@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from split.plan.profile import LinkProfile
+from isthmus.split.link.profile import LinkProfile
 
 _A_TASK = 0.002  # seconds that a task of one more micro-batch costs, however small it is
 

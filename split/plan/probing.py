@@ -15,12 +15,12 @@ from statistics import median
 
 import grpc
 
-from protos.v1 import stage_pb2
-from protos.v1.coordinator_pb2_grpc import CoordinatorStub
-from split.errors import BadFrame
-from split.plan.profile import MAX_PROBE_BYTES, LinkProfile, probe
-from split.runtime.speed import Stopped
-from split.tls import error_of
+from isthmus.protos.v1 import stage_pb2
+from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
+from isthmus.split.errors import BadFrame
+from isthmus.split.link.profile import MAX_PROBE_BYTES, LinkProfile, probe
+from isthmus.split.runtime.speed import Stopped
+from isthmus.split.tls import error_of
 
 _TIMES, _SECONDS = 16, 1.0  # round trips, and about how long they may take
 _PAUSE = 0.012  # seconds between them, as another stage would compute: who has slept answers later

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from split.plan.profile import LinkProfile
+from isthmus.split.link.profile import LinkProfile
 
 _WORTH_LEAVING = 0.9
 """The first node alone is taken before another alone that needs more than this share of its time: the first is the

@@ -20,13 +20,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from split.codecs import FAMILIES
-from split.errors import BadRequest
-from split.plan.choose import FRONT, FRONT_BACKWARD, TAIL, Planner, View
-from split.plan.costs import Costs
-from split.plan.pipeline import StepCosts, step_seconds
-from split.plan.profile import LinkProfile
-from split.shapes import ByName, Shape, asked
+from isthmus.split.codecs import FAMILIES
+from isthmus.split.errors import BadRequest
+from isthmus.split.job.shapes import ByName, Shape, asked
+from isthmus.split.link.profile import LinkProfile
+from isthmus.split.plan.choose import FRONT, FRONT_BACKWARD, TAIL, Planner, View
+from isthmus.split.plan.costs import Costs
+from isthmus.split.plan.pipeline import StepCosts, step_seconds
 
 _CUT_SLACK = 1.03  # over the shortest step, below which no block is worth being held by a device
 _RANK_SLACK = 1.05

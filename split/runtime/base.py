@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from split.errors import BadRequest, WrongState
+from isthmus.split.errors import BadRequest, WrongState
 
 
 @dataclass(frozen=True)

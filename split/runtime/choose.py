@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from split.adapters.served import Lora, LoraAdapter
-from split.errors import BadRequest, UnsupportedModel
-from split.models.source import TensorSource
-from split.models.stage import StageSpec, build_stages
-from split.precision import pick_device
-from split.runtime.base import Row, Runtime
-from split.runtime.torch_runtime import TorchRuntime
+from isthmus.split.errors import BadRequest, UnsupportedModel
+from isthmus.split.lora.served import Lora, LoraAdapter
+from isthmus.split.models.precision import pick_device
+from isthmus.split.models.source import TensorSource
+from isthmus.split.models.stage import StageSpec, build_stages
+from isthmus.split.runtime.base import Row, Runtime
+from isthmus.split.runtime.torch_runtime import TorchRuntime
 
 AUTO, TORCH, ONNX = "auto", "torch", "onnxruntime"
 RUNTIMES = (AUTO, TORCH, ONNX)
@@ -75,7 +75,7 @@ def make_head(source: TensorSource, choice: RuntimeChoice) -> Callable[[Tensor],
     """
     if pick_runtime(source, 0, choice) == TORCH:
         return None
-    from split.runtime.onnx_head import OnnxHead
+    from isthmus.split.runtime.onnx_head import OnnxHead
 
     weights = "int8" if choice.weights == "int4" else choice.weights
     return OnnxHead(source, weights=weights, threads=choice.threads, cache=choice.cache)
@@ -133,7 +133,7 @@ def _onnx(
     tokens: int,
     adapters: Sequence[Mapping[str, Lora]] = (),
 ) -> Runtime:
-    from split.runtime.onnx_runtime import OnnxRuntime
+    from isthmus.split.runtime.onnx_runtime import OnnxRuntime
 
     return OnnxRuntime(
         source,

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from split.adapters.served import Lora
-from split.runtime.onnx_shape import StageShape, together
+from isthmus.split.lora.served import Lora
+from isthmus.split.runtime.onnx_shape import StageShape, together
 
 
 def adapter_stacks(shape: StageShape, adapters: Sequence[Mapping[str, Lora]]) -> dict[str, Tensor]:

@@ -12,9 +12,9 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from split.errors import BadModelFolder, BadRequest, UnsupportedModel
-from split.models.source import TensorSource
-from split.runtime.onnx_weights import BITS, BLOCK, WEIGHTS, WeightsFile, quantise
+from isthmus.split.errors import BadModelFolder, BadRequest, UnsupportedModel
+from isthmus.split.models.source import TensorSource
+from isthmus.split.runtime.onnx_weights import BITS, BLOCK, WEIGHTS, WeightsFile, quantise
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "weights.bin"

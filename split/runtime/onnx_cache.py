@@ -19,9 +19,9 @@ from pathlib import Path
 import onnxruntime
 import torch
 
-from split.errors import BadRequest
-from split.models.source import ModelFolder, TensorSource
-from split.runtime.onnx_graph import VERSION
+from isthmus.split.errors import BadRequest
+from isthmus.split.models.source import ModelFolder, TensorSource
+from isthmus.split.runtime.onnx_graph import VERSION
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from onnx import TensorProto
 from transformers import PreTrainedConfig
 
-from split.models.source import TensorSource
-from split.runtime.onnx_builder import ADAPTER, GraphBuilder
-from split.runtime.onnx_shape import StageShape, check_supported, together
+from isthmus.split.models.source import TensorSource
+from isthmus.split.runtime.onnx_builder import ADAPTER, GraphBuilder
+from isthmus.split.runtime.onnx_shape import StageShape, check_supported, together
 
 VERSION = 1
 """Of the graphs made here: to be raised with every change to them."""

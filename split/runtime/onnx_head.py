@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from split.models.source import TensorSource
-from split.runtime.onnx_cache import cached_graph, default_cache
-from split.runtime.onnx_graph import head_tensors, write_head
-from split.runtime.onnx_session import bind_inputs, bind_outputs, open_session
+from isthmus.split.models.source import TensorSource
+from isthmus.split.runtime.onnx_cache import cached_graph, default_cache
+from isthmus.split.runtime.onnx_graph import head_tensors, write_head
+from isthmus.split.runtime.onnx_session import bind_inputs, bind_outputs, open_session
 
 
 class OnnxHead:

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from split.adapters.served import Lora
-from split.errors import BadRequest
-from split.models.source import TensorSource
-from split.runtime.base import Row, check_rows
-from split.runtime.onnx_adapters import adapter_stacks, without_adapters
-from split.runtime.onnx_builder import ADAPTER
-from split.runtime.onnx_cache import cached_graph, default_cache
-from split.runtime.onnx_graph import write_blocks
-from split.runtime.onnx_session import bind_inputs, bind_outputs, open_session
-from split.runtime.onnx_shape import RotaryTables, shape_of
+from isthmus.split.errors import BadRequest
+from isthmus.split.lora.served import Lora
+from isthmus.split.models.source import TensorSource
+from isthmus.split.runtime.base import Row, check_rows
+from isthmus.split.runtime.onnx_adapters import adapter_stacks, without_adapters
+from isthmus.split.runtime.onnx_builder import ADAPTER
+from isthmus.split.runtime.onnx_cache import cached_graph, default_cache
+from isthmus.split.runtime.onnx_graph import write_blocks
+from isthmus.split.runtime.onnx_session import bind_inputs, bind_outputs, open_session
+from isthmus.split.runtime.onnx_shape import RotaryTables, shape_of
 
 _TOGETHER = 16
 """So many tokens take hardly longer than one, for which all weights have to be read too; so rows with as many new

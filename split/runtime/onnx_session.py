@@ -9,7 +9,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from split.runtime.onnx_builder import MODEL_NAME
+from isthmus.split.runtime.onnx_builder import MODEL_NAME
 
 _TYPES = {torch.float32: np.float32, torch.int32: np.int32, torch.int64: np.int64}
 

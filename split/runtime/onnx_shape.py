@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from split.errors import BadRequest, UnsupportedModel
-from split.models.architectures import Architecture, architecture_of, rotary_boundary
-from split.models.stage import StageSpec, skeleton
+from isthmus.split.errors import BadRequest, UnsupportedModel
+from isthmus.split.models.architectures import Architecture, architecture_of, rotary_boundary
+from isthmus.split.models.stage import StageSpec, skeleton
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 SUPPORTED = ("llama", "mistral", "phi3", "qwen2", "qwen3")

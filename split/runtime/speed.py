@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from protos.v1 import coordinator_pb2 as pb
-from split.errors import BadModelFolder
-from split.models.stage import StageSpec, skeleton
-from split.precision import pick_device
-from split.runtime.base import Row, Runtime
-from split.runtime.choose import ONNX, TORCH, WEIGHTS, RuntimeChoice, make_runtime
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.errors import BadModelFolder
+from isthmus.split.models.precision import pick_device
+from isthmus.split.models.stage import StageSpec, skeleton
+from isthmus.split.runtime.base import Row, Runtime
+from isthmus.split.runtime.choose import ONNX, TORCH, WEIGHTS, RuntimeChoice, make_runtime
 
 BYTES = {"float32": 4, "int8": 1.125, "int4": 0.625}
 """Of a weight, with its share of a block's scale."""

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from split.adapters.served import Lora
-from split.models.stage import Stage
+from isthmus.split.lora.served import Lora
+from isthmus.split.models.stage import Stage
 
 
 class TorchAdapters:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from split.adapters.served import Lora
-from split.models.architectures import architecture_of, rotary_boundary
-from split.models.stage import Stage
-from split.runtime.base import Row, check_rows
-from split.runtime.torch_adapters import TorchAdapters
+from isthmus.split.lora.served import Lora
+from isthmus.split.models.architectures import architecture_of, rotary_boundary
+from isthmus.split.models.stage import Stage
+from isthmus.split.runtime.base import Row, check_rows
+from isthmus.split.runtime.torch_adapters import TorchAdapters
 
 
 class TorchRuntime:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import torch
 
-from split.adapters.lora import add_lora, lora_config
-from split.config import TrainingConfig
-from split.ledger import Ledger
-from split.models.stage import StageSpec, build_stages
-from split.precision import autocast, pick_device, pick_precision
-from split.runtime.speed import Blocks, Stopped
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.lora.lora import add_lora, lora_config
+from isthmus.split.models.precision import autocast, pick_device, pick_precision
+from isthmus.split.models.stage import StageSpec, build_stages
+from isthmus.split.resources.ledger import Ledger
+from isthmus.split.runtime.speed import Blocks, Stopped
 
 _WIDTH, _BLOCKS = 256, 2  # some 2 billion operations a pass: a tenth of a second or less
 _BATCH, _LENGTH = 8, 128

@@ -11,15 +11,15 @@ from typing import Any
 import psutil
 import pytest
 
-from client import measuring
-from client.identity import Identity
-from client.measuring import Measurements
-from client.runner import DeviceOptions
-from protos.v1 import coordinator_pb2 as pb
-from split.errors import IsthmusError, LinkLost
-from split.plan.profile import LinkProfile
-from split.runtime.speed import Speed, Stopped
-from split.tls import Credentials
+from isthmus.client import measuring
+from isthmus.client.identity import Identity
+from isthmus.client.measuring import Measurements
+from isthmus.client.runner import DeviceOptions
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.errors import IsthmusError, LinkLost
+from isthmus.split.link.profile import LinkProfile
+from isthmus.split.runtime.speed import Speed, Stopped
+from isthmus.split.tls import Credentials
 
 SPEED = Speed("torch", "float32", 1e9, 0.001, 0.002)
 LINK = LinkProfile(0.04, 2e6, 3e6)

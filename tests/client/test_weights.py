@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from client.weights import device_source
-from protos.v1 import coordinator_pb2 as pb
-from split.models.blobs import BlobStore
-from split.models.manifest import build_manifest, read_blob
-from split.models.source import ModelFolder
+from isthmus.client.weights import device_source
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.models.blobs import BlobStore
+from isthmus.split.models.manifest import build_manifest, read_blob
+from isthmus.split.models.source import ModelFolder
 from tests.split.tiny_models import make_model
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from coordinator.local_cluster import LocalCluster
+from isthmus.coordinator.emulation.local_cluster import LocalCluster
 from tests.cluster.house import House, write_text
 from tests.split.tiny_models import make_model
 

@@ -20,14 +20,14 @@ import grpc
 import psutil
 import torch
 
-from client.identity import Identity
-from coordinator import local_cluster
-from coordinator.cli import main as cli
-from coordinator.cli.common import Connection
-from coordinator.local_cluster import LocalCluster, submit
-from protos.v1 import coordinator_pb2 as pb
-from split.config import TrainingConfig
-from split.tls import Credentials
+from isthmus.client.identity import Identity
+from isthmus.coordinator.cli import main as cli
+from isthmus.coordinator.connection import Connection
+from isthmus.coordinator.emulation import local_cluster
+from isthmus.coordinator.emulation.local_cluster import LocalCluster, submit
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.tls import Credentials
 
 LIMIT = 120.0  # seconds for anything that a test waits for; nothing takes as long on an idle machine
 

@@ -12,21 +12,21 @@ import grpc
 import pytest
 import torch
 
-from client.identity import Identity
-from protos.v1 import coordinator_pb2 as pb
-from protos.v1 import stage_pb2
-from protos.v1.coordinator_pb2_grpc import CoordinatorStub
-from protos.v1.stage_pb2_grpc import StageStub
-from split.codecs import FAMILIES, CodecState, parse
-from split.coding import Coder, Plan, Terms
-from split.config import TrainingConfig
-from split.errors import BadTensor
-from split.ledger import Ledger
-from split.models.source import ModelFolder
-from split.parts import parts_of
-from split.plan.profile import MAX_PROBE_BYTES
-from split.tls import channel
-from split.wire import encode_tensor
+from isthmus.client.identity import Identity
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.protos.v1 import stage_pb2
+from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
+from isthmus.protos.v1.stage_pb2_grpc import StageStub
+from isthmus.split.codecs import FAMILIES, CodecState, parse
+from isthmus.split.codecs.wire import encode_tensor
+from isthmus.split.errors import BadTensor
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.link.coding import Coder, Plan, Terms
+from isthmus.split.link.profile import MAX_PROBE_BYTES
+from isthmus.split.models.source import ModelFolder
+from isthmus.split.plan.parts import parts_of
+from isthmus.split.resources.ledger import Ledger
+from isthmus.split.tls import channel
 from tests.cluster.house import LIMIT, TINY, House, events_of, refusal, succeeded
 
 pytestmark = pytest.mark.cluster
@@ -67,7 +67,7 @@ class RawDevice:
             yield message
 
     def digest(self, job: str) -> str:
-        from split.models.manifest import Manifest, holder_digest
+        from isthmus.split.models.manifest import Manifest, holder_digest
 
         with channel(self.identity.address, self.identity.credentials) as control:
             manifest = Manifest.from_proto(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from protos.v1 import coordinator_pb2 as pb
+from isthmus.protos.v1 import coordinator_pb2 as pb
 from tests.cluster.house import LIMIT, TINY, House, run_cli
 from tests.split.tiny_models import change_config, make_model
 
@@ -47,7 +47,15 @@ def finished(shared_house: House, tmp_path_factory: pytest.TempPathFactory) -> F
 def interrupted(shared_house: House) -> str:
     """A job that its user has stopped with Ctrl-C."""
     shared_house.start("d0", "d1", "d2")
-    command = [sys.executable, "-m", "coordinator.cli.main", "finetune", "--model", str(shared_house.model), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "isthmus.coordinator.cli.main",
+        "finetune",
+        "--model",
+        str(shared_house.model),
+        "--json",
+    ]
     command += ["--dataset", "notes", "--devices", "d1", "--steps", "100000", *SMALL]
     command += ["--credentials", str(shared_house.cluster.credentials)]
     process = subprocess.Popen(
@@ -274,7 +282,7 @@ def test_a_ray_cluster_that_cannot_be_joined_is_one_line_soon(tmp_path: Path) ->
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        command = [sys.executable, "-m", "coordinator.cli.main", "up", "--state-dir", str(tmp_path / "state")]
+        command = [sys.executable, "-m", "isthmus.coordinator.cli.main", "up", "--state-dir", str(tmp_path / "state")]
         done = subprocess.run(
             [*command, "--ray-address", address], capture_output=True, text=True, timeout=60, check=False
         )

@@ -17,12 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from coordinator.cli.common import Connection
-from coordinator.local_cluster import LocalCluster, alive_after, submit
-from protos.v1 import coordinator_pb2 as pb
-from split.config import TrainingConfig
-from split.data import sequences_of_file
-from split.models.source import ModelFolder
+from isthmus.coordinator.connection import Connection
+from isthmus.coordinator.emulation.local_cluster import LocalCluster, alive_after, submit
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.data.sequences import sequences_of_file
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.models.source import ModelFolder
 from tests.cluster.house import LIMIT, TINY, House, ended, events_of, events_until, step_reached, succeeded
 from tests.split.jobs import split_run
 
@@ -138,7 +138,16 @@ def test_a_coordinator_that_is_told_to_stop_leaves_no_process(tmp_path: Path) ->
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) > 3
 
-        command = [sys.executable, "-m", "coordinator.cli.main", "up", "--host", "127.0.0.1", "--enrolment-port", "0"]
+        command = [
+            sys.executable,
+            "-m",
+            "isthmus.coordinator.cli.main",
+            "up",
+            "--host",
+            "127.0.0.1",
+            "--enrolment-port",
+            "0",
+        ]
         command += ["--port", str(cluster.ports[0]), "--json"]
         refused = {
             cluster.state: f"another coordinator is at work in {cluster.state}",

@@ -23,7 +23,7 @@ def run_demo(folder: Path, *arguments: str) -> dict[str, Any]:
     """The report of `isthmus demo`; with what it printed, and what its processes have in their environment."""
     marker = f"ISTHMUS_DEMO_TEST={os.getpid()} {folder}"
     name, _, value = marker.partition("=")
-    command = [sys.executable, "-m", "coordinator.cli.main", "demo", "--out", str(folder / "out")]
+    command = [sys.executable, "-m", "isthmus.coordinator.cli.main", "demo", "--out", str(folder / "out")]
     command += ["--json", str(folder / "report.json"), *arguments]
     environment = {**os.environ, name: value, "COLUMNS": "200"}  # no line is broken
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-import client.cli
-from client.weights import device_source
-from protos.v1 import coordinator_pb2 as pb
-from protos.v1.coordinator_pb2_grpc import CoordinatorStub
-from split.errors import NotAllowed
-from split.tls import channel, error_of
+from isthmus.client.cli import main as client_main
+from isthmus.client.weights import device_source
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
+from isthmus.split.errors import NotAllowed
+from isthmus.split.tls import channel, error_of
 from tests.cluster.house import LIMIT, House, refusal, run_cli, wait_for
 from tests.cluster.test_serving import COUNT, STREAMS, Served, served, texts_of
 
@@ -62,13 +62,13 @@ def command(house: House, device: str, *arguments: str, prompt: str = PROMPT) ->
 
 def generate(house: House, device: str, *arguments: str, prompt: str = PROMPT, text: str = "") -> Ended:
     """`isthmus-client generate` in this process (an interpreter with torch takes seconds to start)."""
-    return Ended(*run_cli(*command(house, device, *arguments, prompt=prompt), main=client.cli.main, text=text))
+    return Ended(*run_cli(*command(house, device, *arguments, prompt=prompt), main=client_main, text=text))
 
 
 @contextlib.contextmanager
 def generating(house: House, device: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """In a process of its own, and under way."""
-    words = [sys.executable, "-m", "client.cli", *command(house, device, *arguments)]
+    words = [sys.executable, "-m", "isthmus.client.cli", *command(house, device, *arguments)]
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
     ) as process:

@@ -13,15 +13,15 @@ import grpc
 import pytest
 from safetensors.torch import load_file, save_file
 
-from client.weights import device_source
-from coordinator.local_cluster import submit
-from protos.v1 import coordinator_pb2 as pb
-from protos.v1.coordinator_pb2_grpc import CoordinatorStub
-from split.errors import BadModelFolder, LinkLost
-from split.models.blobs import BlobStore
-from split.models.manifest import Manifest, build_manifest
-from split.models.source import ModelFolder
-from split.tls import channel
+from isthmus.client.weights import device_source
+from isthmus.coordinator.emulation.local_cluster import submit
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
+from isthmus.split.errors import BadModelFolder, LinkLost
+from isthmus.split.models.blobs import BlobStore
+from isthmus.split.models.manifest import Manifest, build_manifest
+from isthmus.split.models.source import ModelFolder
+from isthmus.split.tls import channel
 from tests.cluster.house import LIMIT, TINY, House, events_of, refusal, step_reached, succeeded
 from tests.split.tiny_models import make_model
 

@@ -12,10 +12,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from coordinator.local_cluster import submit
-from protos.v1 import coordinator_pb2 as pb
-from split.data import sequences_of_file
-from split.models.source import ModelFolder
+from isthmus.coordinator.emulation.local_cluster import submit
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.data.sequences import sequences_of_file
+from isthmus.split.models.source import ModelFolder
 from tests.cluster.house import TINY, House, ended, events_of, events_until, step_reached, succeeded
 from tests.split.jobs import split_run
 

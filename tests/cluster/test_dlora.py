@@ -13,12 +13,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from coordinator.local_cluster import submit
-from protos.v1 import coordinator_pb2 as pb
-from split.config import TrainingConfig
-from split.data import sequences_of_file
-from split.dlora.local import DloraRun, train_dlora_locally
-from split.models.source import ModelFolder
+from isthmus.coordinator.emulation.local_cluster import submit
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.data.sequences import sequences_of_file
+from isthmus.split.dlora.local import DloraRun, train_dlora_locally
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.models.source import ModelFolder
 from tests.cluster.house import TINY, House, ended, events_of, events_until, refusal, step_reached, succeeded
 
 pytestmark = pytest.mark.cluster

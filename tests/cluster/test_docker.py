@@ -17,10 +17,10 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from split.documents import DataConfig, read_documents, split_documents
-from split.evaluate import evaluate_files
-from split.models.default_model import DEFAULT_MODEL_FOLDER
-from split.stdlib_text import private_text
+from isthmus.split.data.documents import DataConfig, read_documents, split_documents
+from isthmus.split.data.stdlib_text import private_text
+from isthmus.split.models.default_model import DEFAULT_MODEL_FOLDER
+from isthmus.split.training.evaluate import evaluate_files
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROJECT = "isthmus-test"

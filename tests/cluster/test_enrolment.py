@@ -20,16 +20,31 @@ import grpc
 import grpc.aio
 import pytest
 
-from client.identity import Identity, enrol
-from coordinator.authority import Authority
-from coordinator.enrolment import MAX_FAILURES, WINDOW_SECONDS, FailureLimit, _address_of, start_enrolment
-from coordinator.interceptors import ErrorInterceptor, caller
-from coordinator.store import Store
-from protos.v1 import coordinator_pb2 as pb
-from protos.v1 import coordinator_pb2_grpc as rpc
-from split.errors import BadRequest, IsthmusError, LinkLost, NotAllowed, NotEnrolled, WrongState
-from split.tls import SERVER_NAME, SERVER_OPTIONS, Credentials, Token, aio_channel, bind, error_of, server_credentials
-from split.tls import channel as sync_channel
+from isthmus.client.identity import Identity, enrol
+from isthmus.coordinator.control.authority import Authority
+from isthmus.coordinator.control.enrolment import (
+    MAX_FAILURES,
+    WINDOW_SECONDS,
+    FailureLimit,
+    _address_of,
+    start_enrolment,
+)
+from isthmus.coordinator.control.interceptors import ErrorInterceptor, caller
+from isthmus.coordinator.control.store import Store
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.protos.v1 import coordinator_pb2_grpc as rpc
+from isthmus.split.errors import BadRequest, IsthmusError, LinkLost, NotAllowed, NotEnrolled, WrongState
+from isthmus.split.tls import (
+    SERVER_NAME,
+    SERVER_OPTIONS,
+    Credentials,
+    Token,
+    aio_channel,
+    bind,
+    error_of,
+    server_credentials,
+)
+from isthmus.split.tls import channel as sync_channel
 
 
 @dataclass
@@ -304,7 +319,7 @@ def test_a_device_cannot_pose_as_the_coordinator(tmp_path: Path) -> None:
 
 
 def test_an_expired_certificate_is_noticed_on_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coordinator.authority._CLIENT_LIFE", datetime.timedelta(hours=-1))
+    monkeypatch.setattr("isthmus.coordinator.control.authority._CLIENT_LIFE", datetime.timedelta(hours=-1))
 
     async def story(it: House) -> None:
         identity = await it.enrol(tmp_path / "device", it.token())

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import pytest
 
-from coordinator.local_cluster import LocalCluster
-from split.models.default_model import DEFAULT_MODEL_FOLDER
+from isthmus.coordinator.emulation.local_cluster import LocalCluster
+from isthmus.split.models.default_model import DEFAULT_MODEL_FOLDER
 from tests.cluster.house import TINY, House, events_of, events_until, step_reached, succeeded, write_text
 
 pytestmark = pytest.mark.cluster

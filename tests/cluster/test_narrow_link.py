@@ -10,15 +10,15 @@ from typing import Any
 import psutil
 import pytest
 
-from client.identity import enrol
-from coordinator.emulation import Cut, LinkSpec, LinkThread
-from coordinator.local_cluster import LocalCluster
-from protos.v1 import coordinator_pb2 as pb
-from protos.v1 import stage_pb2
-from split.models.default_model import DEFAULT_MODEL_FOLDER
-from split.models.source import ModelFolder
-from split.plan.profile import MAX_PROBE_BYTES
-from split.tls import channel
+from isthmus.client.identity import enrol
+from isthmus.coordinator.emulation import Cut, LinkSpec, LinkThread
+from isthmus.coordinator.emulation.local_cluster import LocalCluster
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.protos.v1 import stage_pb2
+from isthmus.split.link.profile import MAX_PROBE_BYTES
+from isthmus.split.models.default_model import DEFAULT_MODEL_FOLDER
+from isthmus.split.models.source import ModelFolder
+from isthmus.split.tls import channel
 from tests.cluster.house import (
     TINY,
     House,

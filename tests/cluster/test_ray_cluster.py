@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from coordinator.local_cluster import LocalCluster, alive_after
+from isthmus.coordinator.emulation.local_cluster import LocalCluster, alive_after
 from tests.cluster.house import LIMIT, TINY, House, succeeded, wait_for, write_text
 from tests.split.tiny_models import make_model
 

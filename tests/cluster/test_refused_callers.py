@@ -14,14 +14,14 @@ from typing import Any
 import grpc
 import pytest
 
-from client.identity import enrol
-from coordinator.authority import Authority
-from protos.v1 import coordinator_pb2 as pb
-from protos.v1 import stage_pb2
-from protos.v1.coordinator_pb2_grpc import CoordinatorStub
-from protos.v1.stage_pb2_grpc import StageStub
-from split.errors import IsthmusError, LinkLost, NotAllowed, NotEnrolled
-from split.tls import SERVER_NAME, Credentials, channel, error_of
+from isthmus.client.identity import enrol
+from isthmus.coordinator.control.authority import Authority
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.protos.v1 import stage_pb2
+from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
+from isthmus.protos.v1.stage_pb2_grpc import StageStub
+from isthmus.split.errors import IsthmusError, LinkLost, NotAllowed, NotEnrolled
+from isthmus.split.tls import SERVER_NAME, Credentials, channel, error_of
 from tests.cluster.house import LIMIT, TINY, House, events_of, events_until, refusal
 
 pytestmark = pytest.mark.cluster
@@ -167,7 +167,16 @@ def test_tokens_that_were_used_or_are_too_old_are_refused_with_one_line(house: H
     text = str(house.texts["d0"])
     runs = {
         token: subprocess.Popen(
-            [sys.executable, "-m", "client.cli", "run", "--coordinator", house.address, "--data", f"notes={text}"],
+            [
+                sys.executable,
+                "-m",
+                "isthmus.client.cli",
+                "run",
+                "--coordinator",
+                house.address,
+                "--data",
+                f"notes={text}",
+            ],
             env={**os.environ, "ISTHMUS_TOKEN": token, "ISTHMUS_STATE_DIR": str(tmp_path / str(number))},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

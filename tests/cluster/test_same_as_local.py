@@ -12,10 +12,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from protos.v1 import coordinator_pb2 as pb
-from split.data import read_documents, sequences_of_file, split_documents
-from split.evaluate import evaluate_files
-from split.models.source import ModelFolder
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.data.sequences import read_documents, sequences_of_file, split_documents
+from isthmus.split.models.source import ModelFolder
+from isthmus.split.training.evaluate import evaluate_files
 from tests.cluster.house import TINY, House, succeeded
 from tests.split.jobs import split_run
 

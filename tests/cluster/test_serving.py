@@ -22,17 +22,17 @@ import httpx2
 import pytest
 from transformers import AutoTokenizer
 
-from coordinator.cli.common import Connection
-from coordinator.local_cluster import submit
-from protos.v1 import chain_pb2, chain_pb2_grpc
-from protos.v1 import coordinator_pb2 as pb
-from protos.v1.coordinator_pb2_grpc import CoordinatorStub
-from split.adapters.folder import AdapterFolder
-from split.codecs import FAMILIES
-from split.models.blobs import BlobStore
-from split.models.manifest import Manifest, build_manifest
-from split.serving import AdapterConfig, ServingConfig, parse_stages
-from split.tls import channel
+from isthmus.coordinator.connection import Connection
+from isthmus.coordinator.emulation.local_cluster import submit
+from isthmus.protos.v1 import chain_pb2, chain_pb2_grpc
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
+from isthmus.split.codecs import FAMILIES
+from isthmus.split.inference.serving import AdapterConfig, ServingConfig, parse_stages
+from isthmus.split.lora.folder import AdapterFolder
+from isthmus.split.models.blobs import BlobStore
+from isthmus.split.models.manifest import Manifest, build_manifest
+from isthmus.split.tls import channel
 from tests.cluster.house import LIMIT, House, ended, events_until, refusal, run_cli, wait_for
 from tests.split.generation.whole import greedy, whole_model
 from tests.split.tiny_adapters import make_adapter, with_adapter
@@ -307,7 +307,7 @@ def test_strangers_and_wrong_holders_are_refused_and_nobody_else_notices(house: 
 
 
 def test_the_command_serves_until_it_is_interrupted(house: House, wanted: list[str], adapters: list[Path]) -> None:
-    command = [sys.executable, "-m", "coordinator.cli.main", "serve", "--model", str(house.model), "--json"]
+    command = [sys.executable, "-m", "isthmus.coordinator.cli.main", "serve", "--model", str(house.model), "--json"]
     command += [
         "--stages",
         "d0:0-2,cloud:2-4",

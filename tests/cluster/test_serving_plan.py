@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from coordinator.local_cluster import submit
-from protos.v1 import coordinator_pb2 as pb
-from split.serving import ServingConfig
+from isthmus.coordinator.emulation.local_cluster import submit
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.inference.serving import ServingConfig
 from tests.cluster.house import LIMIT, House, ended, events_until, wait_for
 
 pytestmark = pytest.mark.cluster
@@ -49,7 +49,7 @@ def test_a_device_tells_its_speed_and_its_link(measured: House) -> None:
 
 
 def test_serve_tells_both_predictions(measured: House) -> None:
-    command = [sys.executable, "-m", "coordinator.cli.main", "serve", "--model", str(measured.model)]
+    command = [sys.executable, "-m", "isthmus.coordinator.cli.main", "serve", "--model", str(measured.model)]
     command += ["--stages", "d0:0-2,cloud:2-4", "--credentials", str(measured.cluster.credentials)]
     lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from coordinator.authority import Authority
-from split.errors import BadRequest, WrongState
-from split.tls import SERVER_NAME, Credentials, Peer, peer_of, pin_of
+from isthmus.coordinator.control.authority import Authority
+from isthmus.split.errors import BadRequest, WrongState
+from isthmus.split.tls import SERVER_NAME, Credentials, Peer, peer_of, pin_of
 
 
 def request(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey, name: str = "somebody-else") -> bytes:

@@ -85,7 +85,7 @@ def test_a_message_that_is_too_long_by_itself_does_not_end_the_conversation(wher
 
 def test_ctrl_c_at_the_prompt_ends_it() -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "coordinator.cli.main", "chat", "--local", "--runtime", "torch"]
+    command = [sys.executable, "-m", "isthmus.coordinator.cli.main", "chat", "--local", "--runtime", "torch"]
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:
         os.close(theirs)
         try:

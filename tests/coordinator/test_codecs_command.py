@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from coordinator.cli.codecs import KEYS
-from split.codecs import FAMILIES, parse
-from split.plan.choose import ladder
-from split.streams import ADAPTERS_CODEC, EVALUATION_CODEC, STREAMS, TRAINING, choices
+from isthmus.coordinator.cli.codecs import KEYS
+from isthmus.split.codecs import FAMILIES, parse
+from isthmus.split.job.streams import ADAPTERS_CODEC, EVALUATION_CODEC, STREAMS, TRAINING, choices
+from isthmus.split.link.ladder import ladder
 from tests.cluster.house import run_cli
 
 WIDTH = "64"
@@ -101,7 +101,7 @@ def test_its_help_has_an_example() -> None:
     assert "Example: isthmus codecs klt,uniform:step=0.26,range" in run_cli("codecs", "--help")[1]
 
 
-@pytest.mark.parametrize("module", ["coordinator.cli.codecs", "coordinator.cli.main"])
+@pytest.mark.parametrize("module", ["isthmus.coordinator.cli.codecs", "isthmus.coordinator.cli.main"])
 def test_it_is_imported_without_torch(module: str) -> None:
     script = f"import {module}, json, sys; print(json.dumps(list(sys.modules)))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout)

@@ -19,8 +19,8 @@ from dataclasses import replace
 
 import pytest
 
-from coordinator.emulation import Address, Cut, EmulatedLink, LinkSpec, LinkThread, parse_rate, parse_time
-from split.errors import BadRequest, WrongState
+from isthmus.coordinator.emulation import Address, Cut, EmulatedLink, LinkSpec, LinkThread, parse_rate, parse_time
+from isthmus.split.errors import BadRequest, WrongState
 
 ANY: Address = ("127.0.0.1", 0)
 LIMIT = 30.0  # seconds for what must not hang

@@ -8,8 +8,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from coordinator.cli.main import app
-from split.errors import BadRequest
+from isthmus.coordinator.cli.main import app
+from isthmus.split.errors import BadRequest
 
 
 def _finetune(*options: str) -> Result:

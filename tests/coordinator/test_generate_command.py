@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from split.terminal import hops_between
+from isthmus.split.terminal import hops_between
 from tests.cluster.house import run_cli
 from tests.split.generation.whole import greedy, whole_model
 from tests.split.tiny_adapters import make_adapter, with_adapter

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator.heat_map import activity, heat_map, responsiveness
-from split.errors import BadRequest
+from isthmus.coordinator.jobs.heat_map import activity, heat_map, responsiveness
+from isthmus.split.errors import BadRequest
 
 MODULES = ("0.q", "0.v", "1.q")
 DECISIONS = [(0, MODULES), (4, ("0.v", "1.q")), (6, ()), (8, ("1.q",))]

@@ -11,10 +11,10 @@ import grpc
 import grpc.aio
 import pytest
 
-from coordinator.interceptors import ErrorInterceptor, caller
-from split import errors
-from split.errors import BadFrame, IsthmusError, LinkLost, NotAllowed, NotEnrolled, NotFound, WrongState
-from split.tls import error_of
+from isthmus.coordinator.control.interceptors import ErrorInterceptor, caller
+from isthmus.split import errors
+from isthmus.split.errors import BadFrame, IsthmusError, LinkLost, NotAllowed, NotEnrolled, NotFound, WrongState
+from isthmus.split.tls import error_of
 
 RAISES: dict[bytes, Exception] = {
     b"frame": BadFrame("step 4 after step 2"),

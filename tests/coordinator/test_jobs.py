@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from coordinator.jobs import Jobs
-from coordinator.sessions import Session, Sessions
-from coordinator.stage_actor import StageTask
-from coordinator.store import Store
-from protos.v1 import coordinator_pb2 as pb
-from protos.v1 import stage_pb2
-from split.config import TrainingConfig
-from split.errors import BadRequest, IsthmusError, NotAllowed, NotFound, WrongState
-from split.models.source import ModelFolder
-from split.plan.costs import Costs
-from split.serving import ServingConfig, parse_stages
+from isthmus.coordinator.control.sessions import Session, Sessions
+from isthmus.coordinator.control.store import Store
+from isthmus.coordinator.jobs.jobs import Jobs
+from isthmus.coordinator.stages.stage_actor import StageTask
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.protos.v1 import stage_pb2
+from isthmus.split.errors import BadRequest, IsthmusError, NotAllowed, NotFound, WrongState
+from isthmus.split.inference.serving import ServingConfig, parse_stages
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.models.source import ModelFolder
+from isthmus.split.plan.costs import Costs
 from tests.split.tiny_models import make_model
 
 
@@ -140,7 +140,7 @@ class _Remote:
 
 
 def test_a_device_finds_the_models_that_it_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coordinator.jobs.ray.kill", lambda actor: None)
+    monkeypatch.setattr("isthmus.coordinator.jobs.jobs.ray.kill", lambda actor: None)
     gateways: list[Gateway] = []
     ready = asyncio.Event()
 

@@ -13,10 +13,10 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from coordinator.emulation import Address, Cut, LinkSpec, link_process
+from isthmus.coordinator.emulation import Address, Cut, LinkSpec, link_process
 
 ANY: Address = ("127.0.0.1", 0)
-COMMAND = [sys.executable, "-m", "coordinator.cli.link"]
+COMMAND = [sys.executable, "-m", "isthmus.coordinator.cli.link"]
 LIMIT = 60.0
 
 
@@ -81,15 +81,15 @@ def test_a_taken_port_is_one_line_too() -> None:
 
 
 def test_it_is_a_command_of_isthmus_and_its_help_has_an_example() -> None:
-    from coordinator.cli.main import app
+    from isthmus.coordinator.cli.main import app
 
     assert "Example: isthmus link --listen" in CliRunner().invoke(app, ["link", "--help"]).stdout
 
 
 def test_it_starts_without_torch_and_ray() -> None:
-    script = "import coordinator.cli.link, json, sys; print(json.dumps(list(sys.modules)))"
+    script = "import isthmus.coordinator.cli.link, json, sys; print(json.dumps(list(sys.modules)))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout)
-    assert "coordinator.emulation" in loaded
+    assert "isthmus.coordinator.emulation" in loaded
     assert not {"torch", "ray", "transformers"} & set(loaded)
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.methods import Serving, Training
-from protos.v1 import coordinator_pb2 as pb
-from split.checkpoint import Checkpoint, CheckpointFolder
-from split.config import TrainingConfig
-from split.errors import BadRequest, NotAllowed
-from split.serving import ServingConfig, memory_of, parse_stages
-from split.shapes import Shape
+from isthmus.coordinator.jobs.methods import Serving, Training
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.errors import BadRequest, NotAllowed
+from isthmus.split.inference.serving import ServingConfig, memory_of, parse_stages
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.shapes import Shape
+from isthmus.split.training.checkpoint import Checkpoint, CheckpointFolder
 from tests.split.tiny_models import make_model
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from coordinator.planning import Plan, plan_serving
-from protos.v1 import coordinator_pb2 as pb
-from protos.v1 import stage_pb2
-from split.errors import BadRequest
-from split.models.source import ModelFolder, open_model
-from split.serving import CLOUD, ServingConfig, SpanConfig, memory_of, parse_stages
+from isthmus.coordinator.jobs.planning import Plan, plan_serving
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.protos.v1 import stage_pb2
+from isthmus.split.errors import BadRequest
+from isthmus.split.inference.serving import CLOUD, ServingConfig, SpanConfig, memory_of, parse_stages
+from isthmus.split.models.source import ModelFolder, open_model
 from tests.split.tiny_models import make_model
 
 LAYERS = 6

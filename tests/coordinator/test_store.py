@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.store import Store
-from protos.v1 import coordinator_pb2 as pb
-from split.errors import BadRequest, NotEnrolled, NotFound, WrongState
+from isthmus.coordinator.control.store import Store
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.errors import BadRequest, NotEnrolled, NotFound, WrongState
 
 
 @dataclass

@@ -12,16 +12,16 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from split.adapters.lora import add_lora, draw_initial_values, lora_config
-from split.config import TrainingConfig
-from split.data import Sequences, batch_indices
-from split.host import Outcome
-from split.ledger import Ledger
-from split.local import train_split_locally
-from split.loss import nll
-from split.models.source import ModelFolder
-from split.models.stage import build_stages, cut_in_two, cut_u_shaped
-from split.train import DeviceTrainer, ServerTrainer
+from isthmus.split.data.sequences import Sequences, batch_indices
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.lora.lora import add_lora, draw_initial_values, lora_config
+from isthmus.split.models.source import ModelFolder
+from isthmus.split.models.stage import build_stages, cut_in_two, cut_u_shaped
+from isthmus.split.resources.ledger import Ledger
+from isthmus.split.training.device import DeviceTrainer, ServerTrainer
+from isthmus.split.training.host import Outcome
+from isthmus.split.training.local import train_split_locally
+from isthmus.split.training.loss import nll
 
 
 def random_text(seed: int, count: int, length: int, vocabulary: int) -> Sequences:

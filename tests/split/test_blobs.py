@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protos.v1 import coordinator_pb2 as pb
-from split.errors import BadModelFolder, BadRequest, BadTensor, LinkLost, NotFound, WrongState
-from split.models.blobs import BlobModel, BlobStore
-from split.models.manifest import Blob, Manifest, build_manifest, holder_digest, read_blob, restrict
-from split.models.source import ModelFolder
-from split.models.stage import build_stages, cut_u_shaped
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.errors import BadModelFolder, BadRequest, BadTensor, LinkLost, NotFound, WrongState
+from isthmus.split.models.blobs import BlobModel, BlobStore
+from isthmus.split.models.manifest import Blob, Manifest, build_manifest, holder_digest, read_blob, restrict
+from isthmus.split.models.source import ModelFolder
+from isthmus.split.models.stage import build_stages, cut_u_shaped
 from tests.split.tiny_models import make_model
 
 

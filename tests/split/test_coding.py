@@ -8,14 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from protos.v1 import stage_pb2
-from split.codecs import FAMILIES, parse
-from split.coding import Coder, Plan, Terms, stream_seed
-from split.config import TrainingConfig
-from split.data import batch_indices, micro_batch_slices
-from split.errors import BadFrame, BadRequest, BadTensor, CodecError
-from split.ledger import Ledger
-from split.streams import (
+from isthmus.protos.v1 import stage_pb2
+from isthmus.split.codecs import FAMILIES, parse
+from isthmus.split.data.sequences import batch_indices, micro_batch_slices
+from isthmus.split.errors import BadFrame, BadRequest, BadTensor, CodecError
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.streams import (
     ADAPTERS,
     ADAPTERS_CODEC,
     AUTO,
@@ -27,6 +25,8 @@ from split.streams import (
     missing_families,
     stream_of,
 )
+from isthmus.split.link.coding import Coder, Plan, Terms, stream_seed
+from isthmus.split.resources.ledger import Ledger
 
 BATCH, LENGTH, HIDDEN, SAMPLES = 4, 6, 32, 7  # fewer samples than two batches: each is seen again soon
 CONFIG = TrainingConfig(steps=50, batch_size=BATCH, sequence_length=LENGTH)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from split.config import TrainingConfig
-from split.errors import BadRequest
+from isthmus.split.errors import BadRequest
+from isthmus.split.job.config import TrainingConfig
 
 KILLING = {"dlora": True, "active_fraction": 0.5}
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from split.data import IGNORE, Sequences, batch_indices, build_sequences
-from split.documents import DataConfig, Document, read_documents, split_documents
-from split.errors import BadData, BadRequest
+from isthmus.split.data.documents import DataConfig, Document, read_documents, split_documents
+from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices, build_sequences
+from isthmus.split.errors import BadData, BadRequest
 
 TEXT = (
     "The old mill stands by the river.\nNobody grinds there now.\n\nThe wheel turns anyway, when the water is high.\n"

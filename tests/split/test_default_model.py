@@ -12,8 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from split.models.default_model import DEFAULT_MODEL_FOLDER
-from split.stdlib_text import (
+from isthmus.split.data.stdlib_text import (
     PRIVATE_MODULES,
     Document,
     private_docstrings,
@@ -21,6 +20,7 @@ from split.stdlib_text import (
     text_digest,
     training_documents,
 )
+from isthmus.split.models.default_model import DEFAULT_MODEL_FOLDER
 
 UNSEEN = """Rivers carry sand and stones from the mountains to the sea. When the water slows down, the heavy
 stones are left behind first, and the fine sand is carried on until the current is too weak. If the value of the

@@ -14,13 +14,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import split.evaluate
-import split.loss
-from split.documents import DataConfig
-from split.errors import BadData, BadModelFolder, BadRequest
-from split.evaluate import evaluate_files
-from split.loss import nll, nll_where_wanted
-from split.perplexity import PERPLEXITY, perplexity
+from isthmus.split.data.documents import DataConfig
+from isthmus.split.errors import BadData, BadModelFolder, BadRequest
+from isthmus.split.training import evaluate, loss
+from isthmus.split.training.evaluate import evaluate_files
+from isthmus.split.training.loss import nll, nll_where_wanted
+from isthmus.split.training.perplexity import PERPLEXITY, perplexity
 
 TEXT = (
     "The old mill stands by the river.\n\nNobody grinds there now.\n\nThe wheel turns when the water is high.\n\n" * 3
@@ -168,7 +167,7 @@ def test_with_prompts_only_completions_count(
 
 
 def test_default_names_the_shipped_model(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split.evaluate, "DEFAULT_MODEL_FOLDER", model)
+    monkeypatch.setattr(evaluate, "DEFAULT_MODEL_FOLDER", model)
     found = evaluate_files("default", [text], data=DATA)
     assert found.model == "default"
     assert found.nll == evaluate_files(str(model), [text], data=DATA).nll
@@ -206,7 +205,7 @@ def logits_and_labels(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def test_nll_and_its_gradient_are_the_sum_over_predicted_tokens(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int
 ) -> None:
-    monkeypatch.setattr(split.loss, "_CHUNK_VALUES", chunk)
+    monkeypatch.setattr(loss, "_CHUNK_VALUES", chunk)
     logits, labels = logits_and_labels(dtype)
     total, tokens = nll(logits, labels)
     (gradient,) = torch.autograd.grad(total, logits)
@@ -231,7 +230,7 @@ def test_nll_without_anything_to_predict_is_zero_with_a_gradient() -> None:
 
 
 def test_big_logits_are_never_copied_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split.loss, "_CHUNK_VALUES", 44)
+    monkeypatch.setattr(loss, "_CHUNK_VALUES", 44)
     logits, labels = logits_and_labels(torch.float32)
     saved: list[int] = []
 

@@ -12,21 +12,21 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from protos.v1 import stage_pb2
-from split.adapters.lora import lora_config, lora_parameters, save_adapter
-from split.codecs import FAMILIES
-from split.coding import Terms
-from split.config import TrainingConfig
-from split.errors import BadRequest, WrongState
-from split.host import StageHost
-from split.ledger import Ledger
-from split.link import Frame, LocalLink, Phase
-from split.loss import nll
-from split.models.source import ModelFolder
-from split.parts import device_stages, merging_of, server_stages
-from split.server import ServerTrainer
-from split.shapes import Shape, fixed_shapes
-from split.train import DeviceTrainer
+from isthmus.protos.v1 import stage_pb2
+from isthmus.split.codecs import FAMILIES
+from isthmus.split.errors import BadRequest, WrongState
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.shapes import Shape, fixed_shapes
+from isthmus.split.link.coding import Terms
+from isthmus.split.link.session import Frame, LocalLink, Phase
+from isthmus.split.lora.lora import lora_config, lora_parameters, save_adapter
+from isthmus.split.models.source import ModelFolder
+from isthmus.split.plan.parts import device_stages, merging_of, server_stages
+from isthmus.split.resources.ledger import Ledger
+from isthmus.split.training.device import DeviceTrainer
+from isthmus.split.training.host import StageHost
+from isthmus.split.training.loss import nll
+from isthmus.split.training.server import ServerTrainer
 from tests.split.jobs import random_text, split_run, unsplit_run
 from tests.split.test_host import Job
 from tests.split.test_training import CONFIG, _assert_same, _texts, _trained

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from protos.v1 import stage_pb2
-from split.codecs import FAMILIES
-from split.coding import Terms
-from split.config import TrainingConfig
-from split.errors import BadRequest, IsthmusError, LinkLost, WrongState
-from split.host import StageHost
-from split.ledger import Ledger
-from split.link import Frame, LocalLink, Phase
-from split.train import DeviceTrainer
+from isthmus.protos.v1 import stage_pb2
+from isthmus.split.codecs import FAMILIES
+from isthmus.split.errors import BadRequest, IsthmusError, LinkLost, WrongState
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.link.coding import Terms
+from isthmus.split.link.session import Frame, LocalLink, Phase
+from isthmus.split.resources.ledger import Ledger
+from isthmus.split.training.device import DeviceTrainer
+from isthmus.split.training.host import StageHost
 from tests.split.jobs import device_trainer, random_text, server_trainer
 from tests.split.tiny_models import VOCABULARY, make_model
 

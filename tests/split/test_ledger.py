@@ -8,8 +8,8 @@ import time
 import torch
 from torch import nn
 
-from split.ledger import Ledger, Traffic
-from split.tcp import Counted
+from isthmus.split.resources.ledger import Ledger, Traffic
+from isthmus.split.resources.tcp import Counted
 
 
 def test_flops_are_those_of_the_matrix_products_and_are_counted_each_time() -> None:

@@ -13,18 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from split.adapters.lora import add_lora, lora_config, lora_parameters
-from split.coding import Plan, Terms
-from split.config import TrainingConfig
-from split.data import Sequences, batch_indices
-from split.host import StageHost
-from split.ledger import Ledger
-from split.link import Frame, LocalLink, Phase
-from split.loss import nll
-from split.models.source import ModelFolder
-from split.models.stage import build_stages, cut_in_two, cut_u_shaped
-from split.plan.choose import Planner, View
-from split.streams import choices
+from isthmus.split.data.sequences import Sequences, batch_indices
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.streams import choices
+from isthmus.split.link.coding import Plan, Terms
+from isthmus.split.link.session import Frame, LocalLink, Phase
+from isthmus.split.lora.lora import add_lora, lora_config, lora_parameters
+from isthmus.split.models.source import ModelFolder
+from isthmus.split.models.stage import build_stages, cut_in_two, cut_u_shaped
+from isthmus.split.plan.choose import Planner, View
+from isthmus.split.resources.ledger import Ledger
+from isthmus.split.training.host import StageHost
+from isthmus.split.training.loss import nll
 from tests.split.jobs import Run, device_trainer, random_text, server_trainer, split_run, unsplit_run
 from tests.split.tiny_models import VOCABULARY, make_model
 

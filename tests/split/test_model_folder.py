@@ -15,11 +15,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from split.errors import BadModelFolder
-from split.models import default_model
-from split.models.safetensors_file import DTYPES, read_header, read_tensor
-from split.models.source import INDEX_NAME, SINGLE_NAME, ModelFolder, open_model
-from split.models.stage import StageSpec, build_stages
+from isthmus.split.errors import BadModelFolder
+from isthmus.split.models import default_model
+from isthmus.split.models.safetensors_file import DTYPES, read_header, read_tensor
+from isthmus.split.models.source import INDEX_NAME, SINGLE_NAME, ModelFolder, open_model
+from isthmus.split.models.stage import StageSpec, build_stages
 from tests.split.tiny_models import VOCABULARY, change_config, make_model
 
 

@@ -12,19 +12,19 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from split.checkpoint import CheckpointFolder
-from split.config import TrainingConfig
-from split.ledger import Ledger
-from split.link import LocalLink
-from split.models.source import ModelFolder
-from split.parts import device_stages, merging_of, server_stages
-from split.plan.costs import Costs
-from split.plan.moving import Mover, Seen
-from split.plan.profile import LinkProfile
-from split.plan.shapes import Able, Choice, choose_shapes
-from split.server import ServerTrainer
-from split.shapes import Shape, from_plain
-from split.train import DeviceTrainer
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.shapes import Shape, from_plain
+from isthmus.split.link.profile import LinkProfile
+from isthmus.split.link.session import LocalLink
+from isthmus.split.models.source import ModelFolder
+from isthmus.split.plan.costs import Costs
+from isthmus.split.plan.moving import Mover, Seen
+from isthmus.split.plan.parts import device_stages, merging_of, server_stages
+from isthmus.split.plan.shapes import Able, Choice, choose_shapes
+from isthmus.split.resources.ledger import Ledger
+from isthmus.split.training.checkpoint import CheckpointFolder
+from isthmus.split.training.device import DeviceTrainer
+from isthmus.split.training.server import ServerTrainer
 from tests.split.jobs import random_text, split_run, unsplit_run
 from tests.split.test_heterogeneous import SGD
 from tests.split.test_host import CutLink
@@ -113,7 +113,7 @@ def test_a_device_whose_link_breaks_at_a_move_ends_with_the_very_same_adapter(ll
 
 
 def _alone(folder: Path, cut_after: int | None) -> dict[str, torch.Tensor]:
-    from split.host import StageHost
+    from isthmus.split.training.host import StageHost
 
     source, config = ModelFolder(folder), dataclasses.replace(AUTO, steps=8, aggregate_every=2)
     shape, finished = Shape(1, 4), threading.Event()

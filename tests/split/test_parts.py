@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 from transformers import LlamaConfig
 
-from split.config import TrainingConfig
-from split.errors import BadRequest
-from split.parts import parts_of
+from isthmus.split.errors import BadRequest
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.plan.parts import parts_of
 
 LLAMA_8B = LlamaConfig(
     vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from split.codecs import FAMILIES, CodecState, parse
-from split.coding import Plan
-from split.config import TrainingConfig
-from split.plan import pipeline
-from split.plan.choose import FRONT, FRONT_BACKWARD, TAIL, Planner, View, candidates, ladder
-from split.plan.pipeline import StepCosts, step_seconds
-from split.plan.profile import MAX_PROBE_BYTES, LinkProfile, codec_seconds, probe
-from split.streams import TRAINING
+from isthmus.split.codecs import FAMILIES, CodecState, parse
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.streams import TRAINING
+from isthmus.split.link.coding import Plan
+from isthmus.split.link.ladder import candidates, ladder
+from isthmus.split.link.profile import MAX_PROBE_BYTES, LinkProfile, codec_seconds, probe
+from isthmus.split.plan import pipeline
+from isthmus.split.plan.choose import FRONT, FRONT_BACKWARD, TAIL, Planner, View
+from isthmus.split.plan.pipeline import StepCosts, step_seconds
 
 TASK = pipeline._A_TASK
 COMPUTING = StepCosts(

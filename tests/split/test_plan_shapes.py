@@ -10,18 +10,18 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from split.adapters.lora import add_lora, lora_config
-from split.config import TrainingConfig
-from split.dlora.modules import RemoteModules
-from split.dlora.sites import layout_of
-from split.errors import BadRequest
-from split.ledger import Ledger
-from split.models.source import ModelFolder
-from split.models.stage import StageSpec, build_stages
-from split.plan.costs import LIBRARIES, Costs
-from split.plan.profile import LinkProfile
-from split.plan.shapes import Able, choose_shapes
-from split.shapes import ByName, Shape, options_of, parse_by_name
+from isthmus.split.dlora.modules import RemoteModules
+from isthmus.split.errors import BadRequest
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.shapes import ByName, Shape, options_of, parse_by_name
+from isthmus.split.link.profile import LinkProfile
+from isthmus.split.lora.lora import add_lora, lora_config
+from isthmus.split.lora.sites import layout_of
+from isthmus.split.models.source import ModelFolder
+from isthmus.split.models.stage import StageSpec, build_stages
+from isthmus.split.plan.costs import LIBRARIES, Costs
+from isthmus.split.plan.shapes import Able, choose_shapes
+from isthmus.split.resources.ledger import Ledger
 from tests.split.tiny_models import ARCHITECTURES, make_model
 
 MODEL = LlamaConfig(

@@ -11,11 +11,11 @@ import grpc
 import grpc.aio
 import pytest
 
-from protos.v1 import coordinator_pb2_grpc, stage_pb2
-from split.errors import BadFrame, IsthmusError, LinkLost
-from split.plan.probing import answer, measure_link
-from split.plan.profile import MAX_PROBE_BYTES
-from split.runtime.speed import Stopped
+from isthmus.protos.v1 import coordinator_pb2_grpc, stage_pb2
+from isthmus.split.errors import BadFrame, IsthmusError, LinkLost
+from isthmus.split.link.profile import MAX_PROBE_BYTES
+from isthmus.split.plan.probing import answer, measure_link
+from isthmus.split.runtime.speed import Stopped
 
 
 class Coordinator(coordinator_pb2_grpc.CoordinatorServicer):

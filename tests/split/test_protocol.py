@@ -12,19 +12,19 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protos.v1 import stage_pb2
-from split.codecs import CodecState, parse
-from split.codecs.packing import pack_bits
-from split.coding import Coder, Plan, Terms
-from split.config import TrainingConfig
-from split.data import micro_batch_slices
-from split.errors import BadFrame, BadTensor
-from split.ledger import Ledger
-from split.link import Phase
-from split.plan.profile import MAX_PROBE_BYTES
-from split.protocol import Rules
-from split.streams import TRAINING
-from split.wire import DTYPES, Expected, check_tensor, decode_tensor, encode_tensor
+from isthmus.protos.v1 import stage_pb2
+from isthmus.split.codecs import CodecState, parse
+from isthmus.split.codecs.packing import pack_bits
+from isthmus.split.codecs.wire import DTYPES, Expected, check_tensor, decode_tensor, encode_tensor
+from isthmus.split.data.sequences import micro_batch_slices
+from isthmus.split.errors import BadFrame, BadTensor
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.streams import TRAINING
+from isthmus.split.link.coding import Coder, Plan, Terms
+from isthmus.split.link.profile import MAX_PROBE_BYTES
+from isthmus.split.link.protocol import Rules
+from isthmus.split.link.session import Phase
+from isthmus.split.resources.ledger import Ledger
 
 HIDDEN, VOCABULARY, ADAPTER = 4, 50, 6
 CONFIG = TrainingConfig(steps=5, batch_size=2, sequence_length=3)

@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from protos.v1 import stage_pb2
-from split.errors import BadFrame
-from split.link import Phase, Questions
+from isthmus.protos.v1 import stage_pb2
+from isthmus.split.errors import BadFrame
+from isthmus.split.link.session import Phase, Questions
 
 
 def frame(phase: stage_pb2.Phase, step: int = 0, *shape: int) -> stage_pb2.Frame:

@@ -10,11 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from split.adapters.folder import AdapterFolder
-from split.adapters.served import LoraAdapter
-from split.errors import BadRequest, IsthmusError
-from split.models.source import open_model
-from split.serving import (
+from isthmus.split.errors import BadRequest, IsthmusError
+from isthmus.split.inference.serving import (
     AdapterConfig,
     ServingConfig,
     SpanConfig,
@@ -23,6 +20,9 @@ from split.serving import (
     parse_adapter,
     parse_stages,
 )
+from isthmus.split.lora.folder import AdapterFolder
+from isthmus.split.lora.served import LoraAdapter
+from isthmus.split.models.source import open_model
 from tests.split.tiny_adapters import make_adapter
 from tests.split.tiny_models import ARCHITECTURES, make_model
 

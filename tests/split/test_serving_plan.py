@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from split.plan.profile import LinkProfile
-from split.plan.serving import Node, Part, Served, best_chain, best_single, token_seconds
+from isthmus.split.link.profile import LinkProfile
+from isthmus.split.plan.serving import Node, Part, Served, best_chain, best_single, token_seconds
 
 MODEL = Served(blocks=10, block_bytes=100.0, cache_bytes=20.0, hidden_bytes=8.0, gateway_seconds=0.5)
 CLOUD = Node("cloud", memory=math.inf, rate=1000.0, block_seconds=0.01, batch_seconds=0.2)

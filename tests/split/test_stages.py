@@ -17,10 +17,10 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from split.errors import BadModelFolder, BadRequest, UnsupportedModel
-from split.models.architectures import architecture_of
-from split.models.source import ModelFolder
-from split.models.stage import Stage, StageSpec, build_stages, cut_in_two, cut_u_shaped
+from isthmus.split.errors import BadModelFolder, BadRequest, UnsupportedModel
+from isthmus.split.models.architectures import architecture_of
+from isthmus.split.models.source import ModelFolder
+from isthmus.split.models.stage import Stage, StageSpec, build_stages, cut_in_two, cut_u_shaped
 from tests.split.tiny_models import ARCHITECTURES, VOCABULARY, change_config, make_config, make_model
 
 LAYERS = 6
@@ -363,8 +363,8 @@ def test_a_tensor_of_another_shape_than_the_configuration_says_is_refused(tmp_pa
 MEASURE = """
 import json, sys
 import torch, transformers
-from split.models.source import ModelFolder
-from split.models.stage import StageSpec, build_stages
+from isthmus.split.models.source import ModelFolder
+from isthmus.split.models.stage import StageSpec, build_stages
 
 def peak():  # bytes
     with open("/proc/self/status") as status:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from split import tcp
-from split.tcp import Counted, counted
+from isthmus.split.resources import tcp
+from isthmus.split.resources.tcp import Counted, counted
 
 LIMIT = 30.0
 _NUMBERS = itertools.count()

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from split.errors import BadRequest, NotEnrolled, NotFound
-from split.tls import (
+from isthmus.split.errors import BadRequest, NotEnrolled, NotFound
+from isthmus.split.tls import (
     Credentials,
     Token,
     check_name,
@@ -103,7 +103,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     def full(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("split.tls.os.fsync", full)
+    monkeypatch.setattr("isthmus.split.tls.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_private(path, b"new")
     assert path.read_bytes() == b"old"

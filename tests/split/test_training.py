@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from split.config import TrainingConfig
+from isthmus.split.job.config import TrainingConfig
 from tests.split.jobs import random_text, split_run, unsplit_run
 from tests.split.tiny_models import ARCHITECTURES, VOCABULARY, make_model
 
@@ -118,8 +118,8 @@ def _unsplit_perplexity(folder: Path, config: TrainingConfig, adapter: dict, tex
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from split.adapters.lora import lora_config, save_adapter
-    from split.loss import nll
+    from isthmus.split.lora.lora import lora_config, save_adapter
+    from isthmus.split.training.loss import nll
 
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     save_adapter(out, adapter, lora_config(config, base.config), str(folder))

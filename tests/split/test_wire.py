@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protos.v1 import stage_pb2
-from split.codecs import CodecState, parse
-from split.codecs.packing import pack_bits, unpack_bits
-from split.errors import BadTensor
-from split.wire import DTYPES, Expected, check_tensor, decode_tensor, encode_tensor
+from isthmus.protos.v1 import stage_pb2
+from isthmus.split.codecs import CodecState, parse
+from isthmus.split.codecs.packing import pack_bits, unpack_bits
+from isthmus.split.codecs.wire import DTYPES, Expected, check_tensor, decode_tensor, encode_tensor
+from isthmus.split.errors import BadTensor
 
 
 @given(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from split.models.architectures import architecture_of
-from split.models.source import open_model
+from isthmus.split.models.architectures import architecture_of
+from isthmus.split.models.source import open_model
 from tests.split.generation.whole import whole_model
 
 

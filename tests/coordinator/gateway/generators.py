@@ -16,9 +16,9 @@ import torch
 from openai import AsyncOpenAI
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from coordinator.gateway import ServedModel, make_app, serve
-from split.generation.request import Logprob, Request, Timing, Token
-from split.models.source import open_model
+from isthmus.coordinator.gateway import ServedModel, make_app, serve
+from isthmus.split.inference.request import Logprob, Request, Timing, Token
+from isthmus.split.models.source import open_model
 
 END = 0  # of the default model
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from coordinator.gateway import ServedModel, make_app
+from isthmus.coordinator.gateway import ServedModel, make_app
 from tests.coordinator.gateway.generators import Script, ask, ids_of, saying, tokenizer
 from tests.coordinator.gateway.test_completions import choice, events
 from tests.split.generation.test_text import sentencepiece_like

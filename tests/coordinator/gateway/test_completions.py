@@ -8,8 +8,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from split.generation.request import Sampling
-from split.models.default_model import DEFAULT_MODEL_FOLDER
+from isthmus.split.inference.request import Sampling
+from isthmus.split.models.default_model import DEFAULT_MODEL_FOLDER
 from tests.coordinator.gateway.generators import END, Script, WholeModel, ask, ids_of, saying, tokenizer
 
 PATH = "/v1/completions"
@@ -158,7 +158,7 @@ def test_an_infinite_logprob_is_a_number_that_json_has() -> None:
 
 
 def _infinite() -> Any:
-    from split.generation.request import Logprob
+    from isthmus.split.inference.request import Logprob
 
     return Logprob(float("-inf"))
 

@@ -19,26 +19,26 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from coordinator.authority import Authority
-from coordinator.gateway import guests
-from coordinator.gateway.chain import ChainServicer
-from coordinator.interceptors import ErrorInterceptor
-from protos.v1 import chain_pb2 as pb
-from protos.v1 import chain_pb2_grpc
-from split.errors import BadRequest, IsthmusError, LinkLost, NotAllowed
-from split.generation.chain import Span
-from split.generation.ends import Ends
-from split.generation.engine import Engine
-from split.generation.holding import Holding
-from split.generation.local import local_engine
-from split.generation.request import Request, Sampling
-from split.generation.using import Using, blocks_of, user_engine
-from split.generation.wire import HiddenCoder
-from split.models.source import TensorSource, open_model
-from split.models.stage import StageSpec
-from split.runtime.choose import TORCH, RuntimeChoice, make_runtime
-from split.serving import ServingConfig, parse_stages
-from split.tls import SERVER_OPTIONS, Credentials, Peer, aio_channel, bind, channel, server_credentials
+from isthmus.coordinator.control.authority import Authority
+from isthmus.coordinator.control.interceptors import ErrorInterceptor
+from isthmus.coordinator.gateway import guests
+from isthmus.coordinator.gateway.chain import ChainServicer
+from isthmus.protos.v1 import chain_pb2 as pb
+from isthmus.protos.v1 import chain_pb2_grpc
+from isthmus.split.errors import BadRequest, IsthmusError, LinkLost, NotAllowed
+from isthmus.split.inference.chain import Span
+from isthmus.split.inference.ends import Ends
+from isthmus.split.inference.engine import Engine
+from isthmus.split.inference.holding import Holding
+from isthmus.split.inference.local import local_engine
+from isthmus.split.inference.request import Request, Sampling
+from isthmus.split.inference.serving import ServingConfig, parse_stages
+from isthmus.split.inference.using import Using, blocks_of, user_engine
+from isthmus.split.inference.wire import HiddenCoder
+from isthmus.split.models.source import TensorSource, open_model
+from isthmus.split.models.stage import StageSpec
+from isthmus.split.runtime.choose import TORCH, RuntimeChoice, make_runtime
+from isthmus.split.tls import SERVER_OPTIONS, Credentials, Peer, aio_channel, bind, channel, server_credentials
 from tests.split.generation.whole import answers, greedy, ids_of, prompts, run, whole_model
 from tests.split.tiny_models import make_model
 
@@ -634,7 +634,7 @@ def test_a_device_that_does_not_read_loses_its_sequences_when_it_is_sent_away(
 
 
 def test_a_stream_that_is_silent_ends(llama: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coordinator.gateway.guests._IDLE", 0.2)
+    monkeypatch.setattr("isthmus.coordinator.gateway.guests._IDLE", 0.2)
 
     async def tell(it: Served) -> None:
         async with it.stub() as stub:

@@ -8,10 +8,10 @@ from typing import Any
 import httpx2
 import pytest
 
-from coordinator.gateway import make_app
-from split.generation.local import local_engine
-from split.models.default_model import DEFAULT_MODEL_FOLDER
-from split.models.source import open_model
+from isthmus.coordinator.gateway import make_app
+from isthmus.split.inference.local import local_engine
+from isthmus.split.models.default_model import DEFAULT_MODEL_FOLDER
+from isthmus.split.models.source import open_model
 from tests.coordinator.gateway.generators import WholeModel, ask, ids_of, served_model
 
 TEXTS = ["If the value of the", "Rivers carry sand and", "def f(x):\n", "🙂"]

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.gateway import make_app
-from split.errors import BadRequest, IsthmusError, LinkLost, NotFound
-from split.generation.request import Busy
+from isthmus.coordinator.gateway import make_app
+from isthmus.split.errors import BadRequest, IsthmusError, LinkLost, NotFound
+from isthmus.split.inference.request import Busy
 from tests.coordinator.gateway.generators import ask, forever, saying, served_model, sha256_of
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from split.models.default_model import DEFAULT_MODEL_FOLDER
+from isthmus.split.models.default_model import DEFAULT_MODEL_FOLDER
 from tests.coordinator.gateway.generators import WholeModel, ask, ids_of
 
 PAIRS = [

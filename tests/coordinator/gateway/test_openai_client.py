@@ -10,9 +10,9 @@ import pytest
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletionUserMessageParam
 
-from split.errors import LinkLost
-from split.generation.request import Busy
-from split.models.default_model import DEFAULT_MODEL_FOLDER
+from isthmus.split.errors import LinkLost
+from isthmus.split.inference.request import Busy
+from isthmus.split.models.default_model import DEFAULT_MODEL_FOLDER
 from tests.coordinator.gateway.generators import Script, WholeModel, forever, ids_of, openai_client, saying, tokenizer
 
 HELLO: list[ChatCompletionUserMessageParam] = [{"role": "user", "content": "What is a stream?"}]

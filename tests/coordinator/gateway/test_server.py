@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from coordinator.authority import Authority
-from coordinator.gateway import make_app, serve
-from split.errors import BadRequest
+from isthmus.coordinator.control.authority import Authority
+from isthmus.coordinator.gateway import make_app, serve
+from isthmus.split.errors import BadRequest
 from tests.coordinator.gateway.generators import forever, saying, served_model
 
 

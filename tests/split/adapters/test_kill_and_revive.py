@@ -10,10 +10,10 @@ from itertools import pairwise
 
 import pytest
 
-from split.adapters.kill_and_revive import Controller, Decision
-from split.adapters.kill_policy import KillPolicy
-from split.adapters.module_costs import ModuleCost
-from split.errors import BadRequest
+from isthmus.split.dlora.kill_and_revive import Controller, Decision
+from isthmus.split.dlora.kill_policy import KillPolicy
+from isthmus.split.dlora.module_costs import ModuleCost
+from isthmus.split.errors import BadRequest
 
 Score = Callable[[int, str], float]
 STEPS = 300

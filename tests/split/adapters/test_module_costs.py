@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from transformers import LlamaConfig
 
-from split.adapters.lora import lora_parameters
-from split.adapters.module_costs import exchange, marginal_values, module_costs, module_flops
-from split.config import DROP, KEEP, MERGE, TrainingConfig
-from split.errors import BadRequest
-from split.models.architectures import architecture_of
+from isthmus.split.dlora.module_costs import exchange, marginal_values, module_costs, module_flops
+from isthmus.split.errors import BadRequest
+from isthmus.split.job.config import DROP, KEEP, MERGE, TrainingConfig
+from isthmus.split.lora.lora import lora_parameters
+from isthmus.split.models.architectures import architecture_of
 from tests.split.tiny_models import ARCHITECTURES, make_config
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -47,8 +47,8 @@ def test_every_linear_module_of_every_architecture_has_its_cost(architecture: st
 def test_parameters_are_those_of_the_adapter() -> None:
     from peft import inject_adapter_in_model
 
-    from split.adapters.lora import lora_config
-    from split.models.stage import Stage, StageSpec, skeleton
+    from isthmus.split.lora.lora import lora_config
+    from isthmus.split.models.stage import Stage, StageSpec, skeleton
 
     config, training = _config(), _training()
     spec = StageSpec(0, 3, embeds=True, head=True)

@@ -11,15 +11,15 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from split.adapters.folder import AdapterFolder
-from split.adapters.lora import add_lora, lora_config, lora_parameters, save_adapter
-from split.adapters.served import LoraAdapter
-from split.config import TrainingConfig
-from split.errors import BadModelFolder, BadRequest
-from split.models.blobs import Blobs, BlobStore
-from split.models.manifest import Manifest, build_manifest, read_blob, with_adapters
-from split.models.source import open_model
-from split.models.stage import StageSpec, build_stages
+from isthmus.split.errors import BadModelFolder, BadRequest
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.lora.folder import AdapterFolder
+from isthmus.split.lora.lora import add_lora, lora_config, lora_parameters, save_adapter
+from isthmus.split.lora.served import LoraAdapter
+from isthmus.split.models.blobs import Blobs, BlobStore
+from isthmus.split.models.manifest import Manifest, build_manifest, read_blob, with_adapters
+from isthmus.split.models.source import open_model
+from isthmus.split.models.stage import StageSpec, build_stages
 from tests.split.tiny_adapters import make_adapter, with_adapter
 from tests.split.tiny_models import ARCHITECTURES, make_model
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from split.aggregation import REGISTRY
-from split.aggregation.base import Factors, Part, difference_squared, norm_squared, stacked
-from split.aggregation.refactor import refactored, turned_to
-from split.aggregation.stacking import grown
+from isthmus.split.aggregation import REGISTRY
+from isthmus.split.aggregation.refactor import refactored, turned_to
+from isthmus.split.aggregation.stacking import grown
+from isthmus.split.lora.factors import Factors, Part, difference_squared, norm_squared, stacked
 
 OUT, IN = 12, 10
 WEIGHTS = (0.5, 0.3, 0.2)

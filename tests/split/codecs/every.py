@@ -8,10 +8,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from split.codecs import Codec, CodecState
-from split.codecs.base import matrix_shape
-from split.codecs.blocks import blocked
-from split.errors import CodecError
+from isthmus.split.codecs import Codec, CodecState
+from isthmus.split.codecs.base import matrix_shape
+from isthmus.split.codecs.blocks import blocked
+from isthmus.split.errors import CodecError
 
 FLOATS = ["none", "shuffle", "float16", "bfloat16", "fp8", "fp8:block=16"]
 INTEGERS = [

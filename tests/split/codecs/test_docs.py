@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from split.codecs import FAMILIES, Family, parse
-from split.codecs.grammar import ALIASES
-from split.config import TrainingConfig
-from split.plan.choose import ladder
-from split.streams import ADAPTERS_CODEC, EVALUATION_CODEC, STREAMS, TRAINING, choices
+from isthmus.split.codecs import FAMILIES, Family, parse
+from isthmus.split.codecs.grammar import ALIASES
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.streams import ADAPTERS_CODEC, EVALUATION_CODEC, STREAMS, TRAINING, choices
+from isthmus.split.link.ladder import ladder
 
 TEXT = (Path(__file__).parents[3] / "docs" / "codecs.md").read_text()
 

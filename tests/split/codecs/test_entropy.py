@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from split.codecs.base import Entropy
-from split.codecs.entropy import Range, Zstd
-from split.codecs.plain import PLAIN
-from split.errors import CodecError
+from isthmus.split.codecs.base import Entropy
+from isthmus.split.codecs.entropy import Range, Zstd
+from isthmus.split.codecs.plain import PLAIN
+from isthmus.split.errors import CodecError
 
 CODERS: list[Entropy] = [Range(), Zstd(), Zstd(level=9)]
 ALL = pytest.mark.parametrize("coder", CODERS, ids=lambda coder: coder.name)

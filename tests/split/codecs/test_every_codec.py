@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from split.codecs import CodecState, parse
-from split.codecs.entropy import Zstd
-from split.codecs.plain import Plain
-from split.errors import CodecError
+from isthmus.split.codecs import CodecState, parse
+from isthmus.split.codecs.entropy import Zstd
+from isthmus.split.codecs.plain import Plain
+from isthmus.split.errors import CodecError
 from tests.split.codecs.every import (
     EMPTY,
     EVERY,

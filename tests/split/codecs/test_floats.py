@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from split.codecs import parse
-from split.codecs.floats import power_of_two
-from split.errors import CodecError
+from isthmus.split.codecs import parse
+from isthmus.split.codecs.floats import power_of_two
+from isthmus.split.errors import CodecError
 from tests.split.codecs.every import FLOATS, round_trip, state, stated_bound, tensor
 
 any_bits = arrays.arrays(np.uint32, arrays.array_shapes(min_dims=1, max_dims=3, max_side=9))

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from split.codecs import FAMILIES, Codec, parse
-from split.codecs.grammar import ALIASES, KINDS, Family
-from split.codecs.plain import Plain
-from split.errors import CodecError
+from isthmus.split.codecs import FAMILIES, Codec, parse
+from isthmus.split.codecs.grammar import ALIASES, KINDS, Family
+from isthmus.split.codecs.plain import Plain
+from isthmus.split.errors import CodecError
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from split.codecs import parse
-from split.errors import CodecError
+from isthmus.split.codecs import parse
+from isthmus.split.errors import CodecError
 from tests.split.codecs.every import INTEGERS, round_trip, scales, state, stated_bound, tensor
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from split.codecs.base import Codec, CodecState, Transform
-from split.codecs.entropy import Range
-from split.codecs.klt import Klt
-from split.codecs.rotation import Hadamard
-from split.codecs.uniform import Uniform
-from split.errors import CodecError
+from isthmus.split.codecs.base import Codec, CodecState, Transform
+from isthmus.split.codecs.entropy import Range
+from isthmus.split.codecs.klt import Klt
+from isthmus.split.codecs.rotation import Hadamard
+from isthmus.split.codecs.uniform import Uniform
+from isthmus.split.errors import CodecError
 
 
 def correlated(rows: int, width: int, seed: int, mixing: int = 0, decay: float = 0.9) -> Tensor:

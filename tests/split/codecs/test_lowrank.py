@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from split.codecs import parse
+from isthmus.split.codecs import parse
 from tests.split.codecs.every import relative_error, round_trip, state, tensor
 
 

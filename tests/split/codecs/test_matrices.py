@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from split.codecs import CodecState, for_matrices, parse
-from split.errors import CodecError
+from isthmus.split.codecs import CodecState, for_matrices, parse
+from isthmus.split.errors import CodecError
 from tests.split.codecs.every import relative_error, state, tensor
 
 LORA = ((8, 96), (64, 8), (8, 64), (160, 8))  # two modules: A and B of each

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from split.codecs.base import Codec, CodecState, Memory
-from split.codecs.integers import Integer
-from split.codecs.memory import Delta, ErrorFeedback
-from split.codecs.plain import PLAIN
-from split.codecs.uniform import Uniform
-from split.errors import CodecError
+from isthmus.split.codecs.base import Codec, CodecState, Memory
+from isthmus.split.codecs.integers import Integer
+from isthmus.split.codecs.memory import Delta, ErrorFeedback
+from isthmus.split.codecs.plain import PLAIN
+from isthmus.split.codecs.uniform import Uniform
+from isthmus.split.errors import CodecError
 
 MIB = 1 << 20
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from split.codecs.packing import bits_for, byte_planes, from_byte_planes, pack, packed_size, unpack
-from split.codecs.plain import PLAIN
-from split.errors import CodecError
+from isthmus.split.codecs.packing import bits_for, byte_planes, from_byte_planes, pack, packed_size, unpack
+from isthmus.split.codecs.plain import PLAIN
+from isthmus.split.errors import CodecError
 
 
 @pytest.mark.parametrize("bits", range(1, 33))

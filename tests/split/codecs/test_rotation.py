@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from split.codecs import parse
-from split.codecs.rotation import Hadamard
+from isthmus.split.codecs import parse
+from isthmus.split.codecs.rotation import Hadamard
 from tests.split.codecs.every import relative_error, round_trip, state, tensor
 
 WIDTHS = [1, 7, 16, 48, 63, 64, 65, 100, 128, 256, 768, 896, 1024, 2048, 3072]

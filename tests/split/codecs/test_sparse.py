@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from split.codecs import parse
-from split.codecs.sparse import _with_others
-from split.errors import CodecError
+from isthmus.split.codecs import parse
+from isthmus.split.codecs.sparse import _with_others
+from isthmus.split.errors import CodecError
 from tests.split.codecs.every import round_trip, state, tensor
 
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from split.codecs.base import Codec, CodecState, Entropy
-from split.codecs.entropy import Range, Zstd
-from split.codecs.plain import PLAIN
-from split.codecs.uniform import Uniform
-from split.errors import CodecError
+from isthmus.split.codecs.base import Codec, CodecState, Entropy
+from isthmus.split.codecs.entropy import Range, Zstd
+from isthmus.split.codecs.plain import PLAIN
+from isthmus.split.codecs.uniform import Uniform
+from isthmus.split.errors import CodecError
 
 ENTROPIES: list[Entropy] = [PLAIN, Zstd(), Range()]
 

@@ -13,14 +13,14 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from split.adapters.lora import draw_initial_values, lora_config
-from split.config import TrainingConfig
-from split.data import IGNORE, Sequences, batch_indices
-from split.dlora.killing import Killing
-from split.dlora.local import DloraRun, train_dlora_locally
-from split.loss import nll
-from split.models.source import ModelFolder
-from split.optim import Stepper
+from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices
+from isthmus.split.dlora.killing import Killing
+from isthmus.split.dlora.local import DloraRun, train_dlora_locally
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.lora.lora import draw_initial_values, lora_config
+from isthmus.split.models.source import ModelFolder
+from isthmus.split.training.loss import nll
+from isthmus.split.training.optim import Stepper
 from tests.split.jobs import random_text
 from tests.split.tiny_models import VOCABULARY
 

@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from split.adapters.lora import initial_adapter
-from split.checkpoint import CheckpointFolder, DeviceRecord
-from split.config import TrainingConfig
-from split.dlora.backbone import _in_one_thread
-from split.dlora.device import DloraTrainer
-from split.dlora.host import BackboneHost
-from split.dlora.local import backbone_of, device_of, train_dlora_locally
-from split.dlora.sites import layout_of
-from split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
-from split.link import INPUT_GRADIENT, Frame, LocalLink, Phase
-from split.models.source import ModelFolder
-from split.parts import parts_of
-from split.shapes import Shape
+from isthmus.split.dlora.backbone import _in_one_thread
+from isthmus.split.dlora.device import DloraTrainer
+from isthmus.split.dlora.host import BackboneHost
+from isthmus.split.dlora.local import backbone_of, device_of, train_dlora_locally
+from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.shapes import Shape
+from isthmus.split.link.session import INPUT_GRADIENT, Frame, LocalLink, Phase
+from isthmus.split.lora.lora import initial_adapter
+from isthmus.split.lora.sites import layout_of
+from isthmus.split.models.source import ModelFolder
+from isthmus.split.plan.parts import parts_of
+from isthmus.split.training.checkpoint import CheckpointFolder, DeviceRecord
 from tests.split.dlora.jobs import CONFIG, assert_same, dlora_run, text
 from tests.split.tiny_models import make_model
 
@@ -251,7 +251,7 @@ def test_where_one_thread_runs_all_backward_passes_they_do_not_wait_for_each_oth
             engine.release()
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    monkeypatch.setattr("split.dlora.backbone._in_one_thread", lambda device: True)
+    monkeypatch.setattr("isthmus.split.dlora.backbone._in_one_thread", lambda device: True)
     run, _ = dlora_run(llama, SMALL, [text(number, 20) for number in range(2)])
     for name, adapter in adapters.items():
         assert_same(run.adapters[name], adapter)

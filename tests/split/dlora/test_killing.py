@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from split.ledger import Traffic
+from isthmus.split.resources.ledger import Traffic
 from tests.split.dlora.jobs import CONFIG, dlora_run, text
 from tests.split.tiny_models import make_model
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from split.adapters.lora import A, B
-from split.dlora.local import train_dlora_locally
-from split.dlora.sites import layout_of
-from split.models.architectures import ARCHITECTURES as TABLE
-from split.models.source import ModelFolder
-from split.shapes import Shape
+from isthmus.split.dlora.local import train_dlora_locally
+from isthmus.split.job.shapes import Shape
+from isthmus.split.lora.lora import A, B
+from isthmus.split.lora.sites import layout_of
+from isthmus.split.models.architectures import ARCHITECTURES as TABLE
+from isthmus.split.models.source import ModelFolder
 from tests.split.dlora.jobs import CONFIG, assert_same, dlora_run, padded_text, scripted, text, unsplit_run
 from tests.split.tiny_models import ARCHITECTURES, make_model
 

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from split.adapters.folder import AdapterFolder
-from split.adapters.served import LoraAdapter
-from split.errors import BadRequest
-from split.generation.chain import Span
-from split.generation.ends import Ends
-from split.generation.engine import Engine
-from split.generation.local import local_engine
-from split.generation.request import Request, Sampling
-from split.models.source import open_model
-from split.runtime.base import Row
-from split.runtime.choose import ONNX, TORCH, RuntimeChoice, make_runtime
-from split.runtime.onnx_shape import SUPPORTED
+from isthmus.split.errors import BadRequest
+from isthmus.split.inference.chain import Span
+from isthmus.split.inference.ends import Ends
+from isthmus.split.inference.engine import Engine
+from isthmus.split.inference.local import local_engine
+from isthmus.split.inference.request import Request, Sampling
+from isthmus.split.lora.folder import AdapterFolder
+from isthmus.split.lora.served import LoraAdapter
+from isthmus.split.models.source import open_model
+from isthmus.split.runtime.base import Row
+from isthmus.split.runtime.choose import ONNX, TORCH, RuntimeChoice, make_runtime
+from isthmus.split.runtime.onnx_shape import SUPPORTED
 from tests.split.generation.test_failover import Mortal
 from tests.split.generation.whole import answers, greedy, ids_of, prompts, run, whole_model
 from tests.split.tiny_adapters import make_adapter, with_adapter

@@ -15,19 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from split.errors import BadRequest
-from split.generation.chain import LocalHolder
-from split.generation.drafting import Drafting
-from split.generation.drafts import Ask, ModelDrafter, look_up
-from split.generation.ends import Ends
-from split.generation.engine import Engine
-from split.generation.local import EARLY, LOOKUP, local_engine
-from split.generation.pace import Mean, Pace
-from split.generation.request import Request, Sampling, Timing
-from split.generation.sampling import Chooser, probabilities
-from split.generation.stream import Stream
-from split.models.source import open_model
-from split.runtime.choose import TORCH, RuntimeChoice, make_runtime
+from isthmus.split.errors import BadRequest
+from isthmus.split.inference.chain import LocalHolder
+from isthmus.split.inference.drafting import Drafting
+from isthmus.split.inference.drafts import Ask, ModelDrafter, look_up
+from isthmus.split.inference.ends import Ends
+from isthmus.split.inference.engine import Engine
+from isthmus.split.inference.local import EARLY, LOOKUP, local_engine
+from isthmus.split.inference.pace import Mean, Pace
+from isthmus.split.inference.request import Request, Sampling, Timing
+from isthmus.split.inference.sampling import Chooser, probabilities
+from isthmus.split.inference.stream import Stream
+from isthmus.split.models.source import open_model
+from isthmus.split.runtime.choose import TORCH, RuntimeChoice, make_runtime
 from tests.split.generation.whole import (
     answers,
     greedy,
@@ -316,7 +316,7 @@ async def simulate(
     """
     drafter = Timed(right, draft, read)
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr("split.generation.drafting.time.perf_counter", lambda: drafter.clock)
+    monkeypatch.setattr("isthmus.split.inference.drafting.time.perf_counter", lambda: drafter.clock)
     generator = torch.Generator().manual_seed(1)
     ends: Any = SimpleNamespace(vocabulary=2, rotary_boundary=None)
     drafting = Drafting(drafter, ends, lambda: 0.0)

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from split.errors import BadRequest
-from split.generation.chain import Span
-from split.generation.engine import Engine
-from split.generation.local import local_engine
-from split.generation.request import Busy, Request, Sampling
-from split.generation.stream import Stream
-from split.models.source import open_model
-from split.runtime.base import Row
+from isthmus.split.errors import BadRequest
+from isthmus.split.inference.chain import Span
+from isthmus.split.inference.engine import Engine
+from isthmus.split.inference.local import local_engine
+from isthmus.split.inference.request import Busy, Request, Sampling
+from isthmus.split.inference.stream import Stream
+from isthmus.split.models.source import open_model
+from isthmus.split.runtime.base import Row
 from tests.split.generation.whole import answers, greedy, ids_of, prompts, run, tokens_of, whole_model
 from tests.split.tiny_models import ARCHITECTURES, make_model
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from split.errors import BadRequest
-from split.generation.chain import Span
-from split.generation.engine import Engine
-from split.generation.exits import ExitRule, parse_exit
-from split.generation.local import LOOKUP, local_engine
-from split.generation.request import Request, Sampling
-from split.models.source import open_model
-from split.runtime.base import Row
+from isthmus.split.errors import BadRequest
+from isthmus.split.inference.chain import Span
+from isthmus.split.inference.engine import Engine
+from isthmus.split.inference.exits import ExitRule, parse_exit
+from isthmus.split.inference.local import LOOKUP, local_engine
+from isthmus.split.inference.request import Request, Sampling
+from isthmus.split.models.source import open_model
+from isthmus.split.runtime.base import Row
 from tests.split.generation.test_failover import CONTEXT, Mortal, runtime
 from tests.split.generation.test_failover import engine as engine_over
 from tests.split.generation.whole import answers, greedy, ids_of, prompts, run, whole_model

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from split.errors import BadRequest, IsthmusError, LinkLost
-from split.generation.chain import LocalHolder, Span
-from split.generation.ends import Ends
-from split.generation.engine import Engine
-from split.generation.request import Request, Sampling
-from split.models.source import open_model
-from split.models.stage import StageSpec, build_stages
-from split.runtime.base import BadPosition, Row, Runtime
-from split.runtime.choose import TORCH, RuntimeChoice
-from split.runtime.torch_runtime import TorchRuntime
+from isthmus.split.errors import BadRequest, IsthmusError, LinkLost
+from isthmus.split.inference.chain import LocalHolder, Span
+from isthmus.split.inference.ends import Ends
+from isthmus.split.inference.engine import Engine
+from isthmus.split.inference.request import Request, Sampling
+from isthmus.split.models.source import open_model
+from isthmus.split.models.stage import StageSpec, build_stages
+from isthmus.split.runtime.base import BadPosition, Row, Runtime
+from isthmus.split.runtime.choose import TORCH, RuntimeChoice
+from isthmus.split.runtime.torch_runtime import TorchRuntime
 from tests.split.generation.whole import answers, greedy, ids_of, prompts, whole_model
 from tests.split.tiny_models import make_model
 

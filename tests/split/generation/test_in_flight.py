@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from split.generation.in_flight import InFlight
+from isthmus.split.inference.in_flight import InFlight
 
 WEIGHTS, TOKEN = 0.010, 0.002  # seconds of a span: to read its weights, and for each token
 

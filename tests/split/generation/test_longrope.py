@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from split.generation.engine import Engine
-from split.generation.exits import parse_exit
-from split.generation.local import local_engine
-from split.generation.request import Request, Sampling
-from split.models.source import open_model
-from split.runtime.choose import ONNX, TORCH, RuntimeChoice
+from isthmus.split.inference.engine import Engine
+from isthmus.split.inference.exits import parse_exit
+from isthmus.split.inference.local import local_engine
+from isthmus.split.inference.request import Request, Sampling
+from isthmus.split.models.source import open_model
+from isthmus.split.runtime.choose import ONNX, TORCH, RuntimeChoice
 from tests.split.generation.whole import answers, greedy, longrope_model, prompts, run, whole_model
 
 GREEDY = Sampling(temperature=0)

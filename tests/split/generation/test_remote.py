@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protos.v1 import chain_pb2 as pb
-from split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
-from split.generation.remote import RemoteHolder
-from split.generation.wire import MAX_TOKENS, HiddenCoder, codec_for_hidden_states, rows_of, rows_to_proto
-from split.runtime.base import BadPosition, Row
+from isthmus.protos.v1 import chain_pb2 as pb
+from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
+from isthmus.split.inference.remote import RemoteHolder
+from isthmus.split.inference.wire import MAX_TOKENS, HiddenCoder, codec_for_hidden_states, rows_of, rows_to_proto
+from isthmus.split.runtime.base import BadPosition, Row
 
 HIDDEN = 16
 ROWS = [Row(0, 0, 3), Row(5, 7, 1, adapter=2, long=True)]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from split.generation.text import TextStream, vocabulary_of
-from split.models.source import open_model
+from isthmus.split.inference.text import TextStream, vocabulary_of
+from isthmus.split.models.source import open_model
 from tests.split.tiny_models import make_tokenizer
 
 EMOJI = "🙂👩‍👩‍👧é你"

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoModelForCausalLM
 
-from split.generation.engine import Answer, Engine
-from split.generation.request import Request, Token
+from isthmus.split.inference.engine import Answer, Engine
+from isthmus.split.inference.request import Request, Token
 from tests.split.tiny_models import VOCABULARY, make_model
 
 T = TypeVar("T")

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from split.models.source import open_model
-from split.models.stage import Stage, StageSpec, build_stages
+from isthmus.split.models.source import open_model
+from isthmus.split.models.stage import Stage, StageSpec, build_stages
 
 
 def blocks(folder: Path, first: int = 1, last: int = 4) -> Stage:

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from split.errors import BadRequest, UnsupportedModel
-from split.models.source import open_model
-from split.runtime.base import Row
-from split.runtime.choose import AUTO, ONNX, TORCH, RuntimeChoice, make_head, make_runtime, pick_runtime
-from split.runtime.onnx_runtime import OnnxRuntime
-from split.runtime.torch_runtime import TorchRuntime
+from isthmus.split.errors import BadRequest, UnsupportedModel
+from isthmus.split.models.source import open_model
+from isthmus.split.runtime.base import Row
+from isthmus.split.runtime.choose import AUTO, ONNX, TORCH, RuntimeChoice, make_head, make_runtime, pick_runtime
+from isthmus.split.runtime.onnx_runtime import OnnxRuntime
+from isthmus.split.runtime.torch_runtime import TorchRuntime
 from tests.split.tiny_models import make_model
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from split.errors import BadRequest
-from split.models.source import ModelFolder, TensorSource, open_model
-from split.runtime import Row
-from split.runtime.onnx_cache import LIMIT, default_cache
-from split.runtime.onnx_graph import write_blocks
-from split.runtime.onnx_runtime import OnnxRuntime
-from split.runtime.onnx_weights import BITS, quantise
+from isthmus.split.errors import BadRequest
+from isthmus.split.models.source import ModelFolder, TensorSource, open_model
+from isthmus.split.runtime import Row
+from isthmus.split.runtime.onnx_cache import LIMIT, default_cache
+from isthmus.split.runtime.onnx_graph import write_blocks
+from isthmus.split.runtime.onnx_runtime import OnnxRuntime
+from isthmus.split.runtime.onnx_weights import BITS, quantise
 from tests.split.tiny_models import make_model
 
 HIDDEN = 64
@@ -37,7 +37,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         made.append(weights)
         write_blocks(source, shape, weights, folder)
 
-    monkeypatch.setattr("split.runtime.onnx_runtime.write_blocks", count)
+    monkeypatch.setattr("isthmus.split.runtime.onnx_runtime.write_blocks", count)
     return made
 
 
@@ -165,7 +165,7 @@ def test_a_graph_that_another_process_uses_stays(folder: Path, tmp_path: Path, m
     compute(source, cache)
     (entry,) = entries(cache)
     program = (
-        f"import sys; from pathlib import Path; from split.runtime.onnx_cache import Graph; "
+        f"import sys; from pathlib import Path; from isthmus.split.runtime.onnx_cache import Graph; "
         f"graph = Graph(Path({str(entry)!r})); print('here', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program]

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from split.errors import BadModelFolder, BadRequest, UnsupportedModel
-from split.models.source import open_model
-from split.models.stage import StageSpec, build_stages
-from split.runtime import BadPosition, Row
-from split.runtime.onnx_head import OnnxHead
-from split.runtime.onnx_runtime import OnnxRuntime
-from split.runtime.onnx_shape import SUPPORTED
+from isthmus.split.errors import BadModelFolder, BadRequest, UnsupportedModel
+from isthmus.split.models.source import open_model
+from isthmus.split.models.stage import StageSpec, build_stages
+from isthmus.split.runtime import BadPosition, Row
+from isthmus.split.runtime.onnx_head import OnnxHead
+from isthmus.split.runtime.onnx_runtime import OnnxRuntime
+from isthmus.split.runtime.onnx_shape import SUPPORTED
 from tests.split.runtime.stages import alone, blocks, states_of
 from tests.split.tiny_models import VOCABULARY, change_config, make_model
 
@@ -97,7 +97,7 @@ def test_any_blocks_of_a_model(folders: dict[str, Path], cache: Path, name: str,
 
 
 def test_a_long_text_in_pieces(folders: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("split.runtime.onnx_runtime._PIECE", 17)
+    monkeypatch.setattr("isthmus.split.runtime.onnx_runtime._PIECE", 17)
     text = states(40, 2)
     output = start(folders["llama"], cache).compute([Row(3, 0, 40)], text)
     torch.testing.assert_close(output, alone(blocks(folders["llama"]), text), **CLOSE)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from protos.v1 import coordinator_pb2 as pb
-from split.runtime import speed
-from split.runtime.speed import Speed, Stopped, kept_speeds, kinds, measure_speeds, speed_to_proto, speeds_of
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.runtime import speed
+from isthmus.split.runtime.speed import Speed, Stopped, kept_speeds, kinds, measure_speeds, speed_to_proto, speeds_of
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from split.errors import BadRequest
-from split.models.stage import Stage, StageSpec
-from split.runtime import BadPosition, Row
-from split.runtime.torch_runtime import TorchRuntime
+from isthmus.split.errors import BadRequest
+from isthmus.split.models.stage import Stage, StageSpec
+from isthmus.split.runtime import BadPosition, Row
+from isthmus.split.runtime.torch_runtime import TorchRuntime
 from tests.split.runtime.stages import alone, blocks, states_of
 from tests.split.tiny_models import ARCHITECTURES, make_model
 
@@ -117,6 +117,6 @@ def test_neither_embedding_nor_head_belong_in_it(llama: Stage) -> None:
 
 
 def _architecture() -> Any:
-    from split.models.architectures import ARCHITECTURES as known
+    from isthmus.split.models.architectures import ARCHITECTURES as known
 
     return known["llama"]

@@ -1,0 +1,158 @@
+"""The control actor: the one Ray actor that devices and users talk to. It owns the state folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import ray
+
+from isthmus.coordinator.control.authority import Authority
+from isthmus.coordinator.control.enrolment import start_enrolment
+from isthmus.coordinator.control.interceptors import ErrorInterceptor
+from isthmus.coordinator.control.sessions import Sessions
+from isthmus.coordinator.control.store import Store
+from isthmus.coordinator.gateway.actor import GatewayActor, GatewayTask
+from isthmus.coordinator.jobs.jobs import Jobs
+from isthmus.coordinator.servicer import CoordinatorServicer
+from isthmus.coordinator.stages.measure import MeasureTask, measure_node, measure_training_here
+from isthmus.coordinator.stages.stage_actor import ServingOptions, StageActor, StageTask
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.protos.v1 import coordinator_pb2_grpc
+from isthmus.split.tls import SERVER_OPTIONS, bind, join_address
+
+
+@dataclass(frozen=True)
+class ControlOptions:
+    """What `isthmus up` was told."""
+
+    state: str
+    host: str  # to listen on
+    port: int  # 0: any free one
+    enrolment_port: int
+    advertise: str  # the host under which devices reach this one
+    threads: int  # of a stage actor; 0: all cores
+    device: str  # torch device of the stages
+    stage_ports: tuple[int, int]  # first and last; (0, 0): any free one
+    slow_down: float = 1.0  # of stages: emulates a machine so many times slower
+
+
+class ControlActor:
+    """Made a Ray actor by `isthmus up`."""
+
+    def __init__(self, options: ControlOptions) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        self._options = options
+        self._servers: list[grpc.aio.Server] = []
+        self._profile: pb.Profile | None = None  # of the node where a model is served
+        self._training = 0.0  # FLOP/s of a stage
+
+    async def start(self) -> dict[str, Any]:
+        """Opens the state folder, listens, and says where: {"port", "enrolment_port", "admin", "interrupted"}.
+
+        Raises IsthmusError: a port that is taken, a state folder that cannot be used.
+        """
+        options = self._options
+        state = Path(options.state)
+        self._authority = Authority.open(state)
+        self._store = Store(state / "state.db")
+        self._sessions = Sessions()
+        self._jobs = Jobs(self._store, self._sessions, state, self._start_stage, self._measure, self._measure_training)
+        server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        port = bind(server, options.host, options.port, self._authority.control_credentials())
+        enrolment, enrolment_port = await start_enrolment(
+            self._authority, self._store, options.host, options.enrolment_port, port
+        )
+        self._servers = [enrolment, server]
+        interrupted = self._store.interrupt_running_jobs()
+        servicer = CoordinatorServicer(self._store, self._sessions, self._jobs, self._authority.pin, enrolment_port)
+        coordinator_pb2_grpc.add_CoordinatorServicer_to_server(servicer, server)
+        await server.start()
+        self._port = port
+        admin = self._authority.write_admin(options.advertise, port)
+        return {
+            "port": port,
+            "enrolment_port": enrolment_port,
+            "admin": str(admin),
+            "interrupted": interrupted,
+        }
+
+    async def stage_event(self, job: str, kind: str, device: str, data: str) -> None:
+        """Called by a job's stage actor."""
+        await self._jobs.stage_event(job, kind, device, json.loads(data))
+
+    async def alive(self) -> bool:
+        return True
+
+    async def stop(self) -> None:
+        if not self._servers:  # the start has failed
+            return
+        await self._jobs.stop()
+        for session in self._sessions.all():
+            session.end()
+        for server in self._servers:
+            await server.stop(grace=1)
+        self._store.close()
+
+    async def _measure(self, quiet: bool) -> pb.Profile:
+        """Of a node that serves, measured when it is first asked for. quiet: nothing else is at work, so that it is
+        worth to be kept. Raises RayError and IsthmusError."""
+        if self._profile is not None:
+            return self._profile
+        options = self._options
+        everywhere = options.host in ("", "0.0.0.0", "::")
+        certificate, key = self._authority.issue_stage("measure")
+        task = MeasureTask(
+            file=str(Path(options.state) / "speed.json"),
+            keep=quiet,
+            threads=options.threads,
+            device=options.device,
+            control=join_address(ray.util.get_node_ip_address() if everywhere else options.host, self._port),
+            ca=self._authority.ca_pem,
+            certificate=certificate,
+            key=key,
+        )
+        where: Any = ray.remote(measure_node).options(num_cpus=0, scheduling_strategy="SPREAD", max_retries=0)
+        profile = pb.Profile.FromString(await where.remote(task))
+        if quiet:
+            self._profile = profile
+        return profile
+
+    async def _measure_training(self) -> float:
+        """FLOP/s of a node that a stage may get; measured when it is first asked for. Raises RayError."""
+        if not self._training:
+            where: Any = ray.remote(measure_training_here).options(num_cpus=0, max_retries=0)
+            options = self._options
+            self._training = await where.remote(options.threads, options.device, options.slow_down)
+        return self._training
+
+    async def _start_stage(self, task: StageTask | GatewayTask) -> tuple[Any, str]:
+        """A stage or gateway actor, and where devices reach it. On this node the host is the one that they know."""
+        certificate, key = self._authority.issue_server()
+        stage_certificate, stage_key = self._authority.issue_stage(task.job)
+        serving = ServingOptions(
+            host=self._options.host,
+            certificate=certificate,
+            key=key,
+            ca=self._authority.ca_pem,
+            threads=self._options.threads,
+            device=self._options.device,
+            ports=self._options.stage_ports,
+            slow_down=self._options.slow_down,
+            stage_certificate=stage_certificate,
+            stage_key=stage_key,
+        )
+        control = ray.get_runtime_context().current_actor
+        made = StageActor if isinstance(task, StageTask) else GatewayActor
+        actor: Any = ray.remote(made).options(num_cpus=1).remote(task, serving, control)
+        try:
+            port, node = await actor.start.remote()
+        except BaseException:  # cancelled, too: a half-started stage must not stay
+            ray.kill(actor)
+            raise
+        here = ray.get_runtime_context().get_node_id()
+        return actor, f":{port}" if node["id"] == here else f"{node['address']}:{port}"

@@ -1,0 +1,167 @@
+"""Who had best hold which blocks of a served model, and how fast its answers will come, from what the nodes tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.codecs import parse
+from isthmus.split.errors import BadRequest, UnsupportedModel
+from isthmus.split.inference.serving import CLOUD, ServingConfig, SpanConfig, cache_bytes, format_stages, weight_bytes
+from isthmus.split.link.profile import LinkProfile
+from isthmus.split.models.source import TensorSource
+from isthmus.split.plan.serving import Node, Part, Served, best_chain, best_single, token_seconds
+from isthmus.split.runtime.choose import AUTO, ONNX
+from isthmus.split.runtime.speed import BYTES, Speed, speeds_of
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """spans: that are served. data: of the event that tells about them; None: there is nothing to tell."""
+
+    spans: tuple[SpanConfig, ...]
+    data: dict[str, Any] | None = None
+
+
+def plan_serving(
+    source: TensorSource, serving: ServingConfig, profiles: Mapping[str, pb.Profile], adapter_bytes: float = 0.0
+) -> Plan:
+    """serving: as asked for; without spans they are chosen here. profiles: of CLOUD, and of the devices in question.
+
+    adapter_bytes: of all adapters for one block, at most.
+    Raises BadRequest if spans are to be chosen and the memory of all is not enough.
+    """
+    nodes = {name: _node(name, profile, source, serving) for name, profile in profiles.items()}
+    order = [nodes[CLOUD], *(nodes[name] for name in sorted(nodes) if name != CLOUD)]
+    served = _served(source, serving, profiles[CLOUD], adapter_bytes)
+    if serving.spans:
+        spans = serving.spans
+        away = {name: Node(name, math.inf, None) for name in serving.devices}
+        chain = [Part((away | nodes)[one.holders[0]], one.last - one.first) for one in spans]
+    else:
+        chain = _choose(order, served, serving)
+        spans = _spans(chain)
+    if len(spans) == len(nodes) == 1:
+        return Plan(spans)
+    return Plan(spans, _comparison(format_stages(spans), chain, order, served))
+
+
+def _choose(nodes: Sequence[Node], served: Served, serving: ServingConfig) -> list[Part]:
+    here = nodes[0]
+    if served.room(here) == served.blocks:  # hidden states go to devices because somebody asked for it, or needs them
+        return [Part(here, served.blocks)]
+    chain = best_chain(nodes, served)
+    if chain is None:
+        needed = served.blocks * (served.block_bytes + served.cache_bytes)
+        have = ", ".join(
+            f"{node.name} {node.memory / _GIB:.1f} GiB" + ("" if node.rate else " (not measured yet)") for node in nodes
+        )
+        raise BadRequest(
+            f"nobody has the memory: {served.blocks} blocks take {needed / _GIB:.1f} GiB with room for "
+            f"{serving.room} sequences of {serving.context} tokens, and free for them are: {have}; serve fewer "
+            "sequences, a shorter context, or --weights int4, or connect more devices"
+        )
+    return chain
+
+
+def _spans(chain: Sequence[Part]) -> tuple[SpanConfig, ...]:
+    spans: list[SpanConfig] = []
+    for part in chain:
+        first = spans[-1].last if spans else 0
+        spans.append(SpanConfig(first, first + part.blocks, (part.node.name,)))
+    return tuple(spans)
+
+
+def _comparison(stages: str, chain: Sequence[Part], nodes: Sequence[Node], served: Served) -> dict[str, Any]:
+    """Of a chain with the best single node. Tokens a second of one answer, None: not known."""
+    single = best_single(nodes, served)
+    unknown = sorted({part.node.name for part in chain if not part.node.rate})
+    mine = None if unknown else 1 / token_seconds(chain, served)
+    alone = None if single is None else 1 / token_seconds([single], served)
+    name = "" if single is None else single.node.name
+    same = [part.node.name for part in chain] == [name]
+    if mine is None:
+        line = f"no prediction for {stages}: speed and link of {', '.join(unknown)} are not known yet"
+        if alone is not None:
+            line += f"; {name} alone has the memory and is predicted at {alone:.3g} tokens/s"
+    else:
+        line = f"{stages} is predicted at {mine:.3g} tokens/s (one answer at a time)"
+        if alone is None:
+            able = [node.name for node in nodes if served.room(node) == served.blocks]
+            line += f"; of {', '.join(able)} alone nothing is known yet" if able else "; no single node has the memory"
+        elif not same:
+            line += f"; {name} alone has the memory and would give {alone:.3g}"
+    slower = mine is not None and alone is not None and not same and mine < alone
+    if slower:
+        line += f": use --stages {name}:0-{served.blocks}"
+    return {
+        "message": line,
+        "stages": stages,
+        "tokens_per_second": mine,
+        "single": name,
+        "single_tokens_per_second": alone,
+        "slower": slower,
+    }
+
+
+def _node(name: str, profile: pb.Profile, source: TensorSource, serving: ServingConfig) -> Node:
+    memory = profile.accelerator_bytes or profile.memory_bytes or math.inf
+    if name == CLOUD:
+        memory -= _ends_bytes(source, serving)
+    speed = _speed(profile, source, serving, serving.weights)
+    if speed is None or not profile.HasField("link"):
+        return Node(name, memory, None)
+    link = LinkProfile.from_proto(profile.link)
+    return Node(name, memory, speed.bytes_per_second, speed.block_seconds, speed.batch_seconds, link)
+
+
+def _served(source: TensorSource, serving: ServingConfig, here: pb.Profile, adapter_bytes: float) -> Served:
+    config = source.config
+    one = SpanConfig(0, 1, (CLOUD,))
+    values = config.vocab_size * config.hidden_size
+    weights = _head_weights(serving)
+    head = _speed(here, source, serving, weights)
+    return Served(
+        blocks=config.num_hidden_layers,
+        block_bytes=weight_bytes(source, one, serving) + adapter_bytes,
+        cache_bytes=cache_bytes(source, one, serving),
+        hidden_bytes=parse(serving.codec).wire_bytes((1, config.hidden_size)),
+        gateway_seconds=0.0 if head is None else head.batch_seconds + values * BYTES[weights] / head.bytes_per_second,
+    )
+
+
+def _speed(profile: pb.Profile, source: TensorSource, serving: ServingConfig, weights: str) -> Speed | None:
+    """Of the runtime that a holder there will have."""
+    block = weight_bytes(source, SpanConfig(0, 1, (CLOUD,)), serving)
+    known = [
+        speed
+        for speed in speeds_of(profile)
+        if speed.weights == weights
+        and (serving.runtime == AUTO or speed.runtime == serving.runtime)
+        and (speed.runtime != ONNX or _has_graph(source))
+    ]
+    return min(known, key=lambda speed: speed.seconds(block), default=None)
+
+
+def _has_graph(source: TensorSource) -> bool:
+    from isthmus.split.runtime.onnx_shape import check_supported
+
+    try:
+        check_supported(source.config)
+    except UnsupportedModel:
+        return False
+    return True
+
+
+def _head_weights(serving: ServingConfig) -> str:
+    return "int8" if serving.weights == "int4" else serving.weights  # as `make_head` has it
+
+
+def _ends_bytes(source: TensorSource, serving: ServingConfig) -> float:
+    values: int = source.config.vocab_size * source.config.hidden_size
+    return values * (BYTES["float32"] + BYTES[_head_weights(serving)])

@@ -1,0 +1,244 @@
+"""The Ray actor that hosts one job's stage and serves Stage.Exchange itself: activations pass no other process."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import ray
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from isthmus.coordinator.control.interceptors import ErrorInterceptor
+from isthmus.coordinator.stages.exchange import ExchangeServicer
+from isthmus.protos.v1 import stage_pb2_grpc
+from isthmus.split.dlora.backbone import Backbone
+from isthmus.split.dlora.host import BackboneHost
+from isthmus.split.errors import IsthmusError
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.shapes import asked, from_plain
+from isthmus.split.link.protocol import Rules
+from isthmus.split.link.session import Host
+from isthmus.split.lora.lora import initial_adapter, lora_config, save_adapter, shapes_of, unflatten
+from isthmus.split.lora.sites import layout_of
+from isthmus.split.models.precision import pick_device, pick_precision
+from isthmus.split.models.source import open_model
+from isthmus.split.plan.costs import Costs
+from isthmus.split.plan.moving import Mover
+from isthmus.split.plan.parts import Parts, merging_of, parts_of, server_stages
+from isthmus.split.resources.ledger import Ledger, Traffic
+from isthmus.split.tls import SERVER_OPTIONS, Peer, bind_one_of, server_credentials
+from isthmus.split.training.checkpoint import CheckpointFolder
+from isthmus.split.training.host import StageHost, Tell
+from isthmus.split.training.server import ServerTrainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageTask:
+    """What a stage actor is told: plain values, for they travel through Ray."""
+
+    job: str
+    model: str  # folder on this machine
+    base_model: str  # as the user named it
+    training: str  # JSON of TrainingConfig
+    devices: dict[str, str]  # name -> serial of its certificate
+    stage_digests: dict[int, str]  # of what a device holds, by cut
+    shapes: dict[str, list[int]]  # cut and rank of each device
+    memory: dict[str, float]  # bytes, of each device; 0: not known
+    folder: str  # of the job: checkpoints and the adapter go there
+    resume: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingOptions:
+    """How a stage actor computes and listens."""
+
+    host: str
+    certificate: bytes
+    ca: bytes
+    threads: int  # 0: all cores
+    device: str  # torch device: auto, cpu, cuda
+    ports: tuple[int, int]  # first and last that a stage may listen on; (0, 0): any free one
+    key: bytes = dataclasses.field(repr=False)
+    slow_down: float = 1.0  # in training: emulates a machine so many times slower
+    stage_certificate: bytes = b""  # with which a gateway's own holders come to it
+    stage_key: bytes = dataclasses.field(default=b"", repr=False)
+
+
+class StageActor:
+    """Made a Ray actor by `start_stage_actor`. `control` is told of every event."""
+
+    def __init__(self, task: StageTask, serving: ServingOptions, control: Any) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        self._task, self._serving, self._control = task, serving, control
+        self._devices = dict(task.devices)
+        self._finished: asyncio.Future[dict[str, Any]] | None = None
+        self._traffic = {name: Traffic() for name in task.devices}
+        self._server: grpc.aio.Server | None = None
+        self._host: Host | None = None
+        self._result: Callable[[], dict[str, Any]] = dict
+        self._events: asyncio.Queue[tuple[str, str, dict[str, Any]]] = asyncio.Queue()
+        self._telling: asyncio.Task[None] | None = None
+
+    async def start(self) -> tuple[int, dict[str, str]]:
+        """Loads the stage and serves it at a free port; returns the port, and this node's id and address."""
+        torch.set_num_threads(self._serving.threads or os.cpu_count() or 1)
+        loop = asyncio.get_running_loop()
+        self._finished = loop.create_future()
+        self._config = TrainingConfig.from_json(self._task.training)
+        self._telling = asyncio.create_task(self._tell_events())
+
+        def tell(kind: str, device: str, data: dict[str, Any]) -> None:  # in the host's thread
+            loop.call_soon_threadsafe(self._events.put_nowait, (kind, device, data))
+
+        self._host, rules = host, rules = await asyncio.to_thread(self._build, tell)
+        self._servicer = ExchangeServicer(host, rules, self._allowed, self._traffic)
+        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        stage_pb2_grpc.add_StageServicer_to_server(self._servicer, self._server)
+        credentials = server_credentials(self._serving.certificate, self._serving.key, self._serving.ca)
+        port = bind_one_of(self._server, self._serving.host, self._serving.ports, credentials)
+        await self._server.start()
+        return port, {"id": ray.get_runtime_context().get_node_id(), "address": ray.util.get_node_ip_address()}
+
+    async def finished(self) -> dict[str, Any]:
+        """Waits for the end; the report's parts that only this side knows, and the adapter's folder."""
+        assert self._finished is not None
+        return await self._finished
+
+    async def start_without(self, missing: list[str]) -> None:
+        assert self._host is not None
+        self._host.start_without(set(missing))
+
+    async def allow(self, device: str, serial: str) -> None:
+        """From now on a device of this job comes with this certificate, and with no other."""
+        if self._devices.get(device) != serial:
+            self._devices[device] = serial
+            self._servicer.drop(device)
+
+    async def revoke(self, device: str) -> None:
+        self._devices.pop(device, None)
+        self._servicer.drop(device)
+
+    async def stop(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
+        if self._server is not None:
+            await self._server.stop(grace=1)
+        if self._host is not None:
+            await asyncio.to_thread(self._host.close)
+
+    def _build(self, tell: Tell) -> tuple[Host, Rules]:
+        """What serves the job's devices, and the checks of their frames; from here on `_result` knows its end."""
+        source, config = open_model(self._task.model), self._config
+        shapes = from_plain(self._task.shapes)
+        parts = parts_of(source.config, config, next(iter(shapes.values())))
+        device = pick_device(self._serving.device)
+        dtype = pick_precision(config.precision, device)
+        checkpoints = CheckpointFolder(Path(self._task.folder) / "checkpoints")
+        digests = list(self._task.stage_digests.values())
+        common: dict[str, Any] = {
+            "initial_adapter": initial_adapter(parts.adapter, config.seed),
+            "stage_digest": digests[0] if len(digests) == 1 else self._task.stage_digests,
+            "checkpoints": checkpoints,
+            "resume": checkpoints.last() if self._task.resume else None,
+            "tell": tell,
+        }
+        ledger = Ledger(slow_down=self._serving.slow_down)
+        if ledger.slow_down > 1:
+            log.warning("job %s: emulating a machine %g times slower", self._task.job, ledger.slow_down)
+        segments = server_stages(source, config, shapes, device)
+        lora = lora_config(config, source.config)
+        layout = layout_of(source.config, config) if config.dlora else None
+        if layout is not None:
+            layouts = {name: layout.cut_at(shape.cut, shape.rank) for name, shape in shapes.items()}
+            personal = BackboneHost(Backbone(segments, layout, ledger, dtype=dtype), config, layouts, **common)
+            self._result = lambda: self._result_of_devices(personal, parts, lora)
+            host: Host = personal
+        else:
+            merging = merging_of(source.config, config, shapes)
+            moves = merging is not None and asked(config)[0].automatic
+            split = StageHost(
+                ServerTrainer(
+                    segments, config, ledger, dtype=dtype, cuts={name: shape.cut for name, shape in shapes.items()}
+                ),
+                config,
+                set(self._task.devices),
+                merging=merging,
+                mover=Mover(Costs(source.config, config), self._task.memory) if moves else None,
+                segments=lambda shapes: server_stages(source, config, shapes, device),
+                **common,
+            )
+            self._result = lambda: self._result_of_split(split, parts, lora)
+            host = split
+        adapter, model = shapes_of(parts.adapter), source.config
+        return host, Rules(self._task.job, config, model.hidden_size, model.vocab_size, adapter, layout)
+
+    def _allowed(self, peer: Peer) -> bool:
+        return self._devices.get(peer.name) == peer.serial
+
+    async def _tell_events(self) -> None:
+        """One after the other, and the end after all others: Ray may run an async actor's calls in any order."""
+        while True:
+            kind, device, data = await self._events.get()
+            if kind == "finished":
+                try:
+                    self._end(await asyncio.to_thread(self._result))
+                except Exception as error:  # whatever it is, the job ends with it and does not wait for ever
+                    log.exception("job %s: the adapter cannot be written", self._task.job)
+                    self._give_up(f"the adapter cannot be written: {error}")
+            elif kind == "failed":
+                self._give_up(str(data["message"]))
+            else:
+                try:
+                    await self._control.stage_event.remote(self._task.job, kind, device, json.dumps(data))
+                except Exception as error:  # a full disk, say: what cannot be recorded must not go on unseen
+                    log.exception("job %s: the coordinator did not take an event", self._task.job)
+                    self._give_up(f"the coordinator could not record the job's progress: {error}")
+
+    def _result_of_split(self, host: StageHost, parts: Parts, lora: LoraConfig) -> dict[str, Any]:
+        """Writes the adapter; the report's parts that only this side knows."""
+        outcome = host.outcome()
+        tensors = outcome.merged or {**unflatten(parts.adapter, outcome.device_adapter), **outcome.server}
+        adapter = self._write(tensors, lora)
+        return {
+            "adapter": adapter,
+            "losses": outcome.losses,
+            "resources": outcome.resources,
+            **self._counted(host.ledger),
+        }
+
+    def _result_of_devices(self, host: BackboneHost, parts: Parts, lora: LoraConfig) -> dict[str, Any]:
+        """Of DLoRA: there is an adapter here only where the devices' were averaged."""
+        adapter = None if host.average is None else self._write(unflatten(parts.adapter, host.average), lora)
+        return {"adapter": adapter, "resources": host.resources, **self._counted(host.ledger)}
+
+    def _write(self, tensors: Mapping[str, Tensor], lora: LoraConfig) -> str:
+        folder = Path(self._task.folder) / "adapter"
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, which ended before it could say so
+        save_adapter(folder, dict(sorted(tensors.items())), lora, self._task.base_model)
+        return str(folder)
+
+    def _counted(self, ledger: Ledger) -> dict[str, Any]:
+        for traffic in self._traffic.values():
+            ledger.traffic.add(traffic)
+        rows = {name: traffic.rows() for name, traffic in self._traffic.items()}
+        return {"coordinator": ledger.summary(), "traffic": rows}
+
+    def _end(self, result: dict[str, Any]) -> None:
+        if self._finished is not None and not self._finished.done():
+            self._finished.set_result(result)
+
+    def _give_up(self, message: str) -> None:
+        if self._finished is not None and not self._finished.done():
+            self._finished.set_exception(IsthmusError(message))

@@ -1,0 +1,162 @@
+"""Drafts of the answers of a batch: how many are worth it, asking for them, and going on while they are verified.
+
+All answers of a batch get as many: a batch whose rows are alike is computed together. The number is the one that
+promises the most tokens a second, 0 included, from what batches, drafts and reading have cost lately.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from itertools import takewhile
+
+from isthmus.split.inference.drafts import Ask, Drafter
+from isthmus.split.inference.ends import Ends
+from isthmus.split.inference.pace import BatchCost, Mean, Pace, shared_mean
+from isthmus.split.inference.stream import Stream
+
+log = logging.getLogger(__name__)
+
+_MOST = 10  # drafts of an answer in a batch
+_LEAST_LEFT = 8  # tokens that an answer still has to have for its first drafts
+_WORTH = 1.03  # drafts have to promise so much more
+_FIRST_REST, _LONGEST_REST = 8, 256  # batches without drafts until some are tried again, doubled each time in vain
+_TRIAL = 2  # drafts of such a try
+_TRIAL_SHARE = 0.03  # of the time of the rest before it that a try may take
+_CAUGHT_UP = 16  # tokens: a drafter that has more to read is not timed
+
+
+class Drafting:
+    """Of one engine. waiting: seconds of a batch lately in which nobody computed."""
+
+    def __init__(self, drafter: Drafter, ends: Ends, waiting: Callable[[], float]) -> None:
+        self._drafter: Drafter | None = drafter
+        self._ends, self._waiting = ends, waiting
+        self._cost, self._per_draft = BatchCost(), Mean(0.0, 0.2)
+        self._shared = shared_mean()
+        self._rest = _FIRST_REST
+        self._without = 0  # batches since there were drafts
+
+    def begin(self, stream: Stream) -> None:
+        stream.pace = Pace(self._shared)
+
+    def forget(self, sequence: int) -> None:
+        if self._drafter is not None:
+            self._drafter.forget(sequence)
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """A batch of answers."""
+        self._cost.add(tokens, seconds)
+
+    async def prepare(self, batch: Sequence[Stream]) -> None:
+        """Gives the answers of the next batch their drafts."""
+        chosen, count = self._choose(batch)
+        if not chosen or not count:
+            return
+        asks = [_ask(stream, min(count, self._most(stream))) for stream in chosen]
+        unread = 0 if self._drafter is None else max(map(self._drafter.unread, asks))
+        started = time.perf_counter()
+        proposed = await self._propose(asks, lambda: False)
+        seconds = time.perf_counter() - started
+        for stream, drafts in zip(chosen, proposed, strict=True):
+            # Two models' tables may be padded differently: what this one has not cannot be fed to it.
+            stream.drafts = list(takewhile(lambda token: token < self._ends.vocabulary, drafts))
+            stream.pace.proposed(len(drafts))
+        longest = max(map(len, proposed))
+        if longest and unread <= _CAUGHT_UP:
+            self._per_draft.add(seconds / longest)
+
+    @contextlib.asynccontextmanager
+    async def going_on(self, batch: Sequence[Stream]) -> AsyncIterator[None]:
+        """Meanwhile what follows is guessed, as if the drafts under way were right, if there is time for it."""
+        asks = [
+            _ask(stream, count)
+            for stream in batch
+            if stream.drafts and (count := min(len(stream.drafts) + 1, self._most(stream) - len(stream.drafts))) > 0
+        ]
+        if self._drafter is None or not asks or self._waiting() < self._drafter.seconds:
+            yield
+            return
+        enough = asyncio.Event()
+        task = asyncio.create_task(self._propose(asks, enough.is_set))
+        try:
+            yield
+        finally:
+            enough.set()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _propose(self, asks: Sequence[Ask], enough: Callable[[], bool]) -> list[list[int]]:
+        """Without a drafter, or with one that fails, there are no drafts: answers do not depend on them."""
+        try:
+            return [[] for _ in asks] if self._drafter is None else await self._drafter.propose(asks, enough)
+        except Exception:  # too little memory, a bug
+            log.exception("drafting failed; answers go on without drafts")
+            self._drafter = None
+            return [[] for _ in asks]
+
+    def _most(self, stream: Stream) -> int:
+        """Drafts that this answer may have now. No row may cross the place where rotary tables change."""
+        most = stream.left - 1
+        boundary = self._ends.rotary_boundary
+        if boundary is not None and len(stream.tokens) <= boundary:
+            most = min(most, boundary - len(stream.tokens))
+        return min(most, _MOST + len(stream.drafts))
+
+    def _choose(self, batch: Sequence[Stream]) -> tuple[list[Stream], int]:
+        """Which answers get drafts, and how many each."""
+        able = [stream for stream in batch if not stream.pace.pauses() and self._most(stream) > 0]
+        if self._drafter is None or not able:
+            return [], 0
+        if not self._cost.known:  # every other batch, until it is known what drafts cost
+            self._without ^= 1
+            ready = [stream for stream in able if stream.left >= _LEAST_LEFT or stream.timing.drafted]
+            return ready, self._without * _TRIAL
+        counts = range(1 + max(map(self._most, able)))
+        best = max(counts, key=lambda count: self._rate(able, len(batch), count))
+        if best and self._rate(able, len(batch), best) >= _WORTH * self._rate(able, len(batch), 0):
+            worth = [stream for stream in able if self._gain(stream, len(batch), best) > self._reading(stream)]
+            if worth:
+                self._rest, self._without = _FIRST_REST, 0
+                return worth, best
+        self._without += 1
+        if self._without <= self._rest:
+            return [], 0
+        spent = self._rest * self._cost(len(batch))
+        self._rest, self._without = min(2 * self._rest, _LONGEST_REST), 0
+        one = min(able, key=self._reading)
+        extra = (
+            self._reading(one)
+            + _TRIAL * self._per_draft.value
+            + self._cost(len(batch) + _TRIAL)
+            - self._cost(len(batch))
+        )
+        return ([one], _TRIAL) if extra <= _TRIAL_SHARE * spent else ([], 0)
+
+    def _rate(self, able: Sequence[Stream], size: int, count: int) -> float:
+        """Expected tokens a second of a batch of so many answers, of which some have so many drafts."""
+        tokens = size - len(able) + sum(stream.pace.expected(min(count, self._most(stream))) for stream in able)
+        return tokens / self._seconds(size, len(able), count)
+
+    def _gain(self, stream: Stream, size: int, count: int) -> float:
+        """Seconds that such drafts will have spared the answer by its end."""
+        with_drafts = self._seconds(size, size, count) / stream.pace.expected(count)
+        return stream.left * (self._cost(size) - with_drafts)
+
+    def _seconds(self, size: int, drafted: int, count: int) -> float:
+        return max(1e-9, self._cost(size + drafted * count) + count * self._per_draft.value)
+
+    def _reading(self, stream: Stream) -> float:
+        """Seconds until the drafter knows what there is of this answer."""
+        if self._drafter is None or not self._drafter.reading_seconds:
+            return 0.0
+        return self._drafter.reading_seconds * self._drafter.unread(_ask(stream, 1))
+
+
+def _ask(stream: Stream, count: int) -> Ask:
+    """For what follows, if the drafts that it has already are right."""
+    place = stream.place + len(stream.drafts)
+    tokens = [*stream.tokens, *stream.drafts]
+    return Ask(stream.sequence, tokens, place, count, stream.choose, stream.request.adapter, stream.long)

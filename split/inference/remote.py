@@ -1,0 +1,118 @@
+"""The side of a holder's stream that has the batches: they go out, results come in. At a gateway, or at a device that
+uses the chain, to which the gateway is the holder."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Sequence
+
+from torch import Tensor
+
+from isthmus.protos.v1 import chain_pb2 as pb
+from isthmus.split.errors import BadFrame, IsthmusError, LinkLost
+from isthmus.split.inference.chain import Cost
+from isthmus.split.inference.wire import HiddenCoder, rows_to_proto
+from isthmus.split.runtime.base import BadPosition, Row
+
+
+class RemoteHolder:
+    """A Holder across the network. Whoever serves its stream sends what `messages` gives and calls `heard`.
+
+    timeout: seconds for one batch, after which the holder counts as gone.
+    """
+
+    def __init__(self, name: str, codec: str, seed: int, hidden_size: int, *, timeout: float = 60.0) -> None:
+        self.name, self.cost = name, Cost()
+        self.gone = False
+        self._coder = HiddenCoder(codec, seed, hidden_size)
+        self._timeout = timeout
+        self._outbox: asyncio.Queue[pb.ToHolder | None] = asyncio.Queue()
+        self._outbox.put_nowait(pb.ToHolder(agreed=pb.Agreed(codec=codec, seed=seed)))
+        # Batch, its tokens, who waits.
+        self._due: deque[tuple[int, int, asyncio.Future[tuple[Tensor, float]]]] = deque()
+        self._last = self._answered = 0  # batches
+        self._ended: IsthmusError | None = None
+        self._watch: asyncio.TimerHandle | None = None
+
+    async def compute(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
+        if self.gone or self._ended is not None:
+            raise LinkLost(f"{self.name} has gone")
+        started = time.perf_counter()
+        coding = self._coder.seconds
+        self._last += 1
+        batch = pb.Batch(id=self._last, rows=rows_to_proto(rows), hidden=self._coder.encode(hidden))
+        self.cost.coding += self._coder.seconds - coding
+        self.cost.sent += batch.ByteSize()
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[tuple[Tensor, float]] = loop.create_future()
+        self._due.append((batch.id, len(hidden), result))
+        self._outbox.put_nowait(pb.ToHolder(batch=batch))
+        if self._watch is None:
+            self._watch = loop.call_later(self._timeout, self._look, self._answered)
+        output, computing = await result
+        self.cost.add(len(hidden), time.perf_counter() - started, computing)
+        return output
+
+    def _look(self, answered: int) -> None:
+        """Since a timeout ago so many had been answered: if none has been since, and one is due, nobody is there."""
+        self._watch = None
+        if self._due and self._answered == answered:
+            self.end(LinkLost(f"it did not answer for {self._timeout:.0f} s"))
+        elif self._due:
+            self._watch = asyncio.get_running_loop().call_later(self._timeout, self._look, self._answered)
+
+    def forget(self, sequences: Iterable[int]) -> None:
+        if not self.gone:
+            self._outbox.put_nowait(pb.ToHolder(forget=pb.Forget(sequences=sequences)))
+
+    async def messages(self) -> AsyncIterator[pb.ToHolder]:
+        """Until the end."""
+        while (message := await self._outbox.get()) is not None:
+            yield message
+
+    def heard(self, message: pb.FromHolder) -> None:
+        """Raises BadFrame or BadTensor for what was not agreed: the stream has to end with it."""
+        kind = message.WhichOneof("kind")
+        if kind == "leaving":
+            self.gone = True
+            self._close_if_done()
+            return
+        result = message.result
+        if kind != "result" or not self._due or self._due[0][0] != result.id:
+            raise BadFrame(f"{self.name} sent {kind} out of turn")
+        _, tokens, waiting = self._due[0]
+        self._answered += 1
+        self.cost.received += message.ByteSize()
+        if result.HasField("hidden"):
+            coding = self._coder.seconds
+            output = self._coder.decode(result.hidden, tokens)
+            self.cost.coding += self._coder.seconds - coding + _seconds(result.coding_seconds)
+            self._due.popleft()  # not before: what cannot be decoded is lost with the stream
+            if not waiting.done():
+                waiting.set_result((output, _seconds(result.computing_seconds)))
+        else:
+            self._due.popleft()
+            line = f"{self.name}: {result.error[:500]}"
+            if not waiting.done():
+                waiting.set_exception(BadPosition(line) if result.bad_position else IsthmusError(line))
+        self._close_if_done()
+
+    def end(self, error: IsthmusError) -> None:
+        """The stream has ended: what is under way is lost."""
+        self.gone, self._ended = True, error
+        while self._due:
+            waiting = self._due.popleft()[2]
+            if not waiting.done():
+                waiting.set_exception(LinkLost(f"{self.name}: {error}"))
+        self._outbox.put_nowait(None)
+
+    def _close_if_done(self) -> None:
+        if self.gone and not self._due:
+            self._outbox.put_nowait(None)
+
+
+def _seconds(told: float) -> float:
+    """What a holder says of itself; 0 for what cannot be."""
+    return told if 0 <= told < 1e6 else 0.0

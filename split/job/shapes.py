@@ -1,0 +1,144 @@
+"""What each device has of a job: its cut and its rank, as the user asks for them by name and as they are then.
+
+A device of cut c holds blocks 0..c-1. Its adapter has its own rank, and the scale of the whole job, alpha / rank of
+the configuration, whatever its own rank is: so products B A of different devices can be added up. A device of rank 0
+trains nothing but takes part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from isthmus.split.errors import BadRequest
+
+if TYPE_CHECKING:
+    from isthmus.split.job.config import TrainingConfig
+
+AUTO = "auto"
+AVERAGE, PADDING, STACKING, SVD = "average", "padding", "stacking", "svd"
+AGGREGATIONS = (AVERAGE, PADDING, STACKING, SVD)
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """cut: blocks that a device holds; rank: of its adapter."""
+
+    cut: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"cut {self.cut}, rank {self.rank}"
+
+
+@dataclass(frozen=True)
+class ByName:
+    """A number for each device, None for `auto`. rest: of the devices that are not named."""
+
+    rest: int | None
+    named: Mapping[str, int | None] = field(default_factory=dict)
+
+    def of(self, device: str) -> int | None:
+        return self.named.get(device, self.rest)
+
+    def but(self, device: str, number: int) -> ByName:
+        """With this number for this device."""
+        return ByName(self.rest, {**self.named, device: number})
+
+    @property
+    def numbers(self) -> list[int]:
+        return [value for value in (self.rest, *self.named.values()) if value is not None]
+
+    @property
+    def automatic(self) -> bool:
+        return None in (self.rest, *self.named.values())
+
+
+def parse_by_name(option: str, text: str, rest: int) -> ByName:
+    """`auto`, `N` or `NAME=N,NAME=auto,N`, where the last without a name is for the rest; rest: what it is without one.
+
+    Raises BadRequest, with the option's name.
+    """
+    named: dict[str, int | None] = {}
+    others: list[int | None] = []
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        name, equals, value = part.rpartition("=")
+        number = None if value.strip() == AUTO else _number(option, text, value.strip())
+        if not equals:
+            others.append(number)
+        elif not name.strip() or name.strip() in named:
+            raise BadRequest(f"{option} {text}: {name.strip() or 'a device without a name'} is there twice, or is none")
+        else:
+            named[name.strip()] = number
+    if len(others) > 1 or not parts:
+        raise BadRequest(f"{option} {text!r}: write auto, N or NAME=N,NAME=auto,N (the last is for the rest)")
+    return ByName(others[0] if others else rest, named)
+
+
+def options_of(cut: str, rank: str, default: TrainingConfig) -> dict[str, Any]:
+    """The fields of TrainingConfig for the command's `--cut` and `--rank`. The job's own rank, which gives the scale,
+    is the largest number that `rank` names, the default without one."""
+    cuts = parse_by_name("--cut", cut, default.cut_layer)
+    ranks = parse_by_name("--rank", rank, 0)
+    own = max(ranks.numbers, default=0)
+    if ranks.named or ranks.rest is None:  # without a name, a 0 is for all of the job, and refused there
+        own = own or default.rank
+    return {
+        "cut_layer": default.cut_layer if cuts.rest is None else cuts.rest,
+        "rank": own,
+        "cuts": cut if cuts.named or cuts.rest is None else "",
+        "ranks": rank if ranks.named or ranks.rest is None else "",
+    }
+
+
+def asked(config: TrainingConfig) -> tuple[ByName, ByName]:
+    """What a job's user wants of cuts and ranks."""
+    cuts = parse_by_name("cut", config.cuts, config.cut_layer) if config.cuts else ByName(config.cut_layer)
+    ranks = parse_by_name("rank", config.ranks, config.rank) if config.ranks else ByName(config.rank)
+    return cuts, ranks
+
+
+def check_named(config: TrainingConfig, devices: Iterable[str]) -> None:
+    """Raises BadRequest where a cut or a rank is for a device that has no part in the job."""
+    known = set(devices)
+    for option, wanted in zip(("--cut", "--rank"), asked(config), strict=True):
+        strange = sorted(set(wanted.named) - known)
+        if strange:
+            raise BadRequest(f"{option} names {strange[0]}, which is not among the devices: {', '.join(sorted(known))}")
+
+
+def fixed_shapes(config: TrainingConfig, devices: Iterable[str]) -> dict[str, Shape]:
+    """Of a job without `auto`."""
+    cuts, ranks = asked(config)
+    shapes = {}
+    for device in sorted(devices):
+        cut, rank = cuts.of(device), ranks.of(device)
+        if cut is None or rank is None:
+            raise BadRequest(f"the cut and rank of {device} are auto: they are chosen where devices are measured")
+        shapes[device] = Shape(cut, rank)
+    return shapes
+
+
+def aggregation_of(config: TrainingConfig, shapes: Mapping[str, Shape]) -> str:
+    """The name of the aggregation. Raises BadRequest for `average` of adapters of different ranks."""
+    alike = len({shape.rank for shape in shapes.values()} | {config.rank}) == 1
+    if config.aggregation == AVERAGE and not alike:
+        raise BadRequest("--aggregation average needs the same rank on all devices; choose padding, stacking or svd")
+    return config.aggregation or (AVERAGE if alike else SVD)
+
+
+def as_plain(shapes: Mapping[str, Shape]) -> dict[str, list[int]]:
+    """For JSON and for Ray."""
+    return {device: [shape.cut, shape.rank] for device, shape in sorted(shapes.items())}
+
+
+def from_plain(plain: Mapping[str, Iterable[int]]) -> dict[str, Shape]:
+    return {device: Shape(*values) for device, values in plain.items()}
+
+
+def _number(option: str, text: str, value: str) -> int:
+    if not value.isdecimal():
+        raise BadRequest(f"{option} {text}: {value!r} is neither a number nor auto")
+    return int(value)

@@ -1,0 +1,182 @@
+"""What a job has made, on disk: whole or not at all, safetensors and JSON only."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from isthmus.split.errors import WrongState
+
+_KEPT = 2  # the last one, and the one before it in case the other side had not got that far
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The server's side after `step` steps: its adapter and optimiser, and the devices' averaged adapter."""
+
+    step: int
+    server: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    device_adapter: Tensor | None  # flat, (values,); None before the first aggregation
+    losses: list[float]
+    stage_digest: str = ""  # of the model files that the devices hold
+    merged: dict[str, Tensor] = field(default_factory=dict)  # of devices that differ: see split/aggregation/merging.py
+    shapes: dict[str, list[int]] = field(default_factory=dict)  # of the devices: cut and rank, where they differ
+
+
+class CheckpointFolder:
+    """Checkpoints of one job: FOLDER/step-00000100/{state.safetensors, state.json}."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        tensors = {
+            **{f"server/{name}": value for name, value in checkpoint.server.items()},
+            **{f"optimizer/{name}": value for name, value in checkpoint.optimizer.items()},
+            **{f"merged/{name}": value for name, value in checkpoint.merged.items()},
+        }
+        if checkpoint.device_adapter is not None:
+            tensors["device_adapter"] = checkpoint.device_adapter
+        described = {
+            "step": checkpoint.step,
+            "losses": checkpoint.losses,
+            "stage_digest": checkpoint.stage_digest,
+            "shapes": checkpoint.shapes,
+        }
+        return _save(self.folder, checkpoint.step, tensors, described)
+
+    def last(self) -> Checkpoint | None:
+        """The newest checkpoint, or None before the first. Raises WrongState when it cannot be read."""
+        steps = _steps(self.folder)
+        if not steps:
+            return None
+        tensors, described = _load(self.folder, steps[-1])
+        return Checkpoint(
+            described["step"],
+            _part(tensors, "server/"),
+            _part(tensors, "optimizer/"),
+            tensors.get("device_adapter"),
+            described["losses"],
+            described["stage_digest"],
+            _part(tensors, "merged/"),
+            described.get("shapes", {}),
+        )
+
+
+class OptimizerRecord:
+    """A device's own optimiser state of one job, at the steps at which the job has checkpoints."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, step: int, state: Mapping[str, Tensor]) -> None:
+        _save(self.folder, step, dict(state), {"step": step})
+
+    def last_step(self) -> int:
+        """The newest recorded step; 0 without one."""
+        return max(_steps(self.folder), default=0)
+
+    def drop_after(self, step: int) -> None:
+        """Forgets what an earlier run recorded beyond the step at which the job goes on."""
+        for later in (known for known in _steps(self.folder) if known > step):
+            shutil.rmtree(self.folder / f"step-{later:08d}")
+
+    def load(self, step: int) -> dict[str, Tensor]:
+        """The state at `step`; empty when this device has none (it was not there): its optimiser then starts anew."""
+        return _load(self.folder, step)[0] if step in _steps(self.folder) else {}
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """A device's side after `step` steps. adapter: flat. controller: JSON-able, of what decides which modules train.
+    trained: names of those that do; told: the values of the last STEP."""
+
+    step: int
+    adapter: Tensor
+    optimizer: dict[str, Tensor]
+    controller: dict[str, Any]
+    trained: list[str] | None = None  # None: all
+    told: dict[str, float] = field(default_factory=dict)
+
+
+class DeviceRecord:
+    """All that a device has of a job of its own (DLoRA), at the job's checkpoints."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, state: DeviceState) -> None:
+        tensors = {"adapter": state.adapter, **{f"optimizer/{name}": value for name, value in state.optimizer.items()}}
+        described = {name: getattr(state, name) for name in ("step", "controller", "trained", "told")}
+        _save(self.folder, state.step, tensors, described)
+
+    def last(self) -> DeviceState | None:
+        """The newest one; None before the first. Raises WrongState when it cannot be read."""
+        steps = _steps(self.folder)
+        return self.at(steps[-1]) if steps else None
+
+    def at(self, step: int) -> DeviceState | None:
+        """After `step` steps; None where there is no record of it. Later ones are forgotten."""
+        for later in (known for known in _steps(self.folder) if known > step):
+            shutil.rmtree(self.folder / f"step-{later:08d}")
+        if step not in _steps(self.folder):
+            return None
+        tensors, described = _load(self.folder, step)
+        return DeviceState(adapter=tensors["adapter"], optimizer=_part(tensors, "optimizer/"), **described)
+
+
+def _save(folder: Path, step: int, tensors: dict[str, Tensor], described: Mapping[str, object]) -> Path:
+    final = folder / f"step-{step:08d}"
+    partial = folder / f"partial-{step:08d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, mode=0o700)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, partial / "state.safetensors")
+    (partial / "state.json").write_text(json.dumps(described))
+    for path in (partial / "state.safetensors", partial / "state.json", partial):
+        _sync(path)
+    if final.exists():  # a resumed job passes the same step again
+        shutil.rmtree(final)
+    os.rename(partial, final)
+    _sync(folder)
+    for old in _steps(folder)[:-_KEPT]:
+        shutil.rmtree(folder / f"step-{old:08d}", ignore_errors=True)
+    return final
+
+
+def _load(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    path = folder / f"step-{step:08d}"
+    try:
+        return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise WrongState(f"the checkpoint {path} cannot be read ({error}); remove it to use the one before") from None
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _steps(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    found = (re.fullmatch(r"step-(\d{8})", path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _sync(path: Path) -> None:
+    """Flushes a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

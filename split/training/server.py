@@ -1,0 +1,248 @@
+"""The server's half of a split training step: all devices' micro-batches of one number run through its blocks as one.
+
+Devices may have different cuts. The server has the blocks from the smallest one on, as consecutive segments between the
+cuts; a device's rows enter at its own cut, where they join those that came through the segments before (one autograd
+graph; its leaves are what the devices sent). A segment that some devices hold themselves is a copy for the others: it
+trains on the mean over the tokens of those who use it, as a device does on the mean over its own, so that an
+aggregation weights it like the devices that it stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from isthmus.split.errors import WrongState
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.lora.frozen import FrozenPart
+from isthmus.split.lora.lora import lora_parameters
+from isthmus.split.models.precision import autocast
+from isthmus.split.models.stage import Stage
+from isthmus.split.resources.ledger import Ledger
+from isthmus.split.training.loss import nll
+from isthmus.split.training.optim import Stepper
+
+
+@dataclass
+class _Graph:
+    """What a micro-batch under way holds until its backward pass.
+
+    leaves: by cut, what entered there, (sum of rows, sequence, hidden). entered: where a device's rows are in its leaf.
+    rows: where they are in the outputs.
+    """
+
+    leaves: dict[int, Tensor]
+    entered: dict[str, tuple[int, slice]]
+    outputs: Tensor
+    rows: dict[str, slice]
+
+
+class ServerTrainer:
+    """The coordinator's blocks and their LoRA. cuts: of devices that do not enter at the first segment."""
+
+    def __init__(
+        self,
+        stages: Stage | Sequence[Stage],
+        config: TrainingConfig,
+        ledger: Ledger,
+        *,
+        dtype: torch.dtype,
+        cuts: Mapping[str, int] | None = None,
+    ) -> None:
+        self.config, self.ledger = config, ledger
+        self._dtype = dtype
+        self._graphs: dict[int, _Graph] = {}  # by micro-batch
+        self._total = 0  # predicted tokens of the step, of all devices that take part in its first backward pass
+        self._below: dict[int, int] = {}  # by segment's first block: the tokens of those who use it
+        self.use(stages, cuts or {})
+        self.stepper = Stepper(lora_parameters(self.stages), config)
+
+    def use(self, stages: Stage | Sequence[Stage], cuts: Mapping[str, int]) -> None:
+        """The segments, and where devices enter. Not while a step is under way."""
+        self.stages = [stages] if isinstance(stages, Stage) else list(stages)
+        self.stage = self.stages[-1]
+        self.cuts = dict(cuts)
+        self._device = next(self.stage.parameters()).device
+        self._names = {stage.spec.first: list(lora_parameters([stage])) for stage in self.stages}
+        self.frozen = FrozenPart(self.stages, self.config)
+        self._norms: dict[int, float] = {}  # by segment: of the gradient of the mean over those who use it
+
+    def forward(self, batches: Mapping[str, Tensor], *, micro_batch: int = 0) -> dict[str, Tensor]:
+        """Each device's hidden states at the cut (rows, sequence, hidden) -> its last hidden states, same shape."""
+        graph = self._forward(batches, micro_batch)
+        return {device: graph.outputs[rows].detach() for device, rows in graph.rows.items()}
+
+    def backward(
+        self, gradients: Mapping[str, tuple[Tensor, int]], *, micro_batch: int = 0, last: bool = True
+    ) -> dict[str, Tensor]:
+        """Each device's gradient of its own mean loss by its last hidden states, and the predicted tokens of its whole
+        batch -> the gradient by its hidden states at the cut. A device that has gone since the forward has no part.
+
+        last: it is the step's last micro-batch, after which `norm_squared` is that of the whole step.
+        """
+        graph = self._graphs.pop(micro_batch)
+        joint = torch.zeros_like(graph.outputs)
+        weights = self._weights({device: tokens for device, (_, tokens) in gradients.items()}, micro_batch)
+        for device, (gradient, _) in gradients.items():
+            joint[graph.rows[device]] = gradient.to(self._device) * weights[device]
+        with self.ledger.computing(("backward", graph.outputs.shape, *self._entries(graph))):
+            graph.outputs.backward(joint)
+        return self._gradients_at_cut(graph, weights, last)
+
+    def forward_backward(
+        self,
+        batches: Mapping[str, Tensor],
+        labels: Mapping[str, Tensor],
+        tokens: Mapping[str, int],
+        *,
+        micro_batch: int = 0,
+        last: bool = True,
+    ) -> tuple[dict[str, Tensor], dict[str, tuple[float, int]]]:
+        """With labels at the server: hidden states and labels (rows, sequence), and the predicted tokens of each
+        device's whole batch -> gradients at the cut, and each device's summed loss and predicted tokens in it."""
+        graph = self._forward(batches, micro_batch)
+        del self._graphs[micro_batch]
+        sums = {
+            device: nll(graph.outputs[rows], labels[device].to(self._device)) for device, rows in graph.rows.items()
+        }
+        weights = self._weights(tokens, micro_batch)
+        with self.ledger.computing(("backward", graph.outputs.shape, *self._entries(graph))):
+            (torch.stack([loss for loss, _ in sums.values()]).sum() / max(1, self._total)).backward()
+        gradients = self._gradients_at_cut(graph, weights, last)
+        return gradients, {device: (float(loss.detach()), count) for device, (loss, count) in sums.items()}
+
+    def step(self, step: int, device_norms_squared: Mapping[str, tuple[float, int]]) -> None:
+        """Applies optimiser step `step`. The whole gradient's norm is this side's and the devices' mean, by tokens."""
+        total = max(1, sum(tokens for _, tokens in device_norms_squared.values()))
+        of_devices = sum(norm * tokens / total for norm, tokens in device_norms_squared.values())
+        mine = sum(norm * self._share(first) for first, norm in self._norms.items())
+        self.stepper.step(step, mine + of_devices)
+        self._norms.clear()
+
+    @torch.no_grad()
+    def evaluate(self, hidden_states: Tensor, device: str = "") -> Tensor:
+        """(batch, sequence, hidden), at this device's cut -> last hidden states, or logits where the head is here."""
+        cut = self._cut_of(device)
+        work = ("evaluate", hidden_states.shape, cut)
+        with self.ledger.computing(work):  # in float32 whatever training computes in: what is reported is exact
+            outputs = hidden_states.to(self._device)
+            for stage in self.stages:
+                if stage.spec.first >= cut:
+                    outputs = stage(outputs)
+            return outputs
+
+    def restore(self, adapter: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+        """Puts back what `stepper` had. Raises WrongState when it is not of this stage."""
+        parameters = self.stepper.parameters
+        shapes = {name: value.shape for name, value in parameters.items()}
+        if {name: value.shape for name, value in adapter.items()} != shapes:
+            raise WrongState("the checkpoint is of another model, cut or rank than this job's")
+        self.drop()
+        self.take(adapter)
+        self.stepper = Stepper(parameters, self.config)
+        self.stepper.load_state(optimizer)
+
+    @torch.no_grad()
+    def take(self, values: Mapping[str, Tensor], *, anew: bool = False) -> None:
+        """Values for some of its LoRA parameters, by name. anew: the optimiser forgets what it knows of them."""
+        for name, value in values.items():
+            self.stepper.parameters[name].copy_(value)
+        if anew:
+            self.stepper.forget(values)
+
+    def rebuild(self, stages: Sequence[Stage], cuts: Mapping[str, int], values: Mapping[str, Tensor]) -> None:
+        """Other segments, where cuts have moved. values: for LoRA of blocks that were not here; what the optimiser
+        knows of the others goes on. Not while a step is under way."""
+        own = {name: value.detach() for name, value in self.stepper.parameters.items()}
+        state = self.stepper.state()
+        self.use(stages, cuts)
+        self.stepper = Stepper(lora_parameters(self.stages), self.config)
+        names = self.stepper.parameters.keys()
+        self.take({name: value for name, value in {**values, **own}.items() if name in names})
+        self.stepper.load_state({key: value for key, value in state.items() if key.rpartition("|")[0] in names})
+
+    def norm_squared(self, device: str = "") -> float:
+        """Of this side's gradient in the step under way, once its last micro-batch is through: of the blocks from this
+        device's cut on."""
+        cut = self._cut_of(device)
+        return sum(norm for first, norm in self._norms.items() if first >= cut)
+
+    def drop(self) -> None:
+        """Forgets a step under way: its graphs and its gradients."""
+        self._graphs.clear()
+        self._norms.clear()
+        self.stepper.drop_gradients()
+
+    def _cut_of(self, device: str) -> int:
+        return self.cuts.get(device, self.stages[0].spec.first)
+
+    def _forward(self, batches: Mapping[str, Tensor], micro_batch: int) -> _Graph:
+        graph = _Graph({}, {}, torch.empty(0), {})
+        hidden: Tensor | None = None
+        end = 0
+        for stage in self.stages:
+            entering = [device for device in batches if self._cut_of(device) == stage.spec.first]
+            if entering:
+                begin = 0
+                for device in entering:
+                    rows = len(batches[device])
+                    graph.entered[device] = (stage.spec.first, slice(begin, begin + rows))
+                    graph.rows[device] = slice(end, end + rows)
+                    begin, end = begin + rows, end + rows
+                leaf = torch.cat([batches[device].to(self._device) for device in entering]).requires_grad_()
+                graph.leaves[stage.spec.first] = leaf
+                hidden = leaf if hidden is None else torch.cat([hidden, leaf])
+            if hidden is None:  # nobody who is here uses this segment
+                continue
+            work = ("forward", hidden.shape, stage.spec.first)
+            with self.ledger.computing(work), autocast(self._dtype, self._device):
+                hidden = stage(hidden)
+        assert hidden is not None, "no device at work"
+        graph.outputs = hidden
+        self._graphs[micro_batch] = graph
+        return graph
+
+    @staticmethod
+    def _entries(graph: _Graph) -> tuple[tuple[int, int], ...]:
+        """What makes two graphs of one output's shape differ in work: how many rows enter where."""
+        return tuple((cut, len(leaf)) for cut, leaf in sorted(graph.leaves.items()))
+
+    def _weights(self, tokens: Mapping[str, int], micro_batch: int) -> dict[str, float]:
+        """Each device's share of the step's tokens: the same through all micro-batches, whoever goes meanwhile."""
+        if micro_batch == 0:
+            self._total = sum(tokens.values())
+            self._below = {
+                stage.spec.first: sum(n for device, n in tokens.items() if self._cut_of(device) <= stage.spec.first)
+                for stage in self.stages
+            }
+        return {device: count / max(1, self._total) for device, count in tokens.items()}
+
+    def _share(self, first: int) -> float:
+        """Of the step's tokens: those that ran through a segment."""
+        return self._below[first] / max(1, self._total)
+
+    def _gradients_at_cut(self, graph: _Graph, weights: Mapping[str, float], last: bool) -> dict[str, Tensor]:
+        if last:
+            self._finish_gradients()
+        gradients = {}
+        for device, weight in weights.items():
+            cut, rows = graph.entered[device]
+            gradient = graph.leaves[cut].grad
+            assert gradient is not None
+            # A batch without a predicted token has weight 0 and no gradient; there is nothing to free it of.
+            gradients[device] = gradient[rows] / (weight or 1.0)
+        return gradients
+
+    def _finish_gradients(self) -> None:
+        """Each segment's gradient becomes that of the mean over the tokens of those who use it."""
+        for first, names in self._names.items():
+            share = self._share(first)
+            if 0 < share < 1:
+                for name in names:
+                    parameter = self.stepper.parameters[name]
+                    if parameter.grad is not None:
+                        parameter.grad.div_(share)
+            self._norms[first] = self.stepper.gradient_norm_squared(names if len(self._names) > 1 else None)
