@@ -36,19 +36,19 @@ def capture(model: str, path: Path | None, config: TrainingConfig, sequences: in
     source = open_model(model)
     tokenizer = source.tokenizer()
     if path is not None:
-        train, _ = sequences_of_file(path, config.data, tokenizer)
+        train, _ = sequences_of_file(path, config.text, tokenizer)
     else:
         with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as folder:
             text = Path(folder, "text.txt")
             text.write_text(private_text(PRIVATE_MODULES[0]))
-            train, _ = sequences_of_file(text, config.data, tokenizer)
+            train, _ = sequences_of_file(text, config.text, tokenizer)
     if len(train) < min(sequences, config.batch_size):
         raise BadData(f"the text has {len(train)} sequences; give more of it, or a smaller --batch-size")
     train = Sequences(train.input_ids[:sequences], train.labels[:sequences])
     passed: dict[str, list[Passed]] = {stream: [] for stream in TRAINING}
 
     def take(frame: Frame, upward: bool) -> None:
-        stream = stream_of(frame.phase, upward, config.labels)
+        stream = stream_of(frame.phase, upward, config.devices.labels)
         if stream in passed and frame.tensor is not None:
             keys = batch_indices(len(train), config.batch_size, frame.step, config.seed)
             passed[stream].append(Passed(frame.tensor.detach().float().cpu().clone(), keys))

@@ -63,7 +63,7 @@ Figures = dict[str, Any]
 
 def codec_names(text: str, quick: bool) -> list[str]:
     """Canonical names: of `--codecs`, or the default ones, which include all that `auto` chooses from."""
-    budget = TrainingConfig.error_budget
+    budget = TrainingConfig.link.error_budget
     names: Sequence[str] = [name for name in text.split(";") if name.strip()]
     if not names:
         names = _QUICK if quick else [*_CODECS, *chain.from_iterable(ladder(stream, budget) for stream in TRAINING)]
@@ -205,7 +205,7 @@ def main(
     if quick:
         steps, measured, batch_size, sequence_length = 8, 2, 2, 64
     torch.set_num_threads(threads)
-    training = TrainingConfig(
+    training = TrainingConfig.of(
         cut_layer=cut,
         steps=steps,
         batch_size=batch_size,

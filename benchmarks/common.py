@@ -86,7 +86,7 @@ def start_job(
 ) -> str:
     """Submits a job of the method that its configuration is for; returns its id."""
     spec = pb.JobSpec(
-        method="dlora" if training.dlora else "splitlora",
+        method=training.method,
         model=model,
         dataset=dataset,
         devices=devices,

@@ -12,7 +12,7 @@ import multiprocessing
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any
@@ -84,15 +84,15 @@ class Result:
 
 def texts(data: str, files: Mapping[str, Path], training: TrainingConfig, model: str) -> tuple[Sequences, Sequences]:
     source = open_model(model)
-    train, held_out = sequences_of_file(files[data], training.data, source.tokenizer())
+    train, held_out = sequences_of_file(files[data], training.text, source.tokenizer())
     if held_out is None:
         raise BadData(f"{files[data].name} leaves nothing to hold out")
     return train, held_out
 
 
 def training_of(case: Case, base: TrainingConfig) -> TrainingConfig:
-    training = replace(base, codec=case.codec, seed=case.seed, overlap=case.overlap)
-    return replace(training, prompt_column="mr", completion_column="ref") if case.data == "e2e" else training
+    training = base.but(codec=case.codec, seed=case.seed, overlap=case.overlap)
+    return training.but(prompt_column="mr", completion_column="ref") if case.data == "e2e" else training
 
 
 def run(case: Case, base: TrainingConfig, files: Mapping[str, Path], model: str, held_out_rows: int) -> Result:
@@ -110,7 +110,7 @@ def run(case: Case, base: TrainingConfig, files: Mapping[str, Path], model: str,
         for key in traffic.messages
         if key[1] in _TRAINING_KINDS
     )
-    values = training.batch_size * training.sequence_length * source.config.hidden_size * training.steps
+    values = training.batch_size * training.text.sequence_length * source.config.hidden_size * training.steps
     bits: dict[str, float] = {}
     for key, payload in traffic.payload_bytes.items():
         if key[1] in ("forward", "backward"):
@@ -243,7 +243,7 @@ def main(
         if not files[name].is_file():
             raise BadData(f"no {name} data at {files[name]}: name it with --{name}")
     pairs = _pairs(codecs)
-    base = TrainingConfig(
+    base = TrainingConfig.of(
         cut_layer=1,
         steps=steps,
         batch_size=batch_size,

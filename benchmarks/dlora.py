@@ -42,7 +42,7 @@ _CODECS = ("hadamard,int8", "hadamard,int8:stochastic")
 
 
 def training_of(case: Case) -> TrainingConfig:
-    training = TrainingConfig(
+    training = TrainingConfig.of(
         cut_layer=1,
         steps=case.steps,
         batch_size=4,
@@ -54,7 +54,7 @@ def training_of(case: Case) -> TrainingConfig:
         seed=case.seed,
         target_modules=dlora_network.MODULES,
     )
-    return replace(training, prompt_column="mr", completion_column="ref") if case.data == "e2e" else training
+    return training.but(prompt_column="mr", completion_column="ref") if case.data == "e2e" else training
 
 
 def cases_of(

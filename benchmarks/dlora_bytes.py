@@ -6,7 +6,7 @@ device and the real backbone, in this process, through the codecs of both ends.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,8 +71,8 @@ def main(
     if not data.is_file():
         raise BadData(f"no text at {data}: name E2E's devset.csv or a .txt file with --data")
     columns = {"prompt_column": "mr", "completion_column": "ref"} if data.suffix == ".csv" else {}
-    training = TrainingConfig(
-        dlora=True,
+    training = TrainingConfig.of(
+        method="dlora",
         cut_layer=0,
         steps=1,
         batch_size=batch_size,
@@ -86,17 +86,17 @@ def main(
         **columns,  # type: ignore[arg-type]
     )
     folder = open_model(model)
-    text = build_sequences(read_documents(data, training.data), folder.tokenizer(), training.data, keep_last=False)
+    text = build_sequences(read_documents(data, training.text), folder.tokenizer(), training.text, keep_last=False)
     rows = batch_indices(len(text), batch_size, 0, training.seed)
     wanted = text.labels[rows][:, 1:] != IGNORE
     of_use = int(seen_positions(wanted).sum())
     found: dict[str, int] = savings(layout_of(folder.config, training), batch_size * sequence_length, of_use)
     with console.status("a step"):
         found["measured, float32"] = measured(model, training, text)
-        several = replace(training, steps=_STEPS)  # in the first one B is zero, and with it half of what crosses
+        several = training.but(steps=_STEPS)  # in the first one B is zero, and with it half of what crosses
         exact = measured(model, several, text)
         for codec in _CODECS:
-            share = measured(model, replace(several, codec=codec), text) / exact
+            share = measured(model, several.but(codec=codec), text) / exact
             found[f"{codec}, its share over {_STEPS} steps"] = int(share * found["measured, float32"])
     result: dict[str, Any] = {"machine": machine(), "training": asdict(training), "model": model, "bytes": found}
     console.print(describe(result["machine"]))

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from isthmus.split.dlora.module_costs import ModuleCost, exchange, module_flops
-from isthmus.split.job.config import MERGE, TrainingConfig
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.groups import MERGE
 from isthmus.split.models.architectures import architecture_of
 from isthmus.split.models.stage import StageSpec, skeleton
 
@@ -43,14 +44,16 @@ class Costs:
     def __init__(self, config: PreTrainedConfig, training: TrainingConfig, modules: Mapping[str, ModuleCost]) -> None:
         self.modules = modules
         self.hidden = int(config.hidden_size)
-        self.tokens = training.batch_size * training.sequence_length
+        self.tokens = training.batch_size * training.text.sequence_length
         self.head = 2 * self.hidden * int(config.vocab_size)
-        front = skeleton(config, StageSpec(0, training.cut_layer, embeds=True, head=False))
+        front = skeleton(config, StageSpec(0, training.devices.cut_layer, embeds=True, head=False))
         layers = architecture_of(config).layers
         weights = sum(
             value.numel() for name, value in front.named_parameters() if name.startswith(layers) and value.dim() == 2
         )
-        attention = 4 * training.sequence_length * self.hidden * training.cut_layer  # scores, and their sum of values
+        attention = (
+            4 * training.text.sequence_length * self.hidden * training.devices.cut_layer
+        )  # scores, and their sum of values
         self.front_weights, self.front_attention = 2 * weights, attention
 
     def add(self, spent: Spent, active: Collection[str], killed: Collection[str], mode: str = MERGE) -> None:

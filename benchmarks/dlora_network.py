@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -55,13 +55,11 @@ class Row:
 def training_of(method: str, base: TrainingConfig) -> TrainingConfig:
     if method in (SPLITLORA, LOCAL):
         return base
-    active = replace(base, dlora=True)
+    active = base.but(method="dlora")
     if method == DLORA:
         return active
     third = base.steps // 3
-    return replace(
-        active, active_fraction=0.125, killed="merge", kill_warmup=max(1, third // 3), kill_anneal=third // 3
-    )
+    return active.but(active_fraction=0.125, killed="merge", kill_warmup=max(1, third // 3), kill_anneal=third // 3)
 
 
 def over_the_link(cluster: LocalCluster, name: str, model: str, training: TrainingConfig) -> Row:
@@ -102,9 +100,9 @@ def on_the_device(text: Path, model: str, training: TrainingConfig, folder: Path
             "precision",
         ):
             call.append(f"--{key.replace('_', '-')}={value}")
-    call.append(f"--target-modules={','.join(training.target_modules)}")
-    if training.prompt_column and training.completion_column:
-        call += ["--prompt-column", training.prompt_column, "--completion-column", training.completion_column]
+    call.append(f"--target-modules={','.join(training.lora.target_modules)}")
+    if training.text.prompt_column and training.text.completion_column:
+        call += ["--prompt-column", training.text.prompt_column, "--completion-column", training.text.completion_column]
     report, _ = _run(call)
     _, seconds = _run([*call, f"--out={folder / 'timed'}", "--validation-fraction=0"])
     resources = report["resources"]
@@ -146,7 +144,7 @@ def show(link: str, rows: Sequence[Row]) -> None:
 def base_training(data: Path, steps: int, codec: str) -> TrainingConfig:
     """Of SplitLoRA and local; the other methods' differ as `training_of` says."""
     columns = {"prompt_column": "mr", "completion_column": "ref"} if data.suffix == ".csv" else {}
-    return TrainingConfig(
+    return TrainingConfig.of(
         steps=steps,
         batch_size=4,
         sequence_length=64,

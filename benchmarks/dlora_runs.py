@@ -26,7 +26,8 @@ from isthmus.split.data.documents import Document, read_documents, split_documen
 from isthmus.split.data.sequences import Sequences, batch_indices, build_sequences
 from isthmus.split.dlora.kill_policy import KillPolicy
 from isthmus.split.dlora.module_costs import module_costs
-from isthmus.split.job.config import DROP, MERGE, TrainingConfig
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.groups import DROP, MERGE
 from isthmus.split.lora.lora import draw_initial_values, lora_config
 from isthmus.split.models.architectures import architecture_of
 from isthmus.split.models.source import open_model
@@ -84,7 +85,7 @@ class Texts:
     """
 
     def __init__(self, path: Path, training: TrainingConfig, model: str, documents: int) -> None:
-        data, tokenizer = training.data, open_model(model).tokenizer()
+        data, tokenizer = training.text, open_model(model).tokenizer()
         train, held_out = split_documents(read_documents(path, data), _HELD_OUT)
         validation, test = split_documents(held_out, _TEST)
         train, validation, test = (spread(part, documents) for part in (train, validation, test))
@@ -144,7 +145,7 @@ def run(case: Case, training: TrainingConfig, path: Path, model: str, held_out_r
     wires = None
     if case.codecs is not None:
         blocks: Any = wrapped.get_submodule(_PREFIX + architecture_of(source.config).layers)
-        wires = Wires(modules.layers, blocks, costs, training.cut_layer, case.codecs, case.seed)
+        wires = Wires(modules.layers, blocks, costs, training.devices.cut_layer, case.codecs, case.seed)
     gauge = Gauge(case.score, modules)
     points: list[Point] = []
     decisions: list[tuple[int, list[str]]] = []

@@ -10,9 +10,10 @@ from rich.progress import track
 
 from benchmarks.common import console
 from benchmarks.split_training import write_random_llama
-from isthmus.split.data.documents import DataConfig, Document, read_documents
+from isthmus.split.data.documents import Document, read_documents
 from isthmus.split.data.sequences import batch_indices, build_sequences
 from isthmus.split.data.stdlib_text import training_documents
+from isthmus.split.job.groups import TextSettings
 from isthmus.split.models.source import open_model
 from isthmus.split.training.evaluate import load_model
 from isthmus.split.training.loss import nll
@@ -32,7 +33,7 @@ def pretrain(model: str, text: Path | None, steps: int, folder: Path) -> Path:
     """The model, in `folder`, after so many steps of 4 x 128 tokens of the text (None: what the default model was
     trained on, Python's documentation). AdamW, cosine down to 0."""
     source = open_model(model)
-    tokenizer, data = source.tokenizer(), DataConfig(sequence_length=_LENGTH)
+    tokenizer, data = source.tokenizer(), TextSettings(sequence_length=_LENGTH)
     documents = (
         [Document(each.text, record=True) for each in training_documents()]
         if text is None

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from signal import SIGTERM
@@ -72,7 +72,8 @@ def job(cluster: LocalCluster, model: str, training: TrainingConfig, name: str) 
         before = evaluated[step][0] if step in evaluated else steps[step]
     perplexities = {step: (seconds.get(step, 0.0), value) for step, (_, value) in sorted(evaluated.items())}
     shapes = {
-        one["name"]: [one.get("cut", training.cut_layer), one.get("rank", training.rank)] for one in report["devices"]
+        one["name"]: [one.get("cut", training.devices.cut_layer), one.get("rank", training.lora.rank)]
+        for one in report["devices"]
     }
     expected = max(one.get("step_seconds", 0.0) for one in report["devices"])
     between = [after - first for first, after in pairwise(seconds[step] for step in sorted(seconds))]
@@ -133,7 +134,7 @@ def main(
 
     Example: python -m benchmarks.heterogeneous --json heterogeneous.json
     """
-    base = TrainingConfig(
+    base = TrainingConfig.of(
         labels=labels,
         rank=rank,
         steps=steps,
@@ -149,8 +150,8 @@ def main(
         validation_fraction=0.01,
         target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     )
-    runs = [(f"common cut {cut}", replace(base, cut_layer=int(cut))) for cut in cuts.split(",")]
-    runs.append((AUTO, replace(base, cuts=AUTO, ranks=AUTO)))
+    runs = [(f"common cut {cut}", base.but(cut_layer=int(cut))) for cut in cuts.split(",")]
+    runs.append((AUTO, base.but(cuts=AUTO, ranks=AUTO)))
     result: dict[str, Any] = {"machine": machine(), "training": asdict(base), "model": model}
     result |= {"devices": DEVICES, "server_speed": server, "fastest_slow_down": fastest}
     console.print(describe(result["machine"]))

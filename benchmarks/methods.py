@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from signal import SIGTERM
 from statistics import fmean
@@ -139,16 +139,16 @@ class Bench:
     def hold_out(self, training: TrainingConfig) -> None:
         """Writes what each device will hold out, for the evaluation of the exported adapters."""
         for name, path in self.files.items():
-            _, documents = split_documents(read_documents(path, training.data), training.validation_fraction)
+            _, documents = split_documents(read_documents(path, training.text), training.text.validation_fraction)
             rows = [{_PROMPT: document.prompt, _COMPLETION: document.text} for document in documents]
             self.held_out.append(write_rows(self.folder / f"{name}-held-out.csv", rows))
 
     def perplexity(self, training: TrainingConfig, adapter: Path | None) -> float:
-        return evaluate_files(_MODEL, self.held_out, adapter=adapter, data=training.data).perplexity
+        return evaluate_files(_MODEL, self.held_out, adapter=adapter, data=training.text).perplexity
 
     def centralised(self, training: TrainingConfig) -> Result:
         """In a process of its own, so that its peak memory is its own."""
-        out = self.folder / f"centralised-{training.rank}-{training.seed}"
+        out = self.folder / f"centralised-{training.lora.rank}-{training.seed}"
         options = [f"--{key.replace('_', '-')}={_text(value)}" for key, value in _changed(training).items()]
         call = [sys.executable, "-m", "isthmus.coordinator.cli.main", "finetune", "--method", "centralised", "--json"]
         call += ["--model", _MODEL, "--out", str(out), *(f"--data={path}" for path in self.files.values()), *options]
@@ -164,7 +164,7 @@ class Bench:
         return Result(
             method=CENTRALISED,
             labels="",
-            rank=training.rank,
+            rank=training.lora.rank,
             seed=training.seed,
             perplexity=self.perplexity(training, out),
             seconds=seconds,
@@ -190,8 +190,8 @@ class Bench:
         parts = parts_of(open_model(_MODEL).config, training)
         return Result(
             method="splitlora",
-            labels=training.labels,
-            rank=training.rank,
+            labels=training.devices.labels,
+            rank=training.lora.rank,
             seed=training.seed,
             perplexity=self.perplexity(training, adapter),
             seconds=seconds,
@@ -266,7 +266,7 @@ def main(
     if quick:
         rows, steps, ranks = rows[::8], 10, "8"
     chosen = [int(rank) for rank in ranks.split(",")]
-    base = TrainingConfig(
+    base = TrainingConfig.of(
         cut_layer=cut,
         steps=steps,
         batch_size=4,
@@ -288,14 +288,16 @@ def main(
         bench = Bench(Path(temporary), rows)
         bench.hold_out(base)
         before = bench.perplexity(base, None)
-        runs = [replace(base, rank=rank, seed=seed) for seed in range(seeds) for rank in chosen]
+        runs = [base.but(rank=rank, seed=seed) for seed in range(seeds) for rank in chosen]
         for training in runs:  # before the cluster is there: nothing else runs beside them
-            with console.status(f"centralised, rank {training.rank}, seed {training.seed}"):
+            with console.status(f"centralised, rank {training.lora.rank}, seed {training.seed}"):
                 results.append(bench.centralised(training))
         with console.status("starting the coordinator"):
             cluster.start_coordinator()
-        for training in [replace(training, labels=labels) for labels in LABELS for training in runs]:
-            with console.status(f"splitlora, labels {training.labels}, rank {training.rank}, seed {training.seed}"):
+        for training in [training.but(labels=labels) for labels in LABELS for training in runs]:
+            with console.status(
+                f"splitlora, labels {training.devices.labels}, rank {training.lora.rank}, seed {training.seed}"
+            ):
                 results.append(bench.splitlora(cluster, training))
     show(results, before)
     ratios = over_centralised(results)

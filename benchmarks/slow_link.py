@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -70,7 +70,7 @@ def job(cluster: LocalCluster, device: str, model: str, training: TrainingConfig
         link,
         mean,
         median(seconds),
-        training.batch_size * training.sequence_length / mean,
+        training.batch_size * training.text.sequence_length / mean,
         bytes_a_step(row["traffic"], training),
         row["link_seconds"] / training.steps,
         plans[-1] if plans else "",
@@ -149,7 +149,7 @@ def main(
         raise BadData(f"no text at {data}")
     if steps % 10 or plain_steps > steps:
         raise BadRequest("--steps has to be a multiple of 10, and no less than --plain-steps")
-    ours = TrainingConfig(
+    ours = TrainingConfig.of(
         cut_layer=cut,
         steps=steps,
         batch_size=batch_size,
@@ -160,7 +160,7 @@ def main(
         validation_fraction=0,
         target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     )
-    plain = replace(ours, codec="none", micro_batches=1, steps=plain_steps)
+    plain = ours.but(codec="none", micro_batches=1, steps=plain_steps)
     result: dict[str, Any] = {"machine": machine(), "training": asdict(ours), "model": model}
     console.print(describe(result["machine"]))
     results: list[Measured] = []
@@ -181,7 +181,7 @@ def main(
         for link in specs:
             runs += [(devices[link], link, PLAIN, plain), (devices[link], link, OURS, ours)]
             if stale:
-                runs.append((devices[link], link, STALE, replace(ours, overlap="stale")))
+                runs.append((devices[link], link, STALE, ours.but(overlap="stale")))
         runs.append(("unlimited", "", UNLIMITED, ours))  # again: this machine's speed may drift
         for device, link, variant, training in runs:
             with console.status(f"{link} {variant}"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -49,7 +49,7 @@ class Workload:
     sequence_length: int
 
     def training(self, cut_layer: int) -> TrainingConfig:
-        return TrainingConfig(
+        return TrainingConfig.of(
             cut_layer=cut_layer,
             steps=_ENDLESS,
             batch_size=self.batch_size,
@@ -114,7 +114,7 @@ def write_text(path: Path, seed: int) -> Path:
 
 def bytes_a_step(connection: Connection, model: str, training: TrainingConfig) -> dict[str, float]:
     """What one device sends and receives in a short job, by step, with an aggregation in every `aggregate_every`."""
-    short = replace(training, steps=training.aggregate_every)
+    short = training.but(steps=training.devices.aggregate_every)
     device = wait_for_job(connection, start_job(connection, model, _DATASET, _DEVICES[:1], short))["devices"][0]
     return {way: device[f"bytes_{way}"] / short.steps for way in ("sent", "received")}
 
@@ -125,12 +125,14 @@ def train_unsplit(model: str, text_file: Path, config: TrainingConfig, step_done
     base = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
     peft_model = get_peft_model(base, lora_config(config, base.config))
     parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
+    )
     for step in range(config.steps):
         rows = batch_indices(len(text), config.batch_size, step, config.seed)
         loss = peft_model(input_ids=text.input_ids[rows], labels=text.labels[rows], use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_gradient_norm)
         optimizer.step()
         optimizer.zero_grad()
         step_done()
@@ -149,7 +151,7 @@ def train_split(model: str, text_file: Path, config: TrainingConfig, step_done: 
 
 def _text(model: str, file: Path, config: TrainingConfig) -> tuple[ModelFolder, Sequences]:
     source = open_model(model)
-    text, _ = sequences_of_file(file, config.data, source.tokenizer())
+    text, _ = sequences_of_file(file, config.text, source.tokenizer())
     return source, text
 
 

@@ -26,7 +26,8 @@ from isthmus.split.dlora.device import DloraTrainer
 from isthmus.split.errors import IsthmusError, LinkLost, NotAllowed, NotFound
 from isthmus.split.inference.holding import Holding
 from isthmus.split.inference.serving import ServingConfig
-from isthmus.split.job.config import MERGE, TrainingConfig
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.groups import MERGE
 from isthmus.split.job.shapes import Shape, asked
 from isthmus.split.link.session import GrpcLink
 from isthmus.split.lora.lora import lora_config, save_adapter
@@ -119,20 +120,20 @@ class Runner(threading.Thread):
         if spec.dataset not in self._options.data:
             raise NotFound(f"this device offers no dataset {spec.dataset!r}")
         data = self._options.data[spec.dataset]
-        if config.labels == "server":
+        if config.devices.labels == "server":
             if LABELS_LEAVE not in self._options.allow:
                 raise NotAllowed(
                     "the owner of this device keeps its labels: only jobs with --labels device may run here"
                 )
             log.warning("job %s: labels go to the coordinator, which can read the text of %s", self.task.job, data.name)
-        if (config.aggregate or config.killed == MERGE) and MODULES_LEAVE not in self._options.allow:
+        if (config.dlora.aggregate or config.dlora.killed == MERGE) and MODULES_LEAVE not in self._options.allow:
             raise NotAllowed(
                 "the owner of this device keeps what its modules learn: jobs with --aggregate or --killed merge run "
                 f"here with `isthmus-client run --allow {','.join(self._options.allow)},{MODULES_LEAVE}`"
             )
         source, _, digest = self._weights()
         self._state(State.PREPARING, "text")
-        train, validation = sequences_of_file(data, config.data, source.tokenizer())
+        train, validation = sequences_of_file(data, config.text, source.tokenizer())
         trainer = self._trainer(source, digest, config, train, validation)
         self._state(State.RUNNING)
         traffic = trainer.ledger.traffic
@@ -207,7 +208,7 @@ class Runner(threading.Thread):
         device = pick_device(self._options.device)
         shape = self._shape(config)
         stages = device_stages(source, config, shape, device)
-        if config.dlora:
+        if config.devices_train_all:
             return DloraTrainer(
                 stages,
                 source.config,
@@ -215,7 +216,7 @@ class Runner(threading.Thread):
                 train,
                 validation,
                 Ledger(slow_down=self._options.slow_down),
-                dtype=pick_precision(config.precision, device),
+                dtype=pick_precision(config.optimizer.precision, device),
                 record=DeviceRecord(self._folder),
                 stage_digest=digest,
                 shape=shape,
@@ -233,7 +234,7 @@ class Runner(threading.Thread):
             train,
             validation,
             Ledger(slow_down=self._options.slow_down),
-            dtype=pick_precision(config.precision, device),
+            dtype=pick_precision(config.optimizer.precision, device),
             record=OptimizerRecord(self._folder),
             stage_digest=digest,
             shape=shape if moves else None,
@@ -257,7 +258,7 @@ class Runner(threading.Thread):
     def _shape(self, config: TrainingConfig) -> Shape:
         """What this device holds and trains; a coordinator of an older version does not say."""
         if not self.task.HasField("shape"):
-            return Shape(config.cut_layer, config.rank)
+            return Shape(config.devices.cut_layer, config.lora.rank)
         return Shape(self.task.shape.cut, self.task.shape.rank)
 
     def _stoppable(self, stop: Callable[[], None]) -> None:

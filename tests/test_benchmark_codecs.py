@@ -76,7 +76,7 @@ def test_a_quick_run_writes_figures_of_every_stream_and_a_picture(tmp_path: Path
 
 
 def test_what_passes_is_taken_with_the_keys_of_its_samples() -> None:
-    config = TrainingConfig(
+    config = TrainingConfig.of(
         steps=3, batch_size=2, sequence_length=16, codec="none", micro_batches=1, validation_fraction=0
     )
     passed = capture("default", None, config, sequences=4)

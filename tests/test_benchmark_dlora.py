@@ -22,7 +22,7 @@ from isthmus.split.data.sequences import IGNORE, batch_indices
 from isthmus.split.dlora.device import seen_positions
 from isthmus.split.dlora.kill_policy import KillPolicy
 from isthmus.split.dlora.module_costs import module_costs
-from isthmus.split.job.config import KEEP
+from isthmus.split.job.groups import KEEP
 from isthmus.split.lora.sites import layout_of
 from isthmus.split.models.source import open_model
 from tests.split.dlora.jobs import CONFIG, padded_text
@@ -192,12 +192,12 @@ def test_a_missing_file_is_one_line_that_says_what_to_do(tmp_path: Path) -> None
 @pytest.mark.parametrize("cut", [0, 1])
 def test_the_bytes_counted_after_all_savings_are_those_that_cross(tmp_path: Path, cut: int) -> None:
     folder = make_model(tmp_path, "llama", layers=3)
-    training = replace(CONFIG, cut_layer=cut, steps=1)
+    training = CONFIG.but(cut_layer=cut, steps=1)
     made = padded_text(4)
     rows = batch_indices(len(made), training.batch_size, 0, training.seed)
     of_use = int(seen_positions(made.labels[rows][:, 1:] != IGNORE).sum())
     layout = layout_of(open_model(str(folder)).config, training)
-    found = dlora_bytes.savings(layout, training.batch_size * training.sequence_length, of_use)
+    found = dlora_bytes.savings(layout, training.batch_size * training.text.sequence_length, of_use)
     sizes = list(found.values())
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] == dlora_bytes.measured(str(folder), training, made)

@@ -102,7 +102,7 @@ def test_bytes_are_of_training_frames_and_from_the_devices_side() -> None:
         {"direction": "sent", "kind": "backward", "codec": "b", "payload_bytes": 30, "overhead_bytes": 0},
         {"direction": "received", "kind": "evaluate", "codec": "c", "payload_bytes": 999, "overhead_bytes": 0},
     ]
-    assert bytes_a_step(rows, TrainingConfig(steps=10)) == {"sent": 15.0, "received": 3.0}
+    assert bytes_a_step(rows, TrainingConfig.of(steps=10)) == {"sent": 15.0, "received": 3.0}
 
 
 def test_a_short_compression_run_reports_what_is_asked_for(tmp_path: Path) -> None:

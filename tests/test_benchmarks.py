@@ -25,8 +25,9 @@ from benchmarks.methods import (
 )
 from benchmarks.split_training import LOCAL, ONE, THREE, UNSPLIT, Workload, summarise, write_random_llama
 from benchmarks.turns import child
-from isthmus.split.data.documents import DataConfig, read_documents
+from isthmus.split.data.documents import read_documents
 from isthmus.split.errors import BadData, IsthmusError
+from isthmus.split.job.groups import TextSettings
 from isthmus.split.models.source import ModelFolder
 
 
@@ -73,7 +74,7 @@ def test_devices_differ_by_food_and_share_no_row() -> None:
 def test_written_rows_are_read_by_a_device_as_prompt_and_completion(tmp_path: Path) -> None:
     rows = [{"mr": 'name["A", B]', "ref": "One,\ntwo."}, {"mr": "name[C]", "ref": "Three."}]
     path = write_rows(tmp_path / "part.csv", rows)
-    documents = read_documents(path, DataConfig(prompt_column="mr", completion_column="ref"))
+    documents = read_documents(path, TextSettings(prompt_column="mr", completion_column="ref"))
     assert [(document.prompt, document.text) for document in documents] == [(r["mr"], r["ref"]) for r in rows]
     assert read_e2e(path) == rows
 

@@ -94,7 +94,7 @@ def _all(width: int, json_output: bool) -> None:
     from isthmus.split.job.streams import ADAPTERS_CODEC, EVALUATION_CODEC, STREAMS, TRAINING
     from isthmus.split.link.ladder import ladder
 
-    budget = TrainingConfig.error_budget
+    budget = TrainingConfig.link.error_budget
     auto = {stream: ladder(stream, budget) for stream in TRAINING}
     names = list(dict.fromkeys(parse(name).name for name in chain(_TYPICAL, *auto.values())))
     typical = {name: _tried(parse(name), width) for name in names}

@@ -20,10 +20,11 @@ from isthmus.coordinator.connection import Connection
 from isthmus.coordinator.emulation import LinkSpec
 from isthmus.coordinator.emulation.local_cluster import LocalCluster, submit
 from isthmus.protos.v1 import coordinator_pb2 as pb
-from isthmus.split.data.documents import DataConfig, read_documents, split_documents
+from isthmus.split.data.documents import read_documents, split_documents
 from isthmus.split.data.stdlib_text import PRIVATE_MODULES, private_text
 from isthmus.split.errors import BadRequest, IsthmusError
 from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.groups import TextSettings
 from isthmus.split.models.default_model import DEFAULT_MODEL_FOLDER
 from isthmus.split.training.perplexity import PERPLEXITY
 
@@ -59,7 +60,7 @@ def demo(
     if json_file is not None:
         json_file.touch()  # a place that cannot be written to is known now, not at the end
     folder = _fresh(out.expanduser().resolve())
-    training = TrainingConfig(
+    training = TrainingConfig.of(
         cut_layer=cut_layer,
         labels=labels,
         codec=codec,
@@ -73,7 +74,7 @@ def demo(
         validation_fraction=0.05,
         target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     )
-    texts, held_out = _private_texts(folder, training.data)
+    texts, held_out = _private_texts(folder, training.text)
     started = time.monotonic()
     with LocalCluster(folder) as cluster:
         with console.status("starting the coordinator on Ray"):
@@ -107,7 +108,7 @@ def demo(
         }
         from isthmus.split.training.evaluate import evaluate_files  # torch and transformers: only now
 
-        check = evaluate_files("default", held_out, adapter=adapter, data=training.data)
+        check = evaluate_files("default", held_out, adapter=adapter, data=training.text)
     report["link"] = str(link_spec or "this machine's loopback")
     result = _result(report, adapter, held_out, training, peaks, check.perplexity, time.monotonic() - started)
     _show(result)
@@ -127,7 +128,7 @@ def _fresh(folder: Path) -> Path:
     return folder
 
 
-def _private_texts(folder: Path, config: DataConfig) -> tuple[dict[str, Path], list[Path]]:
+def _private_texts(folder: Path, config: TextSettings) -> tuple[dict[str, Path], list[Path]]:
     """A text for each device, and beside them what each will hold out, for whoever wants to repeat the evaluation."""
     texts, held_out = {}, []
     for part in ("texts", "held-out"):
@@ -147,8 +148,8 @@ def _whole_model_peak(folder: Path, text: Path, training: TrainingConfig) -> int
     """Peak memory of a process that trains the whole model unsplit, on one device's text with one device's batch."""
     command = [sys.executable, "-m", "isthmus.coordinator.cli.main", "finetune", "--method", "centralised", "--json"]
     command += ["--data", str(text), "--out", str(folder / "unsplit"), "--steps", "3", "--validation-fraction", "0"]
-    command += ["--batch-size", str(training.batch_size), "--sequence-length", str(training.sequence_length)]
-    command += ["--target-modules", ",".join(training.target_modules)]
+    command += ["--batch-size", str(training.batch_size), "--sequence-length", str(training.text.sequence_length)]
+    command += ["--target-modules", ",".join(training.lora.target_modules)]
     return int(json.loads(_output_of(command, "the unsplit run"))["resources"]["peak_bytes"])
 
 
@@ -182,7 +183,7 @@ def _result(
         "base_model": str(DEFAULT_MODEL_FOLDER),
         "adapter": str(adapter),
         "validation_files": [str(path) for path in held_out],
-        "sequence_length": training.sequence_length,
+        "sequence_length": training.text.sequence_length,
         "link": report["link"],
         "log": report["log"],
         "devices": [{**device, "reduction": _reduction(device["traffic"], training)} for device in report["devices"]],
@@ -206,8 +207,10 @@ def _reduction(traffic: list[dict[str, Any]], training: TrainingConfig) -> float
     steps: int = sum(row["messages"] for row in traffic if row["kind"] == "step" and row["direction"] == "received")
     of_training = [row for row in traffic if row["kind"] in ("forward", "backward") and row["codec"]]
     streams = len({(row["direction"], row["kind"]) for row in of_training})
-    tokens = steps * training.batch_size * training.sequence_length
-    values = streams * tokens * hidden_size + (tokens if training.labels == "server" else 0)  # labels, of 4 bytes too
+    tokens = steps * training.batch_size * training.text.sequence_length
+    values = streams * tokens * hidden_size + (
+        tokens if training.devices.labels == "server" else 0
+    )  # labels, of 4 bytes too
     payload: int = sum(row["payload_bytes"] for row in of_training)
     return 4 * values / max(1, payload)
 

@@ -10,7 +10,7 @@ import typer
 from rich.progress import Progress
 
 from isthmus.coordinator.cli.common import Json, console, print_json
-from isthmus.split.data.documents import DataConfig
+from isthmus.split.job.groups import TextSettings
 from isthmus.split.training.perplexity import PERPLEXITY
 
 
@@ -30,7 +30,7 @@ def evaluate(
     from isthmus.split.models.precision import pick_device
     from isthmus.split.training.evaluate import evaluate_files  # torch and transformers: not for --help
 
-    config = DataConfig(
+    config = TextSettings(
         sequence_length=sequence_length,
         packing=packing,
         text_column=text_column,

@@ -23,7 +23,8 @@ from isthmus.coordinator.cli.watch import check_ended_well, follow, print_report
 from isthmus.coordinator.connection import connected
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.errors import BadRequest
-from isthmus.split.job.config import KEEP, TrainingConfig
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.groups import KEEP
 from isthmus.split.job.shapes import options_of
 
 _DEFAULTS = TrainingConfig()
@@ -53,7 +54,7 @@ def finetune(
             "attacks can still work out). server: the paper's form; the labels are the text, so THE COORDINATOR CAN "
             "READ THE TEXT."
         ),
-    ] = _DEFAULTS.labels,
+    ] = _DEFAULTS.devices.labels,
     cut: Annotated[
         str,
         typer.Option(
@@ -63,7 +64,7 @@ def finetune(
             "good as the text, for the embedding can be looked up. auto: as its speed, memory and link allow. For "
             "single devices: NAME=CUT,NAME=auto,CUT (the last is for the rest).",
         ),
-    ] = str(_DEFAULTS.cut_layer),
+    ] = str(_DEFAULTS.devices.cut_layer),
     rank: Annotated[
         str,
         typer.Option(
@@ -71,7 +72,7 @@ def finetune(
             "0: such a device trains nothing. The largest number is the job's, and that of the coordinator's blocks.",
             rich_help_panel=_TRAINING,
         ),
-    ] = str(_DEFAULTS.rank),
+    ] = str(_DEFAULTS.lora.rank),
     aggregation: Annotated[
         str,
         typer.Option(
@@ -82,10 +83,10 @@ def finetune(
             "--aggregate.",
             rich_help_panel=_TRAINING,
         ),
-    ] = _DEFAULTS.aggregation,
+    ] = _DEFAULTS.devices.aggregation,
     alpha: Annotated[
         float, typer.Option(help="Of LoRA: its output is scaled by ALPHA/RANK.", rich_help_panel=_TRAINING)
-    ] = _DEFAULTS.alpha,
+    ] = _DEFAULTS.lora.alpha,
     target_modules: Annotated[
         str, typer.Option(help="NAME,NAME,...; empty: the architecture's usual ones.", rich_help_panel=_TRAINING)
     ] = "",
@@ -95,30 +96,30 @@ def finetune(
     ] = _DEFAULTS.batch_size,
     sequence_length: Annotated[
         int, typer.Option(help="Tokens.", rich_help_panel=_TRAINING)
-    ] = _DEFAULTS.sequence_length,
-    optimizer: Annotated[str, typer.Option(help="adamw or sgd.", rich_help_panel=_TRAINING)] = _DEFAULTS.optimizer,
+    ] = _DEFAULTS.text.sequence_length,
+    optimizer: Annotated[str, typer.Option(help="adamw or sgd.", rich_help_panel=_TRAINING)] = _DEFAULTS.optimizer.name,
     learning_rate: Annotated[
         float, typer.Option(help="The largest of the schedule.", rich_help_panel=_TRAINING)
-    ] = _DEFAULTS.learning_rate,
+    ] = _DEFAULTS.optimizer.learning_rate,
     weight_decay: Annotated[
         float, typer.Option(help="Of the LoRA values.", rich_help_panel=_TRAINING)
-    ] = _DEFAULTS.weight_decay,
+    ] = _DEFAULTS.optimizer.weight_decay,
     schedule: Annotated[
         str, typer.Option(help="constant, or linear or cosine down to 0.", rich_help_panel=_TRAINING)
-    ] = _DEFAULTS.schedule,
+    ] = _DEFAULTS.optimizer.schedule,
     warmup_steps: Annotated[
         int, typer.Option(help="Steps of linear warm-up.", rich_help_panel=_TRAINING)
-    ] = _DEFAULTS.warmup_steps,
+    ] = _DEFAULTS.optimizer.warmup_steps,
     max_gradient_norm: Annotated[
         float, typer.Option(help="Clip the whole model's gradient to it; 0: do not.", rich_help_panel=_TRAINING)
-    ] = _DEFAULTS.max_gradient_norm,
+    ] = _DEFAULTS.optimizer.max_gradient_norm,
     seed: Annotated[
         int, typer.Option(help="Of LoRA's first values and of the batches.", rich_help_panel=_TRAINING)
     ] = _DEFAULTS.seed,
     precision: Annotated[
         str,
         typer.Option(help="float32, bfloat16, or auto: measured on each processor.", rich_help_panel=_TRAINING),
-    ] = _DEFAULTS.precision,
+    ] = _DEFAULTS.optimizer.precision,
     codec: Annotated[
         str,
         typer.Option(
@@ -127,20 +128,20 @@ def finetune(
             "hidden, gradients, adapters, evaluation, hidden_up, ...; the rest is auto. none: float32.",
             rich_help_panel=_LINK,
         ),
-    ] = _DEFAULTS.codec,
+    ] = _DEFAULTS.link.codec,
     error_budget: Annotated[
         float,
         typer.Option(
             help="By how much of it perplexity may be worse for compression, as `auto` aims at.", rich_help_panel=_LINK
         ),
-    ] = _DEFAULTS.error_budget,
+    ] = _DEFAULTS.link.error_budget,
     micro_batches: Annotated[
         int,
         typer.Option(
             help="Parts of a step's batch that are under way at the same time; 0: as the link makes it worth.",
             rich_help_panel=_LINK,
         ),
-    ] = _DEFAULTS.micro_batches,
+    ] = _DEFAULTS.link.micro_batches,
     overlap: Annotated[
         str,
         typer.Option(
@@ -148,7 +149,7 @@ def finetune(
             "that are one step old: faster on a slow link, and another result.",
             rich_help_panel=_LINK,
         ),
-    ] = _DEFAULTS.overlap,
+    ] = _DEFAULTS.link.overlap,
     active_fraction: Annotated[
         float,
         typer.Option(
@@ -156,14 +157,14 @@ def finetune(
             "With --killed keep it saves the device's gradients only: bytes with merge or drop.",
             rich_help_panel=_DLORA,
         ),
-    ] = _DEFAULTS.active_fraction,
+    ] = _DEFAULTS.dlora.active_fraction,
     bytes_per_step: Annotated[
         int,
         typer.Option(
             help="Instead: down to so many bytes a step of a device, both ways. Takes --killed merge or drop.",
             rich_help_panel=_DLORA,
         ),
-    ] = _DEFAULTS.bytes_per_step,
+    ] = _DEFAULTS.dlora.bytes_per_step,
     killed: Annotated[
         str,
         typer.Option(
@@ -172,24 +173,24 @@ def finetune(
             "left out.",
             rich_help_panel=_DLORA,
         ),
-    ] = _DEFAULTS.killed,
+    ] = _DEFAULTS.dlora.killed,
     kill_warmup: Annotated[
         int | None,
         typer.Option(
             help="Steps with all modules active, which score them. Left out: 15 % of the steps, 30 at most.",
             rich_help_panel=_DLORA,
         ),
-    ] = _DEFAULTS.kill_warmup,
+    ] = _DEFAULTS.dlora.kill_warmup,
     kill_anneal: Annotated[
         int | None,
         typer.Option(
             help="Steps in which the share goes down from there. Left out: 35 % of the steps, 100 at most.",
             rich_help_panel=_DLORA,
         ),
-    ] = _DEFAULTS.kill_anneal,
+    ] = _DEFAULTS.dlora.kill_anneal,
     kill_interval: Annotated[
         int | None, typer.Option(help="Steps between decisions. Left out: 10.", rich_help_panel=_DLORA)
-    ] = _DEFAULTS.kill_interval,
+    ] = _DEFAULTS.dlora.kill_interval,
     aggregate: Annotated[
         bool,
         typer.Option(
@@ -204,23 +205,23 @@ def finetune(
             help="Steps between averages of the devices' adapters; with dlora, takes --aggregate.",
             rich_help_panel=_TRAINING,
         ),
-    ] = _DEFAULTS.aggregate_every,
+    ] = _DEFAULTS.devices.aggregate_every,
     checkpoint_every: Annotated[
         int, typer.Option(help="Steps; rounded up to an aggregation.", rich_help_panel=_TRAINING)
-    ] = _DEFAULTS.checkpoint_every,
+    ] = _DEFAULTS.devices.checkpoint_every,
     evaluate_every: Annotated[
         int, typer.Option(help="Steps; 0: before the first and after the last.", rich_help_panel=_TRAINING)
-    ] = _DEFAULTS.evaluate_every,
+    ] = _DEFAULTS.devices.evaluate_every,
     packing: Annotated[
         str,
         typer.Option(help="packed: text cut into full sequences. padded: a record a sequence.", rich_help_panel=_TEXT),
-    ] = _DEFAULTS.packing,
+    ] = _DEFAULTS.text.packing,
     text_column: Annotated[str | None, typer.Option(help="Of .csv and .jsonl.", rich_help_panel=_TEXT)] = None,
     prompt_column: Annotated[str | None, typer.Option(help="Takes no loss.", rich_help_panel=_TEXT)] = None,
     completion_column: Annotated[str | None, typer.Option(help="Takes the loss.", rich_help_panel=_TEXT)] = None,
     validation_fraction: Annotated[
         float, typer.Option(help="Share of the text held out, by hash.", rich_help_panel=_TEXT)
-    ] = _DEFAULTS.validation_fraction,
+    ] = _DEFAULTS.text.validation_fraction,
     data: Annotated[list[Path] | None, typer.Option(help="Files for --method centralised. Repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the adapter to this folder when it is done.")] = None,
     wait: Annotated[float, typer.Option(help="Seconds to wait for devices that are missing.", min=1)] = 300,
@@ -238,7 +239,7 @@ def finetune(
 
     Example: isthmus finetune --model default --dataset notes --devices phone,laptop --steps 200
     """
-    training = TrainingConfig(
+    training = TrainingConfig.of(
         **options_of(cut, rank, _DEFAULTS),
         labels=labels,
         aggregation=aggregation,
@@ -267,7 +268,7 @@ def finetune(
         prompt_column=prompt_column,
         completion_column=completion_column,
         validation_fraction=validation_fraction,
-        dlora=method == "dlora",
+        method="splitlora" if method == "centralised" else method,
         active_fraction=active_fraction,
         bytes_per_step=bytes_per_step,
         killed=killed,
@@ -276,7 +277,7 @@ def finetune(
         kill_interval=kill_interval,
         aggregate=aggregate,
     )
-    if training.dlora and not aggregate and out is not None:
+    if not training.averages and out is not None:
         raise BadRequest("--out: the devices keep their adapters; only with --aggregate there is one to write here")
     if out is not None:
         out = new_folder(out)
@@ -300,7 +301,7 @@ def finetune(
         names, count = _devices(devices)
         request.spec.CopyFrom(
             pb.JobSpec(
-                method=method,
+                method="splitlora" if method == "centralised" else method,
                 model=model_name(model),
                 dataset=dataset,
                 devices=names,
@@ -311,7 +312,7 @@ def finetune(
         )
     if not json_output and labels == "server" and not resume:
         console.print("labels are at the server: the coordinator can read the devices' text", style="bold")
-    if not json_output and training.kills and training.killed == KEEP and not resume:
+    if not json_output and training.dlora.kills and training.dlora.killed == KEEP and not resume:
         line = "killed modules are kept, and still exchanged: that saves the devices' gradients, not messages"
         console.print(f"{line}; --killed merge or drop does", style="bold")
     with connected(credentials, coordinator) as connection:

@@ -72,7 +72,7 @@ class Training:
 
     def __init__(self, spec: pb.JobSpec, cache: Path) -> None:
         self.config = TrainingConfig.from_json(spec.training)
-        if self.config.dlora != (spec.method == DLORA):
+        if self.config.method != spec.method:
             raise BadRequest(f"method {spec.method} with the options of another: say --method {DLORA} or leave it out")
         self.steps = self.config.steps
         self.folder = open_model(spec.model)
@@ -131,7 +131,7 @@ class Training:
 
     def shaped(self, shapes: Mapping[str, Shape]) -> None:
         """Takes up what the devices are to hold. Raises BadRequest for what cannot be."""
-        if self.config.aggregate and len(set(shapes.values())) > 1:
+        if self.config.dlora.aggregate and len(set(shapes.values())) > 1:
             raise BadRequest("--aggregate with method dlora: devices that differ have no average; give all one --rank")
         aggregation_of(self.config, shapes)
         for shape in shapes.values():
@@ -189,12 +189,12 @@ class Training:
         task.shape.cut, task.shape.rank = shape.cut, shape.rank
 
     def is_lost(self, devices: Collection[str], failed: Collection[str], started: bool) -> bool:
-        alone = self.config.dlora and not self.config.aggregate  # then nobody waits for anybody
+        alone = self.config.dlora and not self.config.dlora.aggregate  # then nobody waits for anybody
         return set(devices) <= set(failed) if started or alone else bool(failed)
 
     def _weights_of(self, cut: int) -> DeviceWeights:
         if cut not in self._weights:
-            parts = parts_of(self.folder.config, self.config, Shape(cut, self.config.rank))
+            parts = parts_of(self.folder.config, self.config, Shape(cut, self.config.lora.rank))
             self._weights[cut] = weights_of(self.folder, parts.device_tensors(self.folder.config), self._cache)
         return self._weights[cut]
 

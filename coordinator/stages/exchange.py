@@ -173,7 +173,9 @@ class _Stream:
 
     def _encode(self, answer: Frame) -> stage_pb2.Frame:
         rules = self._rules
-        message = frame_to_proto(answer, rules.job, self._session, self.coder, rules.config.labels, upward=False)
+        message = frame_to_proto(
+            answer, rules.job, self._session, self.coder, rules.config.devices.labels, upward=False
+        )
         if answer.plan is not None:
             self.coder.use(answer.plan)
         if answer.shape is not None:

@@ -144,7 +144,7 @@ class StageActor:
         shapes = from_plain(self._task.shapes)
         parts = parts_of(source.config, config, next(iter(shapes.values())))
         device = pick_device(self._serving.device)
-        dtype = pick_precision(config.precision, device)
+        dtype = pick_precision(config.optimizer.precision, device)
         checkpoints = CheckpointFolder(Path(self._task.folder) / "checkpoints")
         digests = list(self._task.stage_digests.values())
         common: dict[str, Any] = {
@@ -159,7 +159,7 @@ class StageActor:
             log.warning("job %s: emulating a machine %g times slower", self._task.job, ledger.slow_down)
         segments = server_stages(source, config, shapes, device)
         lora = lora_config(config, source.config)
-        layout = layout_of(source.config, config) if config.dlora else None
+        layout = layout_of(source.config, config) if config.devices_train_all else None
         if layout is not None:
             layouts = {name: layout.cut_at(shape.cut, shape.rank) for name, shape in shapes.items()}
             personal = BackboneHost(Backbone(segments, layout, ledger, dtype=dtype), config, layouts, **common)

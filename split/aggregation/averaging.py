@@ -52,7 +52,7 @@ class Averager:
 
     def __init__(self, config: TrainingConfig, initial: Mapping[str, Tensor]) -> None:
         """initial: the adapter that every device starts with, by name."""
-        codecs = choices(config.codec)
+        codecs = choices(config.link.codec)
         down = parse(codecs["adapters_down"])
         self._up, self._down = parse(codecs["adapters_up"]), for_matrices(down, shapes_of(initial))
         seed = stream_seed(config.seed, "adapters_down")

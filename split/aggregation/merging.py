@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Merging:
 
     def __post_init__(self) -> None:
         self._method = REGISTRY[aggregation_of(self.config, self.shapes)]
-        codecs = choices(self.config.codec)
+        codecs = choices(self.config.link.codec)
         self._up, self._down = parse(codecs["adapters_up"]), parse(codecs["adapters_down"])
         self._states: dict[str, tuple[CodecState, CodecState]] = {}
         self._initial = {
@@ -107,7 +107,7 @@ class Merging:
             if not parts:  # only devices of rank 0 hold it
                 results[module] = self._global[module]
                 continue
-            merged = self._method.merge(complete if self._method.completes else parts, self.config.rank)
+            merged = self._method.merge(complete if self._method.completes else parts, self.config.lora.rank)
             average = stacked(complete)
             lost += difference_squared(merged, average)
             norm += norm_squared(average)
@@ -206,7 +206,7 @@ class Merging:
             if self._method.starts_anew:
                 self._frozen[module], _ = grown(self._frozen.get(module), own)
             self._global[module] = fresh.get(module) or (
-                refactored(own, self.config.rank) if self._method.turns else own
+                refactored(own, self.config.lora.rank) if self._method.turns else own
             )
         for module in set(self._global) - set(shared):  # the server's alone again
             del self._global[module]
@@ -303,7 +303,7 @@ class Merging:
 
     def _drawn_anew(self) -> dict[str, Factors]:
         """LoRA's first values, others in every round: a stack of equal A would reach no new directions."""
-        config = replace(self.config, seed=self.config.seed + self._rounds)
+        config = self.config.but(seed=self.config.seed + self._rounds)
         values = initial_adapter(self.like, config.seed)
         return {module: self._factors(values, module) for module in self.blocks}
 

@@ -17,45 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from isthmus.split.errors import BadData, BadRequest
+from isthmus.split.errors import BadData
+from isthmus.split.job.groups import TextSettings
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, as JSON can hold it, cannot be hashed nor tokenised
 
 csv.field_size_limit(2**31 - 1)  # the default of 128 KiB refuses long documents; the whole file is in memory anyway
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """How files become sequences.
-
-    sequence_length: tokens a row. packing: "packed" (rows are windows over the joined documents) or "padded" (a row
-    is one document, cut off or filled up). text_column, or prompt_column with completion_column: which columns of a
-    .jsonl or .csv are the text; with the pair the loss is on the completion only; a .txt has no columns and
-    text_column does not matter to it. validation_fraction: the expected share of documents that are held out.
-    """
-
-    sequence_length: int = 128
-    packing: str = "packed"
-    text_column: str | None = None
-    prompt_column: str | None = None
-    completion_column: str | None = None
-    validation_fraction: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.sequence_length < 2:
-            raise BadRequest(f"sequence_length {self.sequence_length} leaves nothing to predict: choose 2 or more")
-        if self.packing not in ("packed", "padded"):
-            raise BadRequest(f"packing {self.packing!r} is not known: choose packed or padded")
-        if (self.prompt_column is None) != (self.completion_column is None):
-            raise BadRequest("prompt_column and completion_column go together: give both or neither")
-        if self.text_column is not None and self.prompt_column is not None:
-            raise BadRequest("text_column and prompt_column exclude each other: give the text or prompt and completion")
-        if self.prompt_column is not None and self.prompt_column == self.completion_column:
-            raise BadRequest("prompt_column and completion_column are the same column: name two")
-        if not 0 <= self.validation_fraction < 1:
-            raise BadRequest(
-                f"validation_fraction {self.validation_fraction} is not a share: choose 0 or more, below 1"
-            )
 
 
 @dataclass(frozen=True)
@@ -71,7 +38,7 @@ class Document:
     record: bool = False
 
 
-def read_documents(path: Path, config: DataConfig) -> list[Document]:
+def read_documents(path: Path, config: TextSettings) -> list[Document]:
     """Reads a .txt, .jsonl or .csv file in UTF-8 (a byte order mark is dropped).
 
     .txt: the documents are the paragraphs, each with its trailing blank lines: joined, they are the file's text.
@@ -129,7 +96,7 @@ def _read_text(path: Path) -> str:
         raise BadData(f"{path.name} is not UTF-8 at line {line} (byte {place}): save it as UTF-8") from None
 
 
-def _read_txt(name: str, text: str, config: DataConfig) -> list[Document]:
+def _read_txt(name: str, text: str, config: TextSettings) -> list[Document]:
     if config.prompt_column is not None:
         raise BadData(f"{name} has no columns: give a .jsonl or .csv file, or leave out prompt_column")
     paragraphs: list[list[str]] = [[]]
@@ -145,7 +112,7 @@ def _read_txt(name: str, text: str, config: DataConfig) -> list[Document]:
     return [Document("".join(lines)) for lines in paragraphs]
 
 
-def _read_jsonl(name: str, text: str, config: DataConfig) -> list[Document]:
+def _read_jsonl(name: str, text: str, config: TextSettings) -> list[Document]:
     documents = []
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines(): JSON may hold U+2028 as it is
         if not line.strip():
@@ -161,7 +128,7 @@ def _read_jsonl(name: str, text: str, config: DataConfig) -> list[Document]:
     return documents
 
 
-def _read_csv(name: str, text: str, config: DataConfig) -> list[Document]:
+def _read_csv(name: str, text: str, config: TextSettings) -> list[Document]:
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     documents = []
     try:
@@ -184,7 +151,7 @@ def _read_csv(name: str, text: str, config: DataConfig) -> list[Document]:
     return documents
 
 
-def _columns(name: str, place: str, present: list[str], config: DataConfig, default: str) -> list[str]:
+def _columns(name: str, place: str, present: list[str], config: TextSettings, default: str) -> list[str]:
     """The column of the text, or those of prompt and completion. Raises BadData if one is missing."""
     if config.prompt_column is not None and config.completion_column is not None:
         wanted = [config.prompt_column, config.completion_column]

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from isthmus.split.data.documents import DataConfig, Document, read_documents, split_documents
+from isthmus.split.data.documents import Document, read_documents, split_documents
 from isthmus.split.errors import BadData, BadRequest
+from isthmus.split.job.groups import TextSettings
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and reading a file does not need it
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ class Sequences:
 
 
 def build_sequences(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, keep_last: bool
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, config: TextSettings, *, keep_last: bool
 ) -> Sequences:
     """Tokenises documents and cuts them into rows of config.sequence_length.
 
@@ -156,7 +157,7 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, special: bool 
 
 
 def sequences_of_file(
-    path: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+    path: Path, config: TextSettings, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Sequences, Sequences | None]:
     """A device's text: its training sequences, and its held-out ones (None when nothing is held out).
 

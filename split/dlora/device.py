@@ -102,12 +102,12 @@ class DloraTrainer:
         self.front, self.tail = stages
         self.config, self.ledger = config, ledger
         self.train, self.validation = train, validation
-        shape = shape or Shape(config.cut_layer, config.rank)
+        shape = shape or Shape(config.devices.cut_layer, config.lora.rank)
         self.layout = layout_of(model, config).cut_at(shape.cut, shape.rank)
         self._device = next(self.front.parameters()).device
         self.remote = RemoteModules(self.layout, config.seed, self._device)
         self.parameters = dict(sorted({**lora_parameters(stages), **self.remote.parameters}.items()))
-        self.active = ActiveSet(self.layout, self.parameters, self.front, config.killed)
+        self.active = ActiveSet(self.layout, self.parameters, self.front, config.dlora.killed)
         self.killing = Killing(self.layout, self.parameters, config, ledger.traffic)
         self.stepper = Stepper(self.parameters, config)
         self.step = 0  # steps done
@@ -186,7 +186,7 @@ class DloraTrainer:
         if answer.phase == Phase.CLOSE:
             return False
         start = answer.agreement.start_step if answer.phase == Phase.OPEN and answer.agreement else -1
-        if self.config.aggregate and start >= 0:
+        if self.config.dlora.aggregate and start >= 0:
             self._go_to(start, answer.tensor)
         elif start == self.step - 1 and self._told:
             link.send(Frame(Phase.STEP, start, values=self._told))

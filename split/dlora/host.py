@@ -20,7 +20,8 @@ from isthmus.split.aggregation.averaging import Averager
 from isthmus.split.dlora.backbone import Active, Backbone
 from isthmus.split.dlora.passes import Passing
 from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost, WrongState
-from isthmus.split.job.config import MERGE, TrainingConfig
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.groups import MERGE
 from isthmus.split.job.shapes import AVERAGE
 from isthmus.split.link.coding import Plan
 from isthmus.split.link.protocol import EVALUATIONS_AHEAD
@@ -83,7 +84,7 @@ class BackboneHost:
         self._adapters = {device: shapes_of(adapter_of(layout)) for device, layout in layouts.items()}
         self._stage_digest, self._checkpoints, self._patience = stage_digest, checkpoints, patience
         self._planner = Planner(config, backbone.hidden_size)
-        self._averager = Averager(config, initial_adapter) if config.aggregate else None
+        self._averager = Averager(config, initial_adapter) if config.dlora.aggregate else None
         self._point = resume or self._average_of(0, None)  # the last aggregation
         if resume and resume.stage_digest != self._point_digest:
             raise WrongState("the model's files have changed since the checkpoint was written: put the old ones back")
@@ -182,7 +183,7 @@ class BackboneHost:
     def _admit(self) -> None:
         """Lets devices in: each at once, or, where adapters are averaged, all together at the start."""
         if not self._started:
-            if self.config.aggregate and not self._awaited <= self._members.keys():
+            if self.config.dlora.aggregate and not self._awaited <= self._members.keys():
                 return
             self._started = True
             self.tell("started", "", {"step": self._point.step})
@@ -197,7 +198,7 @@ class BackboneHost:
             self.tell("log", "", {"message": sentence})
         member.plan = plans[device]
         tensor = None
-        if self.config.aggregate:
+        if self.config.dlora.aggregate:
             member.step, tensor = self._point.step, self._point.device_adapter
         elif member.step - self._steps[device] == 1:
             member.step -= 1  # its STEP was lost with the link, and comes again
@@ -206,7 +207,7 @@ class BackboneHost:
         agreement = stage_pb2.Agreement(
             start_step=member.step,
             batch_size=self.config.batch_size,
-            sequence_length=self.config.sequence_length,
+            sequence_length=self.config.text.sequence_length,
             hidden_size=self.backbone.hidden_size,
             adapter_values=self._values_of(device),
         )
@@ -304,7 +305,7 @@ class BackboneHost:
             self.tell("modules", device, {"step": step, "message": message, **names, "active": layout.names(trained)})
 
     def _merge(self, device: str, member: _Member, frame: Frame) -> None:
-        if not self._between_steps(member) or frame.step != member.step or self.config.killed != MERGE:
+        if not self._between_steps(member) or frame.step != member.step or self.config.dlora.killed != MERGE:
             raise _not_due(device, frame)
         layout = self._layouts[device]
         numbers = layout.unpack(frame.trained)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from isthmus.split.errors import BadRequest
-from isthmus.split.job.config import KILLED, MERGE
+from isthmus.split.job.groups import KILLED, MERGE
 
 BUDGETS = ("values", "modules")
 SCHEDULES = ("step", "cosine", "gain")

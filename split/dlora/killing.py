@@ -14,7 +14,8 @@ from torch import nn
 from isthmus.split.dlora.kill_and_revive import Controller, Decision
 from isthmus.split.dlora.kill_policy import KillPolicy
 from isthmus.split.dlora.module_costs import costs_of
-from isthmus.split.job.config import KEEP, TrainingConfig
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.groups import KEEP
 from isthmus.split.lora.sites import Layout
 from isthmus.split.resources.ledger import Traffic
 
@@ -40,18 +41,18 @@ class Killing:
         self._all = frozenset(module.number for module in layout.modules)
         self._controller: Controller | None = None
         self._began: tuple[int, int, int] | None = None  # this run's first step; bytes of modules, and in all, by then
-        if not config.kills:
+        if not config.dlora.kills:
             return
-        if config.killed == KEEP:
+        if config.dlora.killed == KEEP:
             log.warning("killed modules are kept, and still exchanged: that saves their gradients here, not messages")
         self._warmup, anneal, interval = config.kill_times
         turn = min(_PROBE_STEPS, max(1, config.steps // 10))
         policy = KillPolicy(
-            active_fraction=config.active_fraction,  # 1 with bytes_per_step: until those are measured
+            active_fraction=config.dlora.active_fraction,  # 1 with bytes_per_step: until those are measured
             warmup_steps=self._warmup,
             anneal_steps=anneal,
             interval=interval,
-            killed=config.killed,
+            killed=config.dlora.killed,
             probe_share=_PROBE_SHARE,
             probe_steps=turn,
             hold_steps=turn,
@@ -65,7 +66,7 @@ class Killing:
             return self._all
         if self._began is None:
             self._began = step, *self._counts()
-        if self._config.bytes_per_step and step >= self._warmup:
+        if self._config.dlora.bytes_per_step and step >= self._warmup:
             self._ration(step)
         decision = self._controller.decide(step)
         if decision.killed or decision.revived:
@@ -106,7 +107,7 @@ class Killing:
             return
         of_modules, rest = (modules - modules_before) / steps, (everything - all_before) / steps
         rest -= of_modules
-        wanted = self._config.bytes_per_step
+        wanted = self._config.dlora.bytes_per_step
         fraction = min(1.0, max(0.0, (wanted - rest) / max(1.0, of_modules)))
         if fraction == 1:
             return

@@ -42,7 +42,9 @@ def backbone_of(
 ) -> Backbone:
     where = pick_device(device)
     stages = server_stages(source, config, shapes, where)
-    return Backbone(stages, layout_of(source.config, config), Ledger(), dtype=pick_precision(config.precision, where))
+    return Backbone(
+        stages, layout_of(source.config, config), Ledger(), dtype=pick_precision(config.optimizer.precision, where)
+    )
 
 
 def device_of(
@@ -54,9 +56,9 @@ def device_of(
     shape: Shape | None = None,
 ) -> DloraTrainer:
     """shape: of the device; None: the job's."""
-    where, shape = pick_device(device), shape or Shape(config.cut_layer, config.rank)
+    where, shape = pick_device(device), shape or Shape(config.devices.cut_layer, config.lora.rank)
     stages = device_stages(source, config, shape, where)
-    dtype = pick_precision(config.precision, where)
+    dtype = pick_precision(config.optimizer.precision, where)
     return DloraTrainer(stages, source.config, config, *text, Ledger(), dtype=dtype, record=record, shape=shape)
 
 
@@ -75,7 +77,7 @@ def train_dlora_locally(
 
     checkpoints: a folder for records; what is there is gone on from. Raises the first error of a device or the stage.
     """
-    own = Shape(config.cut_layer, config.rank)
+    own = Shape(config.devices.cut_layer, config.lora.rank)
     named = {f"d{number}": shapes[number] if shapes else own for number in range(len(texts))}
     trainers = {
         name: device_of(

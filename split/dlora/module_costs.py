@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from isthmus.split.errors import BadRequest
-from isthmus.split.job.config import KEEP, MERGE, TrainingConfig
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.groups import KEEP, MERGE
 from isthmus.split.lora.sites import Layout, layout_of
 
 
@@ -66,8 +67,8 @@ def module_costs(config: PreTrainedConfig, training: TrainingConfig) -> dict[str
     Raises BadRequest for target modules or a cut that the model does not have.
     """
     layers = config.num_hidden_layers
-    if not 0 <= training.cut_layer < layers:
-        raise BadRequest(f"cut_layer {training.cut_layer} leaves the cloud no blocks: choose 0 to {layers - 1}")
+    if not 0 <= training.devices.cut_layer < layers:
+        raise BadRequest(f"cut_layer {training.devices.cut_layer} leaves the cloud no blocks: choose 0 to {layers - 1}")
     return costs_of(layout_of(config, training))
 
 

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from isthmus.split.errors import BadTensor
-from isthmus.split.job.config import DROP, KEEP, MERGE
+from isthmus.split.job.groups import DROP, KEEP, MERGE
 from isthmus.split.link.session import Frame
 from isthmus.split.lora.lora import flatten, initial_adapter
 from isthmus.split.lora.sites import Layout, Module, Site

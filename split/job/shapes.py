@@ -80,13 +80,13 @@ def parse_by_name(option: str, text: str, rest: int) -> ByName:
 def options_of(cut: str, rank: str, default: TrainingConfig) -> dict[str, Any]:
     """The fields of TrainingConfig for the command's `--cut` and `--rank`. The job's own rank, which gives the scale,
     is the largest number that `rank` names, the default without one."""
-    cuts = parse_by_name("--cut", cut, default.cut_layer)
+    cuts = parse_by_name("--cut", cut, default.devices.cut_layer)
     ranks = parse_by_name("--rank", rank, 0)
     own = max(ranks.numbers, default=0)
     if ranks.named or ranks.rest is None:  # without a name, a 0 is for all of the job, and refused there
-        own = own or default.rank
+        own = own or default.lora.rank
     return {
-        "cut_layer": default.cut_layer if cuts.rest is None else cuts.rest,
+        "cut_layer": default.devices.cut_layer if cuts.rest is None else cuts.rest,
         "rank": own,
         "cuts": cut if cuts.named or cuts.rest is None else "",
         "ranks": rank if ranks.named or ranks.rest is None else "",
@@ -95,9 +95,9 @@ def options_of(cut: str, rank: str, default: TrainingConfig) -> dict[str, Any]:
 
 def asked(config: TrainingConfig) -> tuple[ByName, ByName]:
     """What a job's user wants of cuts and ranks."""
-    cuts = parse_by_name("cut", config.cuts, config.cut_layer) if config.cuts else ByName(config.cut_layer)
-    ranks = parse_by_name("rank", config.ranks, config.rank) if config.ranks else ByName(config.rank)
-    return cuts, ranks
+    cut, cuts, rank, ranks = config.devices.cut_layer, config.devices.cuts, config.lora.rank, config.lora.ranks
+    by_cut = parse_by_name("cut", cuts, cut) if cuts else ByName(cut)
+    return by_cut, parse_by_name("rank", ranks, rank) if ranks else ByName(rank)
 
 
 def check_named(config: TrainingConfig, devices: Iterable[str]) -> None:
@@ -123,10 +123,10 @@ def fixed_shapes(config: TrainingConfig, devices: Iterable[str]) -> dict[str, Sh
 
 def aggregation_of(config: TrainingConfig, shapes: Mapping[str, Shape]) -> str:
     """The name of the aggregation. Raises BadRequest for `average` of adapters of different ranks."""
-    alike = len({shape.rank for shape in shapes.values()} | {config.rank}) == 1
-    if config.aggregation == AVERAGE and not alike:
+    alike = len({shape.rank for shape in shapes.values()} | {config.lora.rank}) == 1
+    if config.devices.aggregation == AVERAGE and not alike:
         raise BadRequest("--aggregation average needs the same rank on all devices; choose padding, stacking or svd")
-    return config.aggregation or (AVERAGE if alike else SVD)
+    return config.devices.aggregation or (AVERAGE if alike else SVD)
 
 
 def as_plain(shapes: Mapping[str, Shape]) -> dict[str, list[int]]:

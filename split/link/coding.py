@@ -117,7 +117,7 @@ class Coder:
 
     def expected_at_site(self, stream: str, rows: int) -> Expected:
         """What comes for a site: (rows, width), as many rows as are of use of `rows` sequences."""
-        most = rows * self._terms.config.sequence_length * self._terms.widest
+        most = rows * self._terms.config.text.sequence_length * self._terms.widest
         return self.expected(stream, (None, None), most)
 
     def rows(self, micro_batch: int) -> int:

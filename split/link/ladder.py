@@ -43,16 +43,16 @@ def ladder(stream: str, budget: float) -> list[str]:
 def candidates(config: TrainingConfig) -> list[str]:
     """All codecs that may be chosen in a job, those that the user has fixed included."""
     names: list[str] = []
-    for stream, name in choices(config.codec).items():
+    for stream, name in choices(config.link.codec).items():
         if stream in TRAINING:
-            names += ladder(stream, config.error_budget) if name == AUTO else [name]
+            names += ladder(stream, config.link.error_budget) if name == AUTO else [name]
     return list(dict.fromkeys(names))
 
 
 def check_agreed(plan: Plan, config: TrainingConfig) -> None:
     """Raises CodecError for a plan with a codec that a job of this configuration cannot have."""
-    for stream, chosen in choices(config.codec).items():
+    for stream, chosen in choices(config.link.codec).items():
         name = plan.codec_of(stream)
-        allowed = ladder(stream, config.error_budget) if chosen == AUTO else [chosen]
+        allowed = ladder(stream, config.link.error_budget) if chosen == AUTO else [chosen]
         if name not in allowed:
             raise CodecError(f"a plan with {name[:200]} for {stream}, which this job has not agreed on")

@@ -69,13 +69,13 @@ class Rules:
         expected = self._tensor_of(message, coder)
         if (expected is not None) != message.HasField("tensor"):
             raise BadFrame(f"{Phase.Name(message.phase)} {'without its' if expected else 'with a'} tensor")
-        with_labels = self.config.labels == "server" and message.phase in (Phase.FORWARD, Phase.EVALUATE)
+        with_labels = self.config.devices.labels == "server" and message.phase in (Phase.FORWARD, Phase.EVALUATE)
         if with_labels != message.HasField("labels"):
             raise BadFrame(f"{Phase.Name(message.phase)} {'without its' if with_labels else 'with'} labels")
         if with_labels:
             check_tensor(message.labels, self._labels_of(message))
         if expected is not None:
-            stream = stream_of(message.phase, upward=True, labels=self.config.labels)
+            stream = stream_of(message.phase, upward=True, labels=self.config.devices.labels)
             place = message.step, message.micro_batch, message.site
             tensor = coder.decode(stream, message.tensor, expected, *place)
             if not _finite(tensor):
@@ -142,7 +142,7 @@ class Rules:
         if not all(math.isfinite(value) for value in message.values.values()):
             raise BadFrame(f"{Phase.Name(message.phase)} with a value that is not finite: {_DIVERGED}")
         required = () if message.site else _REQUIRED_VALUES.get(message.phase, ())
-        if message.phase == Phase.FORWARD and self.config.labels == "server":
+        if message.phase == Phase.FORWARD and self.config.devices.labels == "server":
             required = ("tokens",)
         for name in required:
             if name not in message.values or message.values[name] < 0:
@@ -150,12 +150,12 @@ class Rules:
         evaluation = [message.values[name] for name in _EVALUATION if name in message.values]
         if len(evaluation) == 1 or any(value < 0 for value in evaluation):
             raise BadFrame(f"{' and '.join(_EVALUATION)} go together, and neither is below 0")
-        if message.values.get("tokens", 0) > self.config.batch_size * self.config.sequence_length:
+        if message.values.get("tokens", 0) > self.config.batch_size * self.config.text.sequence_length:
             raise BadFrame("more predicted tokens than the batch has")
 
     def _tensor_of(self, message: stage_pb2.Frame, coder: Coder) -> Expected | None:
-        phase, hidden, length = message.phase, self.hidden_size, self.config.sequence_length
-        stream = stream_of(phase, upward=True, labels=self.config.labels)
+        phase, hidden, length = message.phase, self.hidden_size, self.config.text.sequence_length
+        stream = stream_of(phase, upward=True, labels=self.config.devices.labels)
         if message.site:
             rows = coder.batch_size if phase == Phase.EVALUATE else coder.rows(message.micro_batch)
             return coder.expected_at_site(stream, rows)
@@ -177,7 +177,7 @@ class Rules:
         return sum(math.prod(shape) for shape in self.layout.shapes(module).values())
 
     def _labels_of(self, message: stage_pb2.Frame) -> Expected:
-        length = self.config.sequence_length
+        length = self.config.text.sequence_length
         rows = message.tensor.shape[0] if message.tensor.shape else 0  # as many as there are hidden states
         return Expected("int32", (rows, length), self.config.batch_size * length)
 

@@ -124,7 +124,7 @@ class LocalLink:
         """profile: what `measure` says: of the network that this link stands for."""
         self._profile = profile
         self.coder, self._far = Coder(terms, ledger), Coder(terms, Ledger())
-        self._host, self._device, self._labels, self._ledger = host, device, terms.config.labels, ledger
+        self._host, self._device, self._labels, self._ledger = host, device, terms.config.devices.labels, ledger
         self._timeout = timeout
         self._inbox: queue.SimpleQueue[Frame | IsthmusError] = queue.SimpleQueue()
         self._deliver = self._inbox.put  # one object: it names this link to the host
@@ -203,7 +203,7 @@ class GrpcLink:
     ) -> None:
         """port: of the stage, for the kernel's count of bytes; 0: they are not counted."""
         self.coder = Coder(terms, ledger)
-        self._job, self._session, self._labels, self._ledger = job, session, terms.config.labels, ledger
+        self._job, self._session, self._labels, self._ledger = job, session, terms.config.devices.labels, ledger
         self._config = terms.config
         self._wire = Watch(ledger.traffic.connections, port=port)
         self._over = threading.Event()  # nothing is sent any more: closed here, or ended by the other side

@@ -42,12 +42,12 @@ class FrozenPart:
     """Of a holder's stages. A module with LoRA or without it may have one."""
 
     def __init__(self, stages: Sequence[Stage], config: TrainingConfig) -> None:
-        self._scale = config.alpha / config.rank
+        self._scale = config.lora.scale
         self.factors: dict[str, Factors] = {}  # by module, on the stages' device
         self._modules: dict[str, nn.Module] = {}
         for stage in stages:
             architecture = architecture_of(stage.model.config)
-            targets = set(config.target_modules or architecture.default_targets)
+            targets = set(config.lora.target_modules or architecture.default_targets)
             for name, module in stage.model.named_modules():
                 if name.startswith(f"{architecture.layers}.") and name.rpartition(".")[2] in targets:
                     self._modules[stage.global_name(name)] = module

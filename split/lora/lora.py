@@ -36,14 +36,15 @@ def lora_config(training: TrainingConfig, model: PretrainedConfig, rank: int | N
     rank: of a device that has another than the job's; the scale is the job's, so that products can be added up.
     """
     architecture = architecture_of(model)
-    targets = training.target_modules or architecture.default_targets
+    targets = training.lora.target_modules or architecture.default_targets
     unknown = sorted(set(targets) - set(architecture.linear_modules))
     if unknown:
         choices = ", ".join(architecture.linear_modules)
         raise BadRequest(f"target modules {', '.join(unknown)} are not in a {model.model_type} block; it has {choices}")
-    alpha = training.alpha if rank in (None, training.rank) else training.alpha * (rank or 0) / training.rank
+    settings = training.lora
+    alpha = settings.alpha if rank in (None, settings.rank) else settings.scale * (rank or 0)
     return LoraConfig(
-        r=rank or training.rank,
+        r=rank or settings.rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides it by r; its annotation says int
         target_modules=list(targets),
         lora_dropout=0.0,

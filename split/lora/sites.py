@@ -154,7 +154,7 @@ def layout_of(config: PreTrainedConfig, training: TrainingConfig) -> Layout:
         shared = next((group[0] for group in _SHARED_INPUTS if kind in group), kind)
         groups.setdefault((parent, shared), []).append(modules[-1])
     sites = tuple(Site(number, tuple(group)) for number, group in enumerate(groups.values(), start=1))
-    return Layout(tuple(modules), sites, training.cut_layer, training.rank, training.alpha / training.rank)
+    return Layout(tuple(modules), sites, training.devices.cut_layer, training.lora.rank, training.lora.scale)
 
 
 def adapter_of(layout: Layout) -> dict[str, Tensor]:

@@ -65,9 +65,9 @@ class Planner:
     _states: dict[tuple[str, str], CodecState] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._choices = choices(self.config.codec)
+        self._choices = choices(self.config.link.codec)
         self.automatic = any(self._choices[stream] == AUTO for stream in TRAINING)
-        self._ladders = {stream: ladder(stream, self.config.error_budget) for stream in TRAINING}
+        self._ladders = {stream: ladder(stream, self.config.link.error_budget) for stream in TRAINING}
         self._seconds = codec_seconds(candidates(self.config), self.hidden_size) if self.automatic else {}
 
     def look_at(self, stream: str, tensor: Tensor) -> None:
@@ -138,8 +138,8 @@ class Planner:
         return self._costs_of(view, stage_seconds, plan)
 
     def _counts(self, views: Iterable[View], measured: bool) -> list[int]:
-        if self.config.micro_batches:
-            return [self.config.micro_batches]
+        if self.config.link.micro_batches:
+            return [self.config.link.micro_batches]
         most = min(_MOST_MICRO_BATCHES, self.config.batch_size)
         if not measured:  # computing takes an unknown time yet: cut only where there is something to hide
             slow = any(view.link.round_trip > 0.005 or min(view.link.up, view.link.down) < 5e7 for view in views)
@@ -177,7 +177,7 @@ class Planner:
         return step_seconds(self._costs_of(view, stage_seconds, plan), plan.micro_batches, plan.depth)
 
     def _costs_of(self, view: View, stage_seconds: Mapping[str, float], plan: Plan) -> StepCosts:
-        values = self.config.batch_size * self.config.sequence_length * self.hidden_size
+        values = self.config.batch_size * self.config.text.sequence_length * self.hidden_size
 
         def coding(stream: str) -> float:
             name = plan.codec_of(stream)
@@ -187,7 +187,7 @@ class Planner:
         work = view.compute_seconds
         return StepCosts(
             view.link,
-            u_shaped=self.config.labels == "device",
+            u_shaped=self.config.devices.labels == "device",
             front=work.get(FRONT, 0.0),
             tail=work.get(TAIL, 0.0),
             front_backward=work.get(FRONT_BACKWARD, 0.0),

@@ -34,7 +34,7 @@ class Costs:
     @property
     def tokens(self) -> int:
         """Of a device's step."""
-        return self.training.batch_size * self.training.sequence_length
+        return self.training.batch_size * self.training.text.sequence_length
 
     @property
     def layers(self) -> int:
@@ -53,7 +53,7 @@ class Costs:
     def end_values(self) -> int:
         """Weights of a device beside its blocks: the embedding, and the head where the labels are with it."""
         embedding = _values(self.config, StageSpec(0, 0, embeds=True, head=False))
-        if self.training.labels == "server" or self.config.tie_word_embeddings:
+        if self.training.devices.labels == "server" or self.config.tie_word_embeddings:
             return embedding
         layers = self.layers
         return embedding + _values(self.config, StageSpec(layers, layers, embeds=False, head=True))
@@ -81,22 +81,22 @@ class Costs:
 
     def forward(self, blocks: int, rank: int, tokens: int) -> float:
         """Operations of blocks on so many tokens."""
-        attention = 4 * self.training.sequence_length * self.hidden
+        attention = 4 * self.training.text.sequence_length * self.hidden
         return tokens * blocks * (2 * self.block_values + attention + 2 * rank * self.lora_values)
 
     def backward(self, blocks: int, rank: int, tokens: int) -> float:
-        attention = 10 * self.training.sequence_length * self.hidden
+        attention = 10 * self.training.text.sequence_length * self.hidden
         return tokens * blocks * (2 * self.block_values + attention + 4 * rank * self.lora_values)
 
     @property
     def tail(self) -> float:
         """Operations of the head on a device, forward and backward; 0 with labels at the server."""
-        return 0.0 if self.training.labels == "server" else self._head
+        return 0.0 if self.training.devices.labels == "server" else self._head
 
     @property
     def head_at_server(self) -> float:
         """The same, for a device's rows, where it is there."""
-        return self._head if self.training.labels == "server" else 0.0
+        return self._head if self.training.devices.labels == "server" else 0.0
 
     @property
     def _head(self) -> float:
@@ -109,7 +109,7 @@ class Costs:
 
     def server_work(self, cuts: Iterable[int]) -> float:
         """Operations of a step at the server, for the rows of devices with these cuts."""
-        rank = self.training.rank
+        rank = self.training.lora.rank
         return sum(
             self.forward(self.layers - cut, rank, self.tokens)
             + self.backward(self.layers - cut, rank, self.tokens)
@@ -118,17 +118,19 @@ class Costs:
         )
 
     def adapter_values(self, cut: int, rank: int) -> int:
-        return (self.layers if self.training.dlora else cut) * rank * self.lora_values
+        return (self.layers if self.training.devices_train_all else cut) * rank * self.lora_values
 
     def memory(self, cut: int, rank: int) -> float:
         """Bytes that a device needs: libraries, weights, LoRA with its optimiser, what a step keeps for backward."""
         weights = cut * self.block_values + self.end_values
-        adapter = _LORA_COPIES[self.training.optimizer] * self.adapter_values(cut, rank)
+        adapter = _LORA_COPIES[self.training.optimizer.name] * self.adapter_values(cut, rank)
         kept = cut * (_WIDE * self.hidden + _NARROW * self._mlp) if rank else 0
-        if self.training.dlora and rank:  # what the modules of the server's blocks have been given, and have answered
+        if (
+            self.training.devices_train_all and rank
+        ):  # what the modules of the server's blocks have been given, and have answered
             kept += (self.layers - cut) * self.site_values
         kept += 4 * self.hidden  # what crosses, each way, and the head's own
-        if self.training.labels == "device":
+        if self.training.devices.labels == "device":
             kept += _LOGITS * int(self.config.vocab_size)
         return LIBRARIES + _FLOAT * (weights + adapter + self.tokens * kept)
 

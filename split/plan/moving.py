@@ -74,4 +74,4 @@ class Mover:
         """The job with these cuts, and with the ranks that there are."""
         named = ",".join(f"{device}={AUTO if cut is None else cut}" for device, cut in cuts.items())
         ranks = ",".join(f"{device}={shape.rank}" for device, shape in shapes.items())
-        return replace(self.costs, training=replace(self.costs.training, cuts=named, ranks=ranks))
+        return replace(self.costs, training=self.costs.training.but(cuts=named, ranks=ranks))

@@ -48,30 +48,30 @@ def parts_of(config: PretrainedConfig, training: TrainingConfig, shape: Shape | 
 
     Raises BadRequest for a cut, modules, a batch or an adapter that cannot be.
     """
-    cut, rank = (training.cut_layer, training.rank) if shape is None else (shape.cut, shape.rank)
-    if training.labels == "device":
+    cut, rank = (training.devices.cut_layer, training.lora.rank) if shape is None else (shape.cut, shape.rank)
+    if training.devices.labels == "device":
         front, server, tail = cut_u_shaped(config, cut)
         device: tuple[StageSpec, ...] = (front, tail)
     else:
         front, server = cut_in_two(config, cut)
         device = (front,)
     limit = getattr(config, "max_position_embeddings", None)
-    if limit and training.sequence_length > limit:
-        raise BadRequest(f"sequence_length {training.sequence_length} is more than this model's {limit}")
-    frame = 4 * training.batch_size * training.sequence_length * config.hidden_size
+    if limit and training.text.sequence_length > limit:
+        raise BadRequest(f"sequence_length {training.text.sequence_length} is more than this model's {limit}")
+    frame = 4 * training.batch_size * training.text.sequence_length * config.hidden_size
     if frame > _LARGEST_FRAME:
         raise BadRequest(
             f"hidden states of {frame / 2**20:.0f} MiB a step do not fit a message of "
             f"{MAX_MESSAGE_BYTES / 2**20:.0f} MiB; choose a smaller batch_size or sequence_length"
         )
-    if training.dlora:
+    if training.devices_train_all:
         layout = layout_of(config, training).cut_at(cut, rank)
         _check_site_frames(training, layout)
         adapter = adapter_of_modules(layout)
     else:
         adapter = adapter_of(config, training, front, rank)  # checks the target modules for every cut
     size = 4 * sum(value.numel() for value in adapter.values())
-    if size > _LARGEST_FRAME and (training.aggregate or not training.dlora):  # else it stays on the device
+    if size > _LARGEST_FRAME and (training.dlora.aggregate or not training.dlora):  # else it stays on the device
         raise BadRequest(
             f"a device's adapter of {size / 2**20:.0f} MiB does not fit a message of {MAX_MESSAGE_BYTES / 2**20:.0f} "
             "MiB; choose a smaller rank or cut_layer, or fewer target_modules"
@@ -82,8 +82,8 @@ def parts_of(config: PretrainedConfig, training: TrainingConfig, shape: Shape | 
 def _check_site_frames(training: TrainingConfig, layout: Layout) -> None:
     """Raises BadRequest where what modules of one site exchange (DLoRA) is too much for a message."""
     # An evaluation's batches are whole, and so may a step's be where the link decides.
-    parts = max(1, training.micro_batches) if training.validation_fraction == 0 else 1
-    frame = 4 * math.ceil(training.batch_size / parts) * training.sequence_length * layout.widest
+    parts = max(1, training.link.micro_batches) if training.text.validation_fraction == 0 else 1
+    frame = 4 * math.ceil(training.batch_size / parts) * training.text.sequence_length * layout.widest
     if frame > _LARGEST_FRAME:
         raise BadRequest(
             f"what LoRA modules with one input exchange, up to {frame / 2**20:.0f} MiB, does not fit a message of "
@@ -96,7 +96,7 @@ def segments_of(config: PretrainedConfig, training: TrainingConfig, cuts: Iterab
     """The server's blocks, from the smallest cut on, as consecutive stages between the cuts: devices enter where theirs
     is. The head is on the last one where labels are at the server."""
     edges = [*sorted(set(cuts)), config.num_hidden_layers]
-    head = training.labels == "server"
+    head = training.devices.labels == "server"
     return [StageSpec(first, last, embeds=False, head=head and last == edges[-1]) for first, last in pairwise(edges)]
 
 
@@ -116,19 +116,19 @@ def server_stages(
     """The server's segments, with LoRA of the job's rank; without where all modules are the devices'."""
     cuts = [shape.cut for shape in shapes.values()]
     segments = build_stages(source, segments_of(source.config, training, cuts), device=where)
-    for segment in segments if not training.dlora else ():
+    for segment in segments if not training.devices_train_all else ():
         add_lora(segment, lora_config(training, source.config), training.seed)
     return segments
 
 
 def merging_of(config: PretrainedConfig, training: TrainingConfig, shapes: Mapping[str, Shape]) -> Merging | None:
     """What merges the adapters of devices that differ; None where all are alike and A and B are averaged."""
-    alike = len(set(shapes.values())) == 1 and all(shape.rank == training.rank for shape in shapes.values())
+    alike = len(set(shapes.values())) == 1 and all(shape.rank == training.lora.rank for shape in shapes.values())
     moves = asked(training)[0].automatic
     if alike and not moves and aggregation_of(training, shapes) == AVERAGE:
         return None
     deepest = config.num_hidden_layers - 1
-    adapter = adapter_of(config, training, StageSpec(0, deepest, embeds=True, head=False), training.rank)
+    adapter = adapter_of(config, training, StageSpec(0, deepest, embeds=True, head=False), training.lora.rank)
     prefix = architecture_of(config).layers + "."
     modules = [name.removesuffix(A) for name in adapter if name.endswith(A)]
     blocks = {module: int(module.removeprefix(prefix).partition(".")[0]) for module in modules}

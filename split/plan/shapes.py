@@ -113,8 +113,8 @@ def check_memory(costs: Costs, device: str, shape: Shape, memory: float, share: 
     if memory and needed > memory:
         raise BadRequest(
             f"device {device} has {memory / 2**30:.2f} GiB of memory for a job; its {share} ({shape}, batches of "
-            f"{training.batch_size} x {training.sequence_length}) takes {needed / 2**30:.2f} GiB: choose a smaller "
-            "cut, batch_size or sequence_length, or leave it out"
+            f"{training.batch_size} x {training.text.sequence_length}) takes {needed / 2**30:.2f} GiB: choose a "
+            "smaller cut, batch_size or sequence_length, or leave it out"
         )
 
 
@@ -167,7 +167,7 @@ class _Job:
 
     def server_seconds(self, shapes: Mapping[str, Shape]) -> tuple[float, float]:
         """Forward and backward, for all devices' rows."""
-        costs, rank = self.costs, self.costs.training.rank
+        costs, rank = self.costs, self.costs.training.lora.rank
         forward = sum(costs.forward(costs.layers - shape.cut, rank, costs.tokens) for shape in shapes.values())
         backward = sum(costs.backward(costs.layers - shape.cut, rank, costs.tokens) for shape in shapes.values())
         backward += len(shapes) * costs.head_at_server
@@ -186,7 +186,7 @@ class _Device:
         self.costs, self.able = costs, able
         cut, rank = cuts.of(name), ranks.of(name)
         every_cut = [cut] if cut is not None else list(range(1, costs.layers))
-        self.ranks = [rank] if rank is not None else list(range(1, costs.training.rank + 1))
+        self.ranks = [rank] if rank is not None else list(range(1, costs.training.lora.rank + 1))
         self.cuts = [cut for cut in every_cut if self.fits(Shape(cut, self.ranks[0]))]
         if not self.cuts:
             check_memory(costs, name, Shape(every_cut[0], self.ranks[0]), _OF_MEMORY * able.memory, "smallest share")
@@ -229,13 +229,13 @@ class _Device:
             size=self._costs.size,
         )
         most = min(_MOST_MICRO_BATCHES, self.costs.training.batch_size)
-        counts = [self.costs.training.micro_batches or count for count in (1, 2, 4, 8) if count <= most]
+        counts = [self.costs.training.link.micro_batches or count for count in (1, 2, 4, 8) if count <= most]
         size = self._adapter_bytes * self.costs.adapter_values(shape.cut, shape.rank)
         adapters = size / self.able.link.up + size / self.able.link.down
-        if self.costs.training.dlora:
+        if self.costs.training.devices_train_all:
             return min(step_seconds(costs, count, count) + self._modules(shape, count) for count in counts)
         return min(step_seconds(costs, count, count) for count in counts) + (
-            adapters / self.costs.training.aggregate_every
+            adapters / self.costs.training.devices.aggregate_every
         )
 
     def _modules(self, shape: Shape, count: int) -> float:

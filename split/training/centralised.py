@@ -52,7 +52,7 @@ def train_centralised(
     """
     where = pick_device(device)
     source = open_model(model)
-    parts = [sequences_of_file(path, config.data, source.tokenizer()) for path in files]
+    parts = [sequences_of_file(path, config.text, source.tokenizer()) for path in files]
     lora = lora_config(config, source.config)
     wrapped = (
         get_peft_model(load_model(str(source.path), model), lora).to(where).eval()
@@ -64,7 +64,7 @@ def train_centralised(
         for name, parameter in wrapped.named_parameters()
         if parameter.requires_grad
     }
-    dtype = pick_precision(config.precision, where)
+    dtype = pick_precision(config.optimizer.precision, where)
     ledger = Ledger()
     stepper = Stepper(trainable, config)
     held_out = [validation for _, validation in parts if validation is not None]

@@ -253,7 +253,7 @@ class DeviceTrainer:
             return {}
         self._record.drop_after(step)
         state = self._of_mine(self._record.load(step))
-        moments = self.config.optimizer != "sgd" and not self.config.starts_anew
+        moments = self.config.optimizer.name != "sgd" and not self.config.starts_anew
         if not state and moments and self.parameters:
             log.warning("no optimiser state of step %d on this device: its moments start anew", step)
         return state
@@ -267,7 +267,7 @@ class DeviceTrainer:
         parts = micro_batch_slices(len(rows), plan.micro_batches)
         tokens = int((labels[:, 1:] != IGNORE).sum())
         batch = _Batch(step, input_ids, labels, tokens, parts, plan.depth)
-        if self.config.stale:  # the values of now: a step may change them before this batch comes back
+        if self.config.link.stale:  # the values of now: a step may change them before this batch comes back
             batch.adapter = {name: value.detach().clone().requires_grad_() for name, value in self._front_lora.items()}
         self._send_forwards(link, batch)
         return batch
@@ -290,7 +290,7 @@ class DeviceTrainer:
     def _training_step(self, link: Link, batch: _Batch) -> tuple[float, _Batch | None]:
         """The rest of a step: the mean loss, and the next step's batch where it has begun already (`overlap` stale)."""
         step, following = batch.step, None
-        ahead = self.config.stale and step + 1 < self.config.steps and not self.config.aggregates_after(step + 1)
+        ahead = self.config.link.stale and step + 1 < self.config.steps and not self.config.aggregates_after(step + 1)
         while batch.done < len(batch.parts):
             if ahead and following is None and self._all_sent(batch):
                 following = self._begin(link, step + 1)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from isthmus.split.data.documents import DataConfig, read_documents
+from isthmus.split.data.documents import read_documents
 from isthmus.split.data.sequences import Sequences, build_sequences
 from isthmus.split.errors import BadData, BadModelFolder, BadRequest
+from isthmus.split.job.groups import TextSettings
 from isthmus.split.models.default_model import DEFAULT_MODEL_FOLDER
 from isthmus.split.training.loss import nll
 from isthmus.split.training.perplexity import perplexity
@@ -41,7 +42,7 @@ def evaluate_files(
     files: Sequence[Path],
     *,
     adapter: Path | None = None,
-    data: DataConfig | None = None,
+    data: TextSettings | None = None,
     batch_size: int = 8,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
@@ -52,7 +53,7 @@ def evaluate_files(
     Raises BadModelFolder for a model or adapter that cannot be loaded or does not fit, BadData for a file that cannot
     be used, BadRequest for options that do not go together.
     """
-    config = data or DataConfig()
+    config = data or TextSettings()
     if not files:
         raise BadRequest("no file to evaluate on: name one or more .txt, .jsonl or .csv files")
     if batch_size < 1:
@@ -167,7 +168,7 @@ def _check_folder(folder: str, model: str) -> None:
         raise BadModelFolder(f"model {model} is not a folder: name a folder in hub format, a hub id, or default")
 
 
-def _check_fit(whole: PreTrainedModel, rows: list[Sequences], config: DataConfig, model: str) -> None:
+def _check_fit(whole: PreTrainedModel, rows: list[Sequences], config: TextSettings, model: str) -> None:
     """What would otherwise end in an IndexError in the middle of the model."""
     limit = getattr(whole.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and config.sequence_length > limit:

@@ -192,7 +192,7 @@ class StageHost:
         problem = self._adapters.problem_with(device, opened)
         if problem:
             return problem
-        if opened.samples > _MOST_KEYS and remembers_samples(self.config.codec):
+        if opened.samples > _MOST_KEYS and remembers_samples(self.config.link.codec):
             return f"{opened.samples} training sequences are more than the {_MOST_KEYS} that ef and delta keep apart"
         return ""
 
@@ -213,7 +213,7 @@ class StageHost:
             agreement = stage_pb2.Agreement(
                 start_step=self.step,
                 batch_size=self.config.batch_size,
-                sequence_length=self.config.sequence_length,
+                sequence_length=self.config.text.sequence_length,
                 hidden_size=self.trainer.stage.model.config.hidden_size,
                 adapter_values=self._adapters.values_of(device),
             )
@@ -282,7 +282,7 @@ class StageHost:
 
     def _forward(self, step: int, micro_batch: int, frames: Mapping[str, Frame]) -> None:
         batches = {device: tensor_of(frame) for device, frame in frames.items()}
-        if self.config.labels == "device":
+        if self.config.devices.labels == "device":
             for device, output in self.trainer.forward(batches, micro_batch=micro_batch).items():
                 self._answer(
                     device, Frame(Phase.FORWARD, step, micro_batch, where_wanted(output.float(), frames[device].wanted))
@@ -323,7 +323,7 @@ class StageHost:
         done = frame.step + 1
         due = self.config.aggregates_after(done) and done < self.config.steps and self._plan_due
         if due and self._planner.automatic and frame.micro_batch == 0 and frame.tensor is not None:
-            self._planner.look_at(stream_of(frame.phase, upward, self.config.labels), frame.tensor)
+            self._planner.look_at(stream_of(frame.phase, upward, self.config.devices.labels), frame.tensor)
 
     @property
     def _plan_due(self) -> bool:
@@ -332,13 +332,13 @@ class StageHost:
 
     def _step_at_once(self, step: int, last: bool) -> None:
         """With overlap stale: this side's step, before the devices' norms are known: clipped by their last ones."""
-        if self.config.stale and last:
+        if self.config.link.stale and last:
             self.trainer.step(step, self._norms)
             self._stepped_ahead = True
 
     def _apply(self, step: int, frames: Mapping[str, Frame]) -> None:
         norms = {name: (frame.values["norm_squared"], int(frame.values["tokens"])) for name, frame in frames.items()}
-        if not self.config.stale:
+        if not self.config.link.stale:
             self.trainer.step(step, norms)
         self._stepped_ahead = False
         self._norms = norms

@@ -114,7 +114,7 @@ def train_split_locally(
     Raises the first error of a device or of the stage.
     """
     where = pick_device(device)
-    dtype = pick_precision(config.precision, where)
+    dtype = pick_precision(config.optimizer.precision, where)
     names = [f"d{index}" for index in range(len(texts))]
     shapes = dict(shapes) if shapes else fixed_shapes(config, names)
     parts = parts_of(source.config, config, shapes["d0"])

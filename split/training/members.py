@@ -27,7 +27,7 @@ def problem_with_open(
         return f"device {device} has no part in this job"
     if opened is None:
         return "OPEN without its contents"
-    missing = missing_families(config.codec, opened.codecs)
+    missing = missing_families(config.link.codec, opened.codecs)
     if missing:
         return f"the device lacks codecs of this job: {', '.join(missing)}; update its software, or choose others"
     if not 0 < opened.samples < 2**40:
@@ -72,16 +72,21 @@ class Member:
 
     def take(self, device: str, frame: Frame, config: TrainingConfig) -> None:
         """Checks that a training frame is one that is due, and moves on. Raises BadFrame."""
-        at = (frame.step, frame.micro_batch)
+        at, u_shaped = (frame.step, frame.micro_batch), config.devices.labels == "device"
         if frame.phase == Phase.AGGREGATE and self.aggregates and at == (self.step - 1, 0):
             self.aggregates, self.averaging = False, True
         elif self.aggregates or self.averaging or frame.step >= config.steps:
             raise self._not_due(device, frame)
         elif frame.phase == Phase.FORWARD and at == self.forward and self._may_go_ahead(config):
             self.forward = self._next(self.forward)
-            if config.labels == "server":  # FORWARD brings the gradient, there is no BACKWARD
+            if not u_shaped:  # FORWARD brings the gradient, there is no BACKWARD
                 self.backward = self.forward
-        elif frame.phase == Phase.BACKWARD and at == self.backward and at < self.forward and config.labels == "device":
+        elif (
+            frame.phase == Phase.BACKWARD
+            and at == self.backward
+            and at < self.forward
+            and config.devices.labels == "device"
+        ):
             self.backward = self._next(self.backward)
         elif frame.phase == Phase.STEP and at == (self.step, 0) and self.backward >= (self.step + 1, 0):
             self.step += 1
@@ -103,8 +108,8 @@ class Member:
         """Whether the next forward may come: not deeper than planned, and not before a step that it has to wait for."""
         step, number = self.forward
         if step == self.step:
-            return config.labels == "server" or number - self._backward_in(step) < self.plan.depth
-        ahead = config.stale and step == self.step + 1 and not config.aggregates_after(step)
+            return config.devices.labels == "server" or number - self._backward_in(step) < self.plan.depth
+        ahead = config.link.stale and step == self.step + 1 and not config.aggregates_after(step)
         return ahead and self.backward >= (step, 0) and number - self._backward_in(step) < self.plan.depth
 
     def _backward_in(self, step: int) -> int:

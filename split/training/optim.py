@@ -20,10 +20,14 @@ class Stepper:
         self._optimizer: torch.optim.Optimizer | None = None
         if self.parameters:
             values = list(self.parameters.values())
-            if config.optimizer == "sgd":
-                self._optimizer = torch.optim.SGD(values, lr=config.learning_rate, weight_decay=config.weight_decay)
+            if config.optimizer.name == "sgd":
+                self._optimizer = torch.optim.SGD(
+                    values, lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
+                )
             else:
-                self._optimizer = torch.optim.AdamW(values, lr=config.learning_rate, weight_decay=config.weight_decay)
+                self._optimizer = torch.optim.AdamW(
+                    values, lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
+                )
 
     def gradient_norm_squared(self, names: Iterable[str] | None = None) -> float:
         """The sum of squares of this side's gradients, or of those of these parameters."""
@@ -37,7 +41,7 @@ class Stepper:
         """Clips by the norm of the whole model's gradient (this side's and the other's), then applies `step`."""
         if self._optimizer is None:
             return
-        limit = self.config.max_gradient_norm
+        limit = self.config.optimizer.max_gradient_norm
         if limit > 0:
             scale = min(1.0, limit / (whole_norm_squared**0.5 + 1e-6))
             if scale < 1.0:

@@ -31,7 +31,7 @@ from isthmus.split.tls import Credentials
 
 LIMIT = 120.0  # seconds for anything that a test waits for; nothing takes as long on an idle machine
 
-TINY = TrainingConfig(
+TINY = TrainingConfig.of(
     steps=12,
     batch_size=2,
     sequence_length=16,
@@ -81,7 +81,7 @@ class House:
         wait: float = LIMIT,
     ) -> str:
         spec = pb.JobSpec(
-            method="dlora" if config.dlora else "splitlora",
+            method=config.method,
             model=str(model or self.model),
             dataset=dataset,
             devices=devices,

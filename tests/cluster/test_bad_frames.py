@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.cluster
 
 HIDDEN = 32
 _HEARTBEAT = 2.0  # seconds
-CONFIG = replace(TINY, steps=300, aggregate_every=1, checkpoint_every=100)
+CONFIG = TINY.but(steps=300, aggregate_every=1, checkpoint_every=100)
 
 
 @dataclass
@@ -109,7 +109,7 @@ def frame(job: str, **changes: Any) -> stage_pb2.Frame:
         "job": job,
         "session": "raw",
         "phase": stage_pb2.FORWARD,
-        "tensor": tensor(CONFIG.batch_size, CONFIG.sequence_length, HIDDEN),
+        "tensor": tensor(CONFIG.batch_size, CONFIG.text.sequence_length, HIDDEN),
     }
     return stage_pb2.Frame(**{**right, **changes})
 
@@ -133,7 +133,7 @@ def probe(job: str, filling: bytes, answer_bytes: int) -> stage_pb2.Frame:
 
 def bad_frames(job: str, step: int) -> dict[str, tuple[stage_pb2.Frame, str]]:
     """By what is wrong with it: a frame in place of FORWARD of `step`, and a part of the line that answers it."""
-    rows, length = CONFIG.batch_size, CONFIG.sequence_length
+    rows, length = CONFIG.batch_size, CONFIG.text.sequence_length
     whole = tensor(rows, length, HIDDEN)
     short, long = stage_pb2.Tensor(), stage_pb2.Tensor()
     short.CopyFrom(whole)
@@ -265,8 +265,8 @@ CODECS = [
 @pytest.mark.parametrize("codec", CODECS)
 def test_what_a_codec_of_the_plan_cannot_have_made_is_refused(house: House, codec: str) -> None:
     """In hidden states and in gradients, of a micro-batch; a frame that is right goes through before and after."""
-    config = replace(CONFIG, codec=f"hidden={codec};gradients={codec}", micro_batches=2)
-    name, shape = parse(codec).name, (1, CONFIG.sequence_length, HIDDEN)
+    config = CONFIG.but(codec=f"hidden={codec};gradients={codec}", micro_batches=2)
+    name, shape = parse(codec).name, (1, CONFIG.text.sequence_length, HIDDEN)
     house.cluster.kill("d2", 15)
     raw = RawDevice(house.identity("d2"))
     with raw.session() as told, house.connect() as connection:

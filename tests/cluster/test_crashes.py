@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.cluster
 
 
 def test_a_device_that_is_killed_and_started_again_rejoins_its_job(house: House) -> None:
-    config = replace(TINY, steps=200, aggregate_every=5, checkpoint_every=50)
+    config = TINY.but(steps=200, aggregate_every=5, checkpoint_every=50)
     with house.connect() as connection:
         job = house.submit(connection, config, ["d0"])
         step_reached(connection, job, 20)
@@ -46,8 +45,8 @@ def test_a_device_that_is_killed_and_started_again_rejoins_its_job(house: House)
     before = [step for number, step in steps if number < left.number]
     after = [step for number, step in steps if number > left.number]
     merged = after[0] - 1  # the last aggregation: what the device alone knew of later steps has gone with it
-    assert merged % config.aggregate_every == 0
-    assert before[-1] - config.aggregate_every <= merged <= before[-1]
+    assert merged % config.devices.aggregate_every == 0
+    assert before[-1] - config.devices.aggregate_every <= merged <= before[-1]
     assert before == list(range(1, before[-1] + 1))
     assert after == list(range(merged + 1, config.steps + 1))
     assert len(report["losses"]) == config.steps
@@ -56,7 +55,7 @@ def test_a_device_that_is_killed_and_started_again_rejoins_its_job(house: House)
 
 def test_a_device_that_is_enrolled_anew_goes_on_with_its_job(house: House) -> None:
     """Its new certificate, which the stage did not know when the job began, counts there too."""
-    config = replace(TINY, steps=200, aggregate_every=5, checkpoint_every=50)
+    config = TINY.but(steps=200, aggregate_every=5, checkpoint_every=50)
     with house.connect() as connection:
         job = house.submit(connection, config, ["d0"])
         step_reached(connection, job, 20)
@@ -73,7 +72,7 @@ def test_a_device_that_is_enrolled_anew_goes_on_with_its_job(house: House) -> No
 
 def test_a_job_survives_the_death_of_its_stage_and_of_its_coordinator(house: House, tmp_path: Path) -> None:
     """And its adapter is that of a job which nothing happened to, for each side keeps its optimiser's state."""
-    config = replace(TINY, steps=600, aggregate_every=5, checkpoint_every=20, learning_rate=1e-4)
+    config = TINY.but(steps=600, aggregate_every=5, checkpoint_every=20, learning_rate=1e-4)
     devices = ["d0", "d1"]
     with house.connect() as connection:
         job = house.submit(connection, config, devices)
@@ -106,7 +105,7 @@ def test_a_job_survives_the_death_of_its_stage_and_of_its_coordinator(house: Hou
     assert not alive_after(ray, LIMIT)  # of the killed one; Ray's agents take half a minute to see it
 
     tokenizer = ModelFolder(house.model).tokenizer()
-    texts = [sequences_of_file(house.texts[name], config.data, tokenizer) for name in devices]
+    texts = [sequences_of_file(house.texts[name], config.text, tokenizer) for name in devices]
     local = split_run(house.model, config, [train for train, _ in texts], [held_out for _, held_out in texts])
     assert report["losses"] == pytest.approx(local.outcome.losses, rel=1e-6)
     for name, value in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items():
@@ -116,7 +115,7 @@ def test_a_job_survives_the_death_of_its_stage_and_of_its_coordinator(house: Hou
 def firsts_after(row: pb.Job, config: TrainingConfig) -> range:
     """Where a resumed job may begin: after the last checkpoint that the coordinator heard of, or after a later one that
     the stage had written and not told when one of the two died."""
-    return range(row.checkpoint_step + 1, config.steps + 1, config.checkpoint_every)
+    return range(row.checkpoint_step + 1, config.steps + 1, config.devices.checkpoint_every)
 
 
 def first_step_after_resume(connection: Connection, job: str, time: int) -> int:

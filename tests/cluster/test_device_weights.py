@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from tests.split.tiny_models import make_model
 
 pytestmark = pytest.mark.cluster
 
-ENDLESS = replace(TINY, steps=100_000, checkpoint_every=100_000)
+ENDLESS = TINY.but(steps=100_000, checkpoint_every=100_000)
 
 
 class CutStub:
@@ -157,7 +156,7 @@ def test_an_owners_own_copy_is_used_if_it_is_the_same_and_refused_if_not(house: 
         house.cluster.start_device(name, {"notes": house.texts["d0"]}, arguments=copies)
     house.cluster.wait_connected(["m0", "m1"])
     with house.connect() as connection:
-        succeeded(connection, house.submit(connection, replace(TINY, steps=2), ["m0"]))
+        succeeded(connection, house.submit(connection, TINY.but(steps=2), ["m0"]))
     assert not (house.cluster.folder / "m0" / "blobs").exists()
 
     status, out, err = house.cli(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,14 @@ from tests.split.jobs import split_run
 
 pytestmark = pytest.mark.cluster
 
-MIXED = replace(TINY, cuts="d0=3,d1=1,2", ranks="d0=8,d1=0,4")
+MIXED = TINY.but(cuts="d0=3,d1=1,2", ranks="d0=8,d1=0,4")
 
 
 @pytest.mark.parametrize("aggregation", ["stacking", ""])
 def test_a_job_of_devices_that_differ_equals_the_same_job_in_one_process(
     house: House, tmp_path: Path, aggregation: str
 ) -> None:
-    config, devices = replace(MIXED, aggregation=aggregation), ["d0", "d1", "d2"]
+    config, devices = MIXED.but(aggregation=aggregation), ["d0", "d1", "d2"]
     with house.connect() as connection:
         job = house.submit(connection, config, devices)
         report = succeeded(connection, job)
@@ -39,7 +38,7 @@ def test_a_job_of_devices_that_differ_equals_the_same_job_in_one_process(
     status, _, _ = house.cli("export", job, "--out", str(tmp_path / "adapter"), "--json")
     assert status == 0
     tokenizer = ModelFolder(house.model).tokenizer()
-    texts = [sequences_of_file(house.texts[name], config.data, tokenizer) for name in devices]
+    texts = [sequences_of_file(house.texts[name], config.text, tokenizer) for name in devices]
     local = split_run(house.model, config, [train for train, _ in texts], [held_out for _, held_out in texts])
     assert report["losses"] == pytest.approx(local.outcome.losses, rel=1e-5)
     exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -56,7 +55,7 @@ def test_a_job_of_devices_that_differ_equals_the_same_job_in_one_process(
 
 
 def test_the_deaths_of_a_device_and_of_the_stage_lose_nothing(house: House) -> None:
-    config = replace(MIXED, steps=900, aggregate_every=5, checkpoint_every=20, learning_rate=1e-4)
+    config = MIXED.but(steps=900, aggregate_every=5, checkpoint_every=20, learning_rate=1e-4)
     with house.connect() as connection:
         job = house.submit(connection, config, ["d0", "d1", "d2"])
         step_reached(connection, job, 10)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,13 +22,13 @@ from tests.cluster.house import TINY, House, ended, events_of, events_until, ref
 
 pytestmark = pytest.mark.cluster
 
-DLORA = replace(TINY, dlora=True, cut_layer=1, micro_batches=2, aggregate_every=10, target_modules=("q_proj", "v_proj"))
+DLORA = TINY.but(method="dlora", cut_layer=1, micro_batches=2, aggregate_every=10, target_modules=("q_proj", "v_proj"))
 ALLOWED = ["--allow", "splitlora,dlora,labels-leave,serve,modules-leave"]
 
 
 def local_run(house: House, config: TrainingConfig, devices: list[str]) -> DloraRun:
     tokenizer = ModelFolder(house.model).tokenizer()
-    texts = [sequences_of_file(house.texts[name], config.data, tokenizer) for name in devices]
+    texts = [sequences_of_file(house.texts[name], config.text, tokenizer) for name in devices]
     return train_dlora_locally(ModelFolder(house.model), config, texts)
 
 
@@ -84,7 +83,7 @@ def test_each_device_gets_the_adapter_of_the_same_job_in_one_process(house: Hous
 
 
 def test_a_device_that_is_killed_in_the_midst_of_an_exchange_does_each_step_once(house: House) -> None:
-    config = replace(DLORA, steps=60, checkpoint_every=10)
+    config = DLORA.but(steps=60, checkpoint_every=10)
     with house.connect() as connection:
         job = house.submit(connection, config, ["d0", "d1"])
         events_until(connection, job, lambda event, data: event.kind == "step" and data["device_step"] >= 25)
@@ -100,7 +99,7 @@ def test_a_device_that_is_killed_in_the_midst_of_an_exchange_does_each_step_once
 
 
 def test_a_job_survives_the_death_of_its_stage(house: House) -> None:
-    config = replace(DLORA, steps=120, checkpoint_every=10)
+    config = DLORA.but(steps=120, checkpoint_every=10)
     with house.connect() as connection:
         job = house.submit(connection, config, ["d0", "d1"])
         step_reached(connection, job, 15)
@@ -115,13 +114,11 @@ def test_a_job_survives_the_death_of_its_stage(house: House) -> None:
 
 
 def test_kill_and_revive_cuts_what_crosses_and_shows_it(allowing: House) -> None:
-    config = replace(
-        DLORA, steps=60, active_fraction=0.25, kill_warmup=8, kill_anneal=4, kill_interval=2, killed="merge"
-    )
+    config = DLORA.but(steps=60, active_fraction=0.25, kill_warmup=8, kill_anneal=4, kill_interval=2, killed="merge")
     with allowing.connect() as connection:
         job = allowing.submit(connection, config, ["d0"])
         report = succeeded(connection, job)
-        all_active = succeeded(connection, allowing.submit(connection, replace(DLORA, steps=60), ["d0"]))
+        all_active = succeeded(connection, allowing.submit(connection, DLORA.but(steps=60), ["d0"]))
     sizes = [
         sum(row["payload_bytes"] for row in one["devices"][0]["traffic"] if row["kind"].endswith("ward modules"))
         for one in (report, all_active)
@@ -138,11 +135,11 @@ def test_kill_and_revive_cuts_what_crosses_and_shows_it(allowing: House) -> None
 
 
 def test_what_modules_learn_leaves_only_where_the_owner_allows_it(allowing: House) -> None:
-    config = replace(DLORA, aggregate=True, aggregate_every=6)
+    config = DLORA.but(aggregate=True, aggregate_every=6)
     with allowing.connect() as connection:
         job = allowing.submit(connection, config, ["d0", "d1"])
         report = succeeded(connection, job)
-        for asked in (config, replace(DLORA, active_fraction=0.5, killed="merge")):
+        for asked in (config, DLORA.but(active_fraction=0.5, killed="merge")):
             refused = ended(connection, allowing.submit(connection, asked, ["d2"]))
             assert refused.state == pb.FAILED
             assert "the owner of this device keeps what its modules learn" in refused.message
@@ -158,11 +155,11 @@ def test_what_modules_learn_leaves_only_where_the_owner_allows_it(allowing: Hous
 
 
 def test_a_device_without_the_memory_is_refused_with_the_figure(house: House) -> None:
-    config = replace(DLORA, batch_size=60000, sequence_length=16, micro_batches=0)
+    config = DLORA.but(batch_size=60000, sequence_length=16, micro_batches=0)
     with house.connect() as connection:
         error = refusal(lambda: house.submit(connection, config, ["d0"]))
         assert "do not fit a message" in error.details()
-        huge = replace(DLORA, rank=2**22)
+        huge = DLORA.but(rank=2**22)
         job = ended(connection, house.submit(connection, huge, ["d0"]))
     assert job.state == pb.FAILED
     assert "device d0 has" in job.message

@@ -17,8 +17,9 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from isthmus.split.data.documents import DataConfig, read_documents, split_documents
+from isthmus.split.data.documents import read_documents, split_documents
 from isthmus.split.data.stdlib_text import private_text
+from isthmus.split.job.groups import TextSettings
 from isthmus.split.models.default_model import DEFAULT_MODEL_FOLDER
 from isthmus.split.training.evaluate import evaluate_files
 
@@ -66,7 +67,7 @@ def job(images: None) -> Iterator[str]:
 def test_the_adapter_made_in_containers_loads_with_peft_and_lowers_perplexity(job: str, tmp_path: Path) -> None:
     output("docker", "cp", f"{job}:/out/adapter", str(tmp_path / "adapter"))
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(DEFAULT_MODEL_FOLDER), str(tmp_path / "adapter"))
-    config = DataConfig(validation_fraction=0.05)
+    config = TextSettings(validation_fraction=0.05)
     text, held_out = tmp_path / "email.txt", tmp_path / "held-out.txt"
     text.write_text(private_text("email"))
     _, documents = split_documents(read_documents(text, config), config.validation_fraction)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,7 +14,7 @@ from tests.cluster.house import TINY, House, events_of, events_until, step_reach
 
 pytestmark = pytest.mark.cluster
 
-CONFIG = replace(TINY, cuts="auto", steps=40, sequence_length=64, aggregate_every=2, learning_rate=1e-3)
+CONFIG = TINY.but(cuts="auto", steps=40, sequence_length=64, aggregate_every=2, learning_rate=1e-3)
 
 
 @pytest.fixture

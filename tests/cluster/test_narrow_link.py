@@ -38,8 +38,8 @@ HOST = "127.0.0.2"  # under which the device knows the coordinator
 NARROW = LinkSpec.parse_short("20mbit,40ms")
 NARROWER = LinkSpec.parse_short("4mbit,40ms")  # on which fewer bytes are quicker, however slow the machine
 HIDDEN = 64
-CONFIG = replace(
-    TINY, batch_size=8, sequence_length=64, codec="auto", micro_batches=0, aggregate_every=2, checkpoint_every=10
+CONFIG = TINY.but(
+    batch_size=8, sequence_length=64, codec="auto", micro_batches=0, aggregate_every=2, checkpoint_every=10
 )
 
 
@@ -79,7 +79,7 @@ def rows_of(device: dict[str, Any], *kinds: str) -> list[dict[str, Any]]:
 
 def test_on_a_narrow_link_training_takes_an_eighth_of_the_bytes(house: FarHouse) -> None:
     house.link.set(NARROWER)
-    config = replace(CONFIG, cut_layer=2, steps=12, sequence_length=128, aggregate_every=4, learning_rate=4e-3)
+    config = CONFIG.but(cut_layer=2, steps=12, sequence_length=128, aggregate_every=4, learning_rate=4e-3)
     with house.connect() as connection:
         job = house.submit(connection, config, ["far"], model=DEFAULT_MODEL_FOLDER)
         report = succeeded(connection, job)
@@ -87,7 +87,7 @@ def test_on_a_narrow_link_training_takes_an_eighth_of_the_bytes(house: FarHouse)
     (device,) = report["devices"]
 
     values = (
-        4 * config.steps * config.batch_size * config.sequence_length
+        4 * config.steps * config.batch_size * config.text.sequence_length
     )  # up and down, of hidden states and gradients
     as_float32 = 4 * values * ModelFolder(DEFAULT_MODEL_FOLDER).config.hidden_size
     of_training = rows_of(device, "forward", "backward")
@@ -102,7 +102,7 @@ def test_on_a_narrow_link_training_takes_an_eighth_of_the_bytes(house: FarHouse)
 
 
 def test_every_byte_is_counted(house: FarHouse) -> None:
-    config = replace(CONFIG, cut_layer=2, steps=4, sequence_length=128, aggregate_every=4)
+    config = CONFIG.but(cut_layer=2, steps=4, sequence_length=128, aggregate_every=4)
     before = house.link.bytes_up, house.link.bytes_down
     with house.connect() as connection:
         job = house.submit(connection, config, ["far"], model=DEFAULT_MODEL_FOLDER)
@@ -135,7 +135,7 @@ def settled_memory(process: psutil.Process) -> int:
 
 
 def test_a_device_that_is_stopped_costs_the_stage_no_memory_and_goes_on_when_it_is_let(house: FarHouse) -> None:
-    config = replace(CONFIG, steps=60, micro_batches=8)
+    config = CONFIG.but(steps=60, micro_batches=8)
     with house.connect() as connection:
         job = house.submit(connection, config, ["far"])
         step_reached(connection, job, 10)
@@ -151,7 +151,7 @@ def test_a_device_that_is_stopped_costs_the_stage_no_memory_and_goes_on_when_it_
 def test_a_device_that_takes_no_answers_gets_no_more_of_them(house: FarHouse) -> None:
     """It asks for 400 MiB and reads nothing. It holds the others up, and when it has gone they go on."""
     raw = RawDevice(enrol(house.cluster.folder / "deaf", house.address, house.cluster.token("deaf")))
-    config = replace(CONFIG, steps=20, codec="none", micro_batches=1)
+    config = CONFIG.but(steps=20, codec="none", micro_batches=1)
     with raw.session() as told, house.connect() as connection:
         job = house.submit(connection, config, ["far", "deaf"])
         task = next(message.task for message in told if message.WhichOneof("kind") == "task")
@@ -174,7 +174,7 @@ def test_a_device_that_takes_no_answers_gets_no_more_of_them(house: FarHouse) ->
 
 
 def test_a_link_that_breaks_in_the_middle_is_dialled_again_and_the_job_ends(house: FarHouse) -> None:
-    config = replace(CONFIG, steps=40)
+    config = CONFIG.but(steps=40)
     with house.connect() as connection:
         job = house.submit(connection, config, ["far"])
         step_reached(connection, job, 8)
@@ -191,7 +191,7 @@ def test_a_link_that_breaks_in_the_middle_is_dialled_again_and_the_job_ends(hous
 
 
 def test_a_link_that_hangs_for_a_while_delays_the_job_and_nothing_else(house: FarHouse) -> None:
-    config = replace(CONFIG, steps=40)
+    config = CONFIG.but(steps=40)
     with house.connect() as connection:
         job = house.submit(connection, config, ["far"])
         step_reached(connection, job, 8)
@@ -204,7 +204,7 @@ def test_a_link_that_hangs_for_a_while_delays_the_job_and_nothing_else(house: Fa
 
 def test_a_link_that_becomes_slow_gets_another_plan_and_watchers_are_told(house: FarHouse) -> None:
     house.link.set(LinkSpec())
-    config = replace(CONFIG, steps=400)
+    config = CONFIG.but(steps=400)
     with house.connect() as connection:
         job = house.submit(connection, config, ["far"])
         fast = step_reached(connection, job, 12)

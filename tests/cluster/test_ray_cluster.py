@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -65,7 +64,7 @@ def test_a_job_runs_on_a_cluster_that_goes_on_when_the_coordinator_has_left(ray_
         house = House(cluster, model, texts)
         house.start("edge")
         with house.connect() as connection:
-            report = succeeded(connection, house.submit(connection, replace(TINY, steps=4), ["edge"]))
+            report = succeeded(connection, house.submit(connection, TINY.but(steps=4), ["edge"]))
         assert len(report["losses"]) == 4
         coordinator = cluster.processes["coordinator"]
         coordinator.send_signal(signal.SIGINT)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from tests.cluster.house import LIMIT, TINY, House, events_of, events_until, ref
 
 pytestmark = pytest.mark.cluster
 
-ENDLESS = replace(TINY, steps=100_000, checkpoint_every=1000)
+ENDLESS = TINY.but(steps=100_000, checkpoint_every=1000)
 
 Call = Callable[[grpc.Channel], Any]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.cluster
 def test_a_job_over_the_network_equals_the_same_job_in_one_process(
     house: House, tmp_path: Path, labels: str, devices: list[str]
 ) -> None:
-    config = replace(TINY, labels=labels, cut_layer=2)
+    config = TINY.but(labels=labels, cut_layer=2)
     with house.connect() as connection:
         job = house.submit(connection, config, devices)
         report = succeeded(connection, job)
@@ -37,7 +36,7 @@ def test_a_job_over_the_network_equals_the_same_job_in_one_process(
     assert (status, json.loads(out)) == (0, {"job": job, "adapter": str(tmp_path / "adapter")})
 
     tokenizer = ModelFolder(house.model).tokenizer()
-    texts = [sequences_of_file(house.texts[name], config.data, tokenizer) for name in devices]
+    texts = [sequences_of_file(house.texts[name], config.text, tokenizer) for name in devices]
     local = split_run(house.model, config, [train for train, _ in texts], [held_out for _, held_out in texts])
 
     assert report["losses"] == pytest.approx(local.outcome.losses, rel=1e-6)
@@ -49,8 +48,10 @@ def test_a_job_over_the_network_equals_the_same_job_in_one_process(
 
     perplexities = {int(step): value for step, value in report["perplexities"].items()}
     assert perplexities == pytest.approx(local.outcome.perplexities, rel=1e-5)
-    files = [held_out_file(house.texts[name], tmp_path / f"{name}.txt", config.validation_fraction) for name in devices]
-    unsplit = evaluate_files(str(house.model), files, adapter=tmp_path / "adapter", data=config.data)
+    files = [
+        held_out_file(house.texts[name], tmp_path / f"{name}.txt", config.text.validation_fraction) for name in devices
+    ]
+    unsplit = evaluate_files(str(house.model), files, adapter=tmp_path / "adapter", data=config.text)
     assert report["perplexity_after"] == pytest.approx(unsplit.perplexity, rel=1e-3)
     assert report["perplexity_after"] < report["perplexity_before"]
 
@@ -70,6 +71,6 @@ def test_a_job_over_the_network_equals_the_same_job_in_one_process(
 
 def held_out_file(text: Path, path: Path, fraction: float) -> Path:
     """What a device holds out of its text, as a file of its own."""
-    _, held_out = split_documents(read_documents(text, replace(TINY, validation_fraction=fraction).data), fraction)
+    _, held_out = split_documents(read_documents(text, TINY.but(validation_fraction=fraction).text), fraction)
     path.write_text("".join(document.text for document in held_out))
     return path

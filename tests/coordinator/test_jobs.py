@@ -53,7 +53,7 @@ def test_a_job_whose_stage_fails_ends_with_one_line(tmp_path: Path, raised: Exce
         await sessions.opened(Session("edge", "1", device))
         jobs = Jobs(store, sessions, tmp_path, start_stage, measure, measure)
         model = make_model(tmp_path / "model", "llama", layers=2)
-        training = TrainingConfig(sequence_length=16).to_json()
+        training = TrainingConfig.of(sequence_length=16).to_json()
         spec = pb.JobSpec(method="splitlora", model=str(model), dataset="notes", device_count=1, training=training)
         job = await jobs.submit(spec, "")
         last = [event async for event in jobs.events(job.id, 0)][-1]
@@ -87,7 +87,7 @@ def test_a_resumed_job_keeps_a_rank_that_would_be_another_now(tmp_path: Path, me
         store, sessions = Store(tmp_path / "state.db"), Sessions()
         jobs = Jobs(store, sessions, tmp_path, start_stage, measure, measure_training)
         model = make_model(tmp_path / "model", "llama", layers=4)
-        config = TrainingConfig(sequence_length=16, ranks="auto", dlora=method == "dlora")
+        config = TrainingConfig.of(sequence_length=16, ranks="auto", method=method)
         costs = Costs(ModelFolder(model).config, config)
         spec = pb.JobSpec(method=method, model=str(model), dataset="notes", device_count=1, training=config.to_json())
 

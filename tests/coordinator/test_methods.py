@@ -48,10 +48,10 @@ def _training(tmp_path: Path, config: TrainingConfig, *devices: str) -> Training
 
 def test_devices_that_are_alike_are_told_nothing_and_those_that_differ_what_they_have(tmp_path: Path) -> None:
     profiles = {"a": PROFILE, "b": PROFILE}
-    alike = _training(tmp_path / "alike", TrainingConfig(cut_layer=2), "a", "b")
+    alike = _training(tmp_path / "alike", TrainingConfig.of(cut_layer=2), "a", "b")
     assert alike.choose(profiles, 0.0, {}) == {}
     assert alike.shapes == {"a": Shape(2, 8), "b": Shape(2, 8)}
-    differ = _training(tmp_path / "differ", TrainingConfig(cuts="a=3,1", ranks="b=2,8"), "a", "b")
+    differ = _training(tmp_path / "differ", TrainingConfig.of(cuts="a=3,1", ranks="b=2,8"), "a", "b")
     told = differ.choose(profiles, 0.0, {})
     assert told["a"] == {"cut": 3, "rank": 8, "message": "a: cut 3, rank 8"}
     task = pb.Task()
@@ -63,7 +63,7 @@ def test_devices_that_are_alike_are_told_nothing_and_those_that_differ_what_they
 
 
 def test_a_resumed_job_keeps_the_cuts_that_it_had(tmp_path: Path) -> None:
-    job = _training(tmp_path, TrainingConfig(cuts="auto"), "a", "b")
+    job = _training(tmp_path, TrainingConfig.of(cuts="auto"), "a", "b")
     kept = {"a": Shape(3, 8), "b": Shape(1, 8)}
     job.choose({"a": PROFILE, "b": PROFILE}, 1e10, kept)
     assert job.shapes == kept
@@ -78,7 +78,7 @@ def _shape_event(device: str, cut: int, rank: int) -> pb.JobEvent:
 def test_what_was_chosen_is_known_from_a_jobs_events_and_where_cuts_have_moved_since_from_its_checkpoint(
     tmp_path: Path,
 ) -> None:
-    job = _training(tmp_path, TrainingConfig(cuts="auto"), "a", "b")
+    job = _training(tmp_path, TrainingConfig.of(cuts="auto"), "a", "b")
     events = [_shape_event("a", 1, 8), _shape_event("b", 2, 8), pb.JobEvent(kind="log"), _shape_event("a", 3, 8)]
     told = {"a": Shape(3, 8), "b": Shape(2, 8)}
     assert job.kept_shapes(tmp_path, events) == told
@@ -90,7 +90,7 @@ def test_what_was_chosen_is_known_from_a_jobs_events_and_where_cuts_have_moved_s
 
 
 def test_only_a_device_that_a_resumed_job_had_not_gets_a_new_choice(tmp_path: Path) -> None:
-    job = _training(tmp_path, TrainingConfig(cuts="auto", ranks="auto"), "a", "b")
+    job = _training(tmp_path, TrainingConfig.of(cuts="auto", ranks="auto"), "a", "b")
     told = job.choose({"a": PROFILE, "b": PROFILE}, 1e10, {"a": Shape(3, 5), "gone": Shape(2, 2)})
     assert job.shapes["a"] == Shape(3, 5)
     assert told["b"]["step_seconds"] > 0
@@ -98,7 +98,9 @@ def test_only_a_device_that_a_resumed_job_had_not_gets_a_new_choice(tmp_path: Pa
 
 def test_a_training_device_without_the_memory_for_its_share_is_refused_with_the_figures(tmp_path: Path) -> None:
     small = pb.Profile(memory_bytes=2**28, training_flops=1e10)
-    for number, config in enumerate([TrainingConfig(), TrainingConfig(cuts="auto"), TrainingConfig(cuts="watch=2,1")]):
+    for number, config in enumerate(
+        [TrainingConfig(), TrainingConfig.of(cuts="auto"), TrainingConfig.of(cuts="watch=2,1")]
+    ):
         job = _training(tmp_path / str(number), config, "watch", "laptop")
         with pytest.raises(BadRequest) as refused:
             job.choose({"watch": small, "laptop": PROFILE}, 1e10, {})
@@ -108,4 +110,4 @@ def test_a_training_device_without_the_memory_for_its_share_is_refused_with_the_
 
 def test_average_is_not_for_adapters_of_different_ranks(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="choose padding, stacking or svd"):
-        _training(tmp_path, TrainingConfig(ranks="a=2,8", aggregation="average"), "a", "b")
+        _training(tmp_path, TrainingConfig.of(ranks="a=2,8", aggregation="average"), "a", "b")

@@ -42,19 +42,19 @@ def device_trainer(
     folder: Path, config: TrainingConfig, train: Sequences, validation: Sequences | None = None
 ) -> DeviceTrainer:
     source = ModelFolder(folder)
-    if config.labels == "device":
-        front, _, tail = cut_u_shaped(source.config, config.cut_layer)
+    if config.devices.labels == "device":
+        front, _, tail = cut_u_shaped(source.config, config.devices.cut_layer)
         stages = build_stages(source, [front, tail])
     else:
-        stages = build_stages(source, [cut_in_two(source.config, config.cut_layer)[0]])
+        stages = build_stages(source, [cut_in_two(source.config, config.devices.cut_layer)[0]])
     add_lora(stages[0], lora_config(config, source.config), config.seed)
     return DeviceTrainer(stages, config, train, validation, Ledger())
 
 
 def server_trainer(folder: Path, config: TrainingConfig) -> ServerTrainer:
     source = ModelFolder(folder)
-    cut = cut_u_shaped if config.labels == "device" else cut_in_two
-    stage = build_stages(source, [cut(source.config, config.cut_layer)[1]])[0]
+    cut = cut_u_shaped if config.devices.labels == "device" else cut_in_two
+    stage = build_stages(source, [cut(source.config, config.devices.cut_layer)[1]])[0]
     add_lora(stage, lora_config(config, source.config), config.seed)
     return ServerTrainer(stage, config, Ledger(), dtype=torch.float32)
 
@@ -98,10 +98,12 @@ def unsplit_run(
         ((name.removeprefix("base_model.model."), module) for name, module in model.named_modules()), config.seed
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=config.learning_rate)
+    if config.optimizer.name == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, lr=config.optimizer.learning_rate)
     else:
-        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(
+            parameters, lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
+        )
     losses = []
     for step in range(config.steps):
         rows = [batch_indices(len(t.input_ids), config.batch_size, step, config.seed) for t in texts]
@@ -110,8 +112,8 @@ def unsplit_run(
         total, tokens = nll(model(input_ids=ids).logits, labels)
         loss = total / tokens
         loss.backward()
-        if config.max_gradient_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
+        if config.optimizer.max_gradient_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_gradient_norm)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
         optimizer.step()

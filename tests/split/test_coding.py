@@ -29,7 +29,7 @@ from isthmus.split.link.coding import Coder, Plan, Terms, stream_seed
 from isthmus.split.resources.ledger import Ledger
 
 BATCH, LENGTH, HIDDEN, SAMPLES = 4, 6, 32, 7  # fewer samples than two batches: each is seen again soon
-CONFIG = TrainingConfig(steps=50, batch_size=BATCH, sequence_length=LENGTH)
+CONFIG = TrainingConfig.of(steps=50, batch_size=BATCH, sequence_length=LENGTH)
 STATEFUL = [
     "klt,uniform:step=0.13:per=tensor,range",
     "klt:block=16,uniform:step=0.5,zstd",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import pytest
@@ -16,7 +15,7 @@ KILLING = {"dlora": True, "active_fraction": 0.5}
 
 
 def test_a_configuration_survives_the_way_to_the_other_side() -> None:
-    config = TrainingConfig(
+    config = TrainingConfig.of(
         target_modules=("q_proj",),
         learning_rate=3e-4,
         prompt_column="a",
@@ -60,17 +59,17 @@ def test_a_configuration_survives_the_way_to_the_other_side() -> None:
 )
 def test_what_cannot_be_is_refused_with_a_line_that_says_so(change: dict, line: str) -> None:
     with pytest.raises(BadRequest, match=line):
-        TrainingConfig(**change)
+        TrainingConfig.of(**change)
 
 
 @pytest.mark.parametrize(
     ("steps", "times"), [(2, (1, 0, 10)), (20, (3, 7, 10)), (100, (15, 35, 10)), (300, (30, 100, 10))]
 )
 def test_kill_and_revive_reaches_its_share_however_short_a_job_is(steps: int, times: tuple[int, int, int]) -> None:
-    config = TrainingConfig(steps=steps, dlora=True, active_fraction=0.5)
+    config = TrainingConfig.of(steps=steps, method="dlora", active_fraction=0.5)
     assert config.kill_times == times
     assert TrainingConfig.from_json(config.to_json()) == config
-    assert dataclasses.replace(config, steps=300, kill_warmup=40, kill_interval=3).kill_times == (40, 100, 3)
+    assert config.but(steps=300, kill_warmup=40, kill_interval=3).kill_times == (40, 100, 3)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"steps": "10"}', '{"steps": true}', '{"nonsense": 1}', "null"])
@@ -88,8 +87,8 @@ def test_a_configuration_that_is_none_is_refused(text: str) -> None:
 def test_checkpoints_and_evaluations_fall_on_aggregations_and_none_is_left_out(
     steps: int, aggregate: int, checkpoint: int, evaluate: int
 ) -> None:
-    config = dataclasses.replace(
-        TrainingConfig(), steps=steps, aggregate_every=aggregate, checkpoint_every=checkpoint, evaluate_every=evaluate
+    config = TrainingConfig().but(
+        steps=steps, aggregate_every=aggregate, checkpoint_every=checkpoint, evaluate_every=evaluate
     )
     done = range(1, steps + 1)
     aggregations = [step for step in done if config.aggregates_after(step)]
@@ -104,12 +103,12 @@ def test_checkpoints_and_evaluations_fall_on_aggregations_and_none_is_left_out(
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing() -> None:
-    config = TrainingConfig(steps=100, warmup_steps=10, learning_rate=1.0, schedule="cosine")
+    config = TrainingConfig.of(steps=100, warmup_steps=10, learning_rate=1.0, schedule="cosine")
     rates = [config.learning_rate_at(step) for step in range(100)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert rates[10] == 1.0
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
     assert rates[-1] < 0.01
-    linear = dataclasses.replace(config, schedule="linear", warmup_steps=0)
+    linear = config.but(schedule="linear", warmup_steps=0)
     assert linear.learning_rate_at(50) == pytest.approx(0.5)
-    assert dataclasses.replace(config, schedule="constant").learning_rate_at(99) == 1.0
+    assert config.but(schedule="constant").learning_rate_at(99) == 1.0

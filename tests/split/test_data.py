@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from isthmus.split.data.documents import DataConfig, Document, read_documents, split_documents
+from isthmus.split.data.documents import Document, read_documents, split_documents
 from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices, build_sequences
 from isthmus.split.errors import BadData, BadRequest
+from isthmus.split.job.groups import TextSettings
 
 TEXT = (
     "The old mill stands by the river.\nNobody grinds there now.\n\nThe wheel turns anyway, when the water is high.\n"
@@ -64,20 +65,20 @@ def write(folder: Path, name: str, text: str | bytes) -> Path:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.sampled_from("ab \t\r\n\x0b\u2028é"), max_size=60).filter(lambda text: text.strip()))
 def test_paragraphs_joined_are_the_file(tmp_path: Path, text: str) -> None:
-    documents = read_documents(write(tmp_path, "a.txt", text), DataConfig())
+    documents = read_documents(write(tmp_path, "a.txt", text), TextSettings())
     assert "".join(document.text for document in documents) == text
     assert all(document.text.strip() and not document.record for document in documents)
 
 
 def test_paragraphs_keep_their_trailing_blank_lines_and_indentation(tmp_path: Path) -> None:
     path = write(tmp_path, "a.txt", "\n\none\r\ntwo\r\n \t\r\n\r\n  three\n\nfour\r\rfive")
-    texts = [document.text for document in read_documents(path, DataConfig())]
+    texts = [document.text for document in read_documents(path, TextSettings())]
     assert texts == ["\n\none\r\ntwo\r\n \t\r\n\r\n", "  three\n\n", "four\r\r", "five"]
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.txt", "x"), ("a.jsonl", '{"text": "x"}'), ("a.csv", "text,n\nx,1\n")])
 def test_byte_order_mark_is_dropped(tmp_path: Path, name: str, text: str) -> None:
-    (document,) = read_documents(write(tmp_path, name, b"\xef\xbb\xbf" + text.encode()), DataConfig())
+    (document,) = read_documents(write(tmp_path, name, b"\xef\xbb\xbf" + text.encode()), TextSettings())
     assert document.text == "x"
 
 
@@ -92,13 +93,13 @@ def test_jsonl_and_csv_give_back_what_was_written(tmp_path: Path, values: list[s
     with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file, quoting=csv.QUOTE_ALL).writerows([["id", "text"], *enumerate(values)])
     expected = [Document(value, record=True) for value in values]
-    assert read_documents(write(tmp_path, "a.jsonl", lines), DataConfig()) == expected
-    assert read_documents(tmp_path / "a.csv", DataConfig()) == expected
+    assert read_documents(write(tmp_path, "a.jsonl", lines), TextSettings()) == expected
+    assert read_documents(tmp_path / "a.csv", TextSettings()) == expected
 
 
 def test_csv_with_quotes_and_line_breaks_and_prompt_columns(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", 'q, a\r\n"He said ""hi"",\r\nand left","b\nc"\r\n\r\n1,2\r\n')
-    config = DataConfig(prompt_column="q", completion_column="a")
+    config = TextSettings(prompt_column="q", completion_column="a")
     assert read_documents(path, config) == [
         Document("b\nc", 'He said "hi",\r\nand left', record=True),
         Document("2", "1", record=True),
@@ -107,41 +108,41 @@ def test_csv_with_quotes_and_line_breaks_and_prompt_columns(tmp_path: Path) -> N
 
 def test_only_column_of_a_csv_needs_no_name_and_long_fields_are_read(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", "story\n" + "x" * 200_000 + "\n")
-    (document,) = read_documents(path, DataConfig())
+    (document,) = read_documents(path, TextSettings())
     assert len(document.text) == 200_000
 
 
 SECRET = "Zanzibar"
-PAIR = DataConfig(prompt_column="q", completion_column="a")
+PAIR = TextSettings(prompt_column="q", completion_column="a")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "config", "says"),
     [
-        ("a.pdf", SECRET, DataConfig(), "a .txt, .jsonl or .csv file"),
-        ("a.txt", "", DataConfig(), "is empty"),
-        ("a.txt", " \n\n", DataConfig(), "is empty"),
+        ("a.pdf", SECRET, TextSettings(), "a .txt, .jsonl or .csv file"),
+        ("a.txt", "", TextSettings(), "is empty"),
+        ("a.txt", " \n\n", TextSettings(), "is empty"),
         ("a.txt", SECRET, PAIR, "has no columns"),
-        ("a.txt", f"{SECRET}\n{SECRET}".encode() + b"\xff", DataConfig(), r"not UTF-8 at line 2 \(byte 17\)"),
-        ("a.txt", b"\xef\xbb\xbfab\xff", DataConfig(), r"not UTF-8 at line 1 \(byte 5\)"),
-        ("a.jsonl", "", DataConfig(), "is empty"),
-        ("a.jsonl", '{"text": "ok"}\n\n{"text": "' + SECRET, DataConfig(), "invalid JSON at line 3"),
-        ("a.jsonl", "[" * 100_000, DataConfig(), "invalid JSON at line 1"),
-        ("a.jsonl", f'"{SECRET}"', DataConfig(), "no JSON object at line 1"),
-        ("a.jsonl", '{"text": 5}', DataConfig(), "something else than text in column 'text' at line 1"),
-        ("a.jsonl", '{"text": null}', DataConfig(), "something else than text"),
-        ("a.jsonl", '{"text": "\\ud800"}', DataConfig(), "something else than text"),
-        ("a.jsonl", '{"body": "b", "id": 1}', DataConfig(), "no column 'text' in line 1, it has body, id:"),
-        ("a.csv", "", DataConfig(), "is empty"),
-        ("a.csv", "text\n\n  \n", DataConfig(), "is empty"),
+        ("a.txt", f"{SECRET}\n{SECRET}".encode() + b"\xff", TextSettings(), r"not UTF-8 at line 2 \(byte 17\)"),
+        ("a.txt", b"\xef\xbb\xbfab\xff", TextSettings(), r"not UTF-8 at line 1 \(byte 5\)"),
+        ("a.jsonl", "", TextSettings(), "is empty"),
+        ("a.jsonl", '{"text": "ok"}\n\n{"text": "' + SECRET, TextSettings(), "invalid JSON at line 3"),
+        ("a.jsonl", "[" * 100_000, TextSettings(), "invalid JSON at line 1"),
+        ("a.jsonl", f'"{SECRET}"', TextSettings(), "no JSON object at line 1"),
+        ("a.jsonl", '{"text": 5}', TextSettings(), "something else than text in column 'text' at line 1"),
+        ("a.jsonl", '{"text": null}', TextSettings(), "something else than text"),
+        ("a.jsonl", '{"text": "\\ud800"}', TextSettings(), "something else than text"),
+        ("a.jsonl", '{"body": "b", "id": 1}', TextSettings(), "no column 'text' in line 1, it has body, id:"),
+        ("a.csv", "", TextSettings(), "is empty"),
+        ("a.csv", "text\n\n  \n", TextSettings(), "is empty"),
         ("a.csv", "q,b\n1,2\n", PAIR, "no column 'a' in the header, it has q, b:"),
-        ("a.csv", f"My secret: {SECRET},id\n1,2", DataConfig(), "it has id and 1 that do not look like names"),
-        ("a.csv", f"text,id\n{SECRET},1,{SECRET}\n", DataConfig(), "3 values in the row that ends at line 2 and 2"),
-        ("a.csv", f'text,id\n"{SECRET}', DataConfig(), "not valid CSV at line 2"),
+        ("a.csv", f"My secret: {SECRET},id\n1,2", TextSettings(), "it has id and 1 that do not look like names"),
+        ("a.csv", f"text,id\n{SECRET},1,{SECRET}\n", TextSettings(), "3 values in the row that ends at line 2 and 2"),
+        ("a.csv", f'text,id\n"{SECRET}', TextSettings(), "not valid CSV at line 2"),
     ],
 )
 def test_unusable_file_is_one_line_that_keeps_the_text_private(
-    tmp_path: Path, name: str, content: str | bytes, config: DataConfig, says: str
+    tmp_path: Path, name: str, content: str | bytes, config: TextSettings, says: str
 ) -> None:
     with pytest.raises(BadData, match=says) as caught:
         read_documents(write(tmp_path, name, content), config)
@@ -154,10 +155,10 @@ def test_unusable_file_is_one_line_that_keeps_the_text_private(
 
 def test_missing_file_and_folder_are_bad_data(tmp_path: Path) -> None:
     with pytest.raises(BadData, match=r"gone\.txt is not there"):
-        read_documents(tmp_path / "gone.txt", DataConfig())
+        read_documents(tmp_path / "gone.txt", TextSettings())
     (tmp_path / "texts.txt").mkdir()
     with pytest.raises(BadData, match=r"texts\.txt is a folder"):
-        read_documents(tmp_path / "texts.txt", DataConfig())
+        read_documents(tmp_path / "texts.txt", TextSettings())
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_missing_file_and_folder_are_bad_data(tmp_path: Path) -> None:
 )
 def test_impossible_options_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(BadRequest, match=r"choose|give|name"):
-        DataConfig(**options)  # type: ignore[arg-type]
+        TextSettings(**options)  # type: ignore[arg-type]
 
 
 # Splitting
@@ -228,7 +229,7 @@ def test_a_part_may_not_be_empty_unless_nothing_is_held_out() -> None:
 @given(texts=documents_of_text, length=st.integers(2, 9))
 def test_packed_running_text_loses_and_doubles_no_token(texts: list[str], length: int) -> None:
     documents, ids = [Document(text) for text in texts], encode("".join(texts))
-    config = DataConfig(sequence_length=length)
+    config = TextSettings(sequence_length=length)
     if len(ids) < 2:
         with pytest.raises(BadData, match="give more text"):
             build_sequences(documents, tokenizer(), config, keep_last=True)
@@ -248,7 +249,7 @@ def test_packed_running_text_loses_and_doubles_no_token(texts: list[str], length
 def test_packed_records_are_each_followed_by_eos(texts: list[str], length: int) -> None:
     ids = [token for text in texts for token in [*encode(text), 1]]
     documents = [Document(text, record=True) for text in texts]
-    sequences = build_sequences(documents, tokenizer(), DataConfig(sequence_length=length), keep_last=True)
+    sequences = build_sequences(documents, tokenizer(), TextSettings(sequence_length=length), keep_last=True)
     assert kept(sequences) == ids[: len(ids) - (len(ids) % length == 1)]
 
 
@@ -259,7 +260,7 @@ def test_packed_prompts_are_read_but_not_predicted(pairs: list[tuple[str, str]])
     ids = [token for prompt, text in pairs for token in [*encode(prompt), *encode(text), 1]]
     wanted = [on for prompt, text in pairs for on in [False] * len(encode(prompt)) + [True] * (len(encode(text)) + 1)]
     documents = [Document(text, prompt, record=True) for prompt, text in pairs]
-    sequences = build_sequences(documents, tokenizer(), DataConfig(sequence_length=512), keep_last=True)
+    sequences = build_sequences(documents, tokenizer(), TextSettings(sequence_length=512), keep_last=True)
     assert sequences.input_ids.flatten()[: len(ids)].tolist() == ids
     assert (sequences.labels.flatten() != IGNORE)[: len(ids)].tolist() == wanted
     assert sequences.loss_tokens == sum(wanted)
@@ -268,7 +269,7 @@ def test_packed_prompts_are_read_but_not_predicted(pairs: list[tuple[str, str]])
 @given(texts=documents_of_text, length=st.integers(2, 9))
 def test_padded_rows_are_one_document_each(texts: list[str], length: int) -> None:
     documents = [Document(text, record=True) for text in texts]
-    config = DataConfig(sequence_length=length, packing="padded")
+    config = TextSettings(sequence_length=length, packing="padded")
     sequences = build_sequences(documents, tokenizer(), config, keep_last=False)
     assert len(sequences) == len(texts)
     for text, row, labels in zip(texts, sequences.input_ids.tolist(), sequences.labels.tolist(), strict=True):
@@ -280,21 +281,21 @@ def test_padded_rows_are_one_document_each(texts: list[str], length: int) -> Non
 def test_running_text_is_tokenised_in_one_go() -> None:
     texts = ["The old mi", "ll stands by", " the river."]
     sequences = build_sequences(
-        [Document(text) for text in texts], tokenizer(), DataConfig(sequence_length=64), keep_last=True
+        [Document(text) for text in texts], tokenizer(), TextSettings(sequence_length=64), keep_last=True
     )
     assert kept(sequences) == encode("".join(texts)) != [token for text in texts for token in encode(text)]
 
 
 def test_a_tokenizer_that_adds_bos_adds_it_once_a_text() -> None:
     documents = [Document("mill"), Document(" by"), Document("river", record=True), Document("a", "q")]
-    sequences = build_sequences(documents, tokenizer(bos=True), DataConfig(sequence_length=64), keep_last=True)
+    sequences = build_sequences(documents, tokenizer(bos=True), TextSettings(sequence_length=64), keep_last=True)
     ids = [0, *encode("mill by"), 0, *encode("river"), 1, 0, *encode("q"), *encode("a"), 1]
     assert sequences.input_ids[0, : len(ids)].tolist() == ids
 
 
 def test_a_tokenizer_without_eos_joins_records_and_pads_with_zero() -> None:
     documents = [Document("river", record=True), Document("mill", record=True)]
-    sequences = build_sequences(documents, tokenizer(eos=False), DataConfig(sequence_length=32), keep_last=True)
+    sequences = build_sequences(documents, tokenizer(eos=False), TextSettings(sequence_length=32), keep_last=True)
     assert kept(sequences) == encode("river") + encode("mill")
     assert sequences.input_ids[0, -1] == 0
 
@@ -304,7 +305,7 @@ def test_eos_that_a_text_or_a_tokenizer_brings_is_not_doubled() -> None:
     bpe.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     own = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")  # type: ignore[no-untyped-call]
     documents = [Document("river", record=True), Document("a<eos>", "q", record=True)]
-    sequences = build_sequences(documents, own, DataConfig(sequence_length=32), keep_last=True)
+    sequences = build_sequences(documents, own, TextSettings(sequence_length=32), keep_last=True)
     ids = [*encode("river"), 1, *encode("q"), *encode("a"), 1]
     assert sequences.input_ids[0].tolist() == ids + [1] * (32 - len(ids))
     assert sequences.loss_tokens == len(ids) - 2
@@ -313,7 +314,7 @@ def test_eos_that_a_text_or_a_tokenizer_brings_is_not_doubled() -> None:
 def test_rows_with_nothing_to_predict_are_left_out() -> None:
     documents = [Document("a", "long prompt " * 9, record=True), Document("river", "q", record=True)]
     for packing in ("packed", "padded"):
-        config = DataConfig(sequence_length=8, packing=packing)
+        config = TextSettings(sequence_length=8, packing=packing)
         sequences = build_sequences(documents, tokenizer(), config, keep_last=True)
         assert ((sequences.labels[:, 1:] != IGNORE).sum(1) > 0).all()
     with pytest.raises(BadData, match=r"nothing to predict in .* larger sequence_length"):
@@ -323,7 +324,7 @@ def test_rows_with_nothing_to_predict_are_left_out() -> None:
 def test_training_text_shorter_than_a_sequence_says_how_long_it_is() -> None:
     tokens = len(encode("The old mill"))
     with pytest.raises(BadData, match=f"{tokens} tokens .* less than 128"):
-        build_sequences([Document("The old mill")], tokenizer(), DataConfig(), keep_last=False)
+        build_sequences([Document("The old mill")], tokenizer(), TextSettings(), keep_last=False)
 
 
 # Batches

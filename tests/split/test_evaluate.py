@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from isthmus.split.data.documents import DataConfig
 from isthmus.split.errors import BadData, BadModelFolder, BadRequest
+from isthmus.split.job.groups import TextSettings
 from isthmus.split.training import evaluate, loss
 from isthmus.split.training.evaluate import evaluate_files
 from isthmus.split.training.loss import nll, nll_where_wanted
@@ -26,7 +26,7 @@ TEXT = (
 )
 ROWS = [("who", "the miller"), ("where is the old mill", "by the river"), ("when", "now")]
 LENGTH = 16
-DATA = DataConfig(sequence_length=LENGTH)
+DATA = TextSettings(sequence_length=LENGTH)
 
 
 def make_model(folder: Path, layers: int = 2, vocabulary: int = 300, positions: int = 64) -> Path:
@@ -160,7 +160,7 @@ def test_with_prompts_only_completions_count(
     else:
         streams = [(ids[:LENGTH], labels[:LENGTH]) for ids, labels in pairs]
     total, tokens = naive(plain(model), streams)
-    data = DataConfig(sequence_length=LENGTH, packing=packing, prompt_column="q", completion_column="text")
+    data = TextSettings(sequence_length=LENGTH, packing=packing, prompt_column="q", completion_column="text")
     found = evaluate_files(str(model), [rows], data=data)
     assert found.nll == pytest.approx(total, rel=1e-5)
     assert found.tokens == tokens
@@ -309,7 +309,7 @@ def test_a_tokenizer_of_another_model_is_noticed(
 
 def test_windows_longer_than_the_model_takes_are_refused(model: Path, text: Path) -> None:
     with pytest.raises(BadRequest, match="choose up to 64"):
-        evaluate_files(str(model), [text], data=DataConfig(sequence_length=65))
+        evaluate_files(str(model), [text], data=TextSettings(sequence_length=65))
 
 
 def test_adapters_that_do_not_fit_are_refused(model: Path, adapter: Path, text: Path, tmp_path: Path) -> None:

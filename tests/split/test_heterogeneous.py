@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from pathlib import Path
 
@@ -32,10 +31,8 @@ from tests.split.test_host import Job
 from tests.split.test_training import CONFIG, _assert_same, _texts, _trained
 from tests.split.tiny_models import VOCABULARY, make_model
 
-SGD = dataclasses.replace(
-    CONFIG, optimizer="sgd", learning_rate=0.5, weight_decay=0.0, max_gradient_norm=0.0, aggregate_every=1
-)
-MIXED = dataclasses.replace(CONFIG, cuts="d0=3,d1=1,2", ranks="d0=4,d1=2,1", optimizer="sgd", learning_rate=0.5)
+SGD = CONFIG.but(optimizer="sgd", learning_rate=0.5, weight_decay=0.0, max_gradient_norm=0.0, aggregate_every=1)
+MIXED = CONFIG.but(cuts="d0=3,d1=1,2", ranks="d0=4,d1=2,1", optimizer="sgd", learning_rate=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +54,7 @@ def logits_of(folder: Path, config: TrainingConfig, adapter: dict[str, Tensor], 
 def test_different_cuts_with_sgd_and_aggregation_every_step_equal_training_on_the_joined_batch(
     llama: Path, labels: str, cuts: str
 ) -> None:
-    config = dataclasses.replace(SGD, labels=labels, cuts=cuts)
+    config = SGD.but(labels=labels, cuts=cuts)
     losses, adapter = unsplit_run(llama, config, _texts(3))
     run = split_run(llama, config, _texts(3))
     assert _trained(adapter)
@@ -66,9 +63,9 @@ def test_different_cuts_with_sgd_and_aggregation_every_step_equal_training_on_th
 
 
 def test_different_cuts_with_micro_batches_and_clipping_train_like_whole_batches(llama: Path) -> None:
-    config = dataclasses.replace(CONFIG, cuts="d0=3,d1=1,2", aggregate_every=2)
+    config = CONFIG.but(cuts="d0=3,d1=1,2", aggregate_every=2)
     whole = split_run(llama, config, _texts(3))
-    cut = split_run(llama, dataclasses.replace(config, micro_batches=2), _texts(3))
+    cut = split_run(llama, config.but(micro_batches=2), _texts(3))
     assert cut.outcome.losses == pytest.approx(whole.outcome.losses, rel=1e-5)
     _assert_same(cut.adapter, whole.adapter, 1e-5)
 
@@ -77,7 +74,7 @@ def test_different_cuts_with_micro_batches_and_clipping_train_like_whole_batches
 @pytest.mark.parametrize(("cut", "rank"), [(1, 2), (3, 4)])
 def test_one_device_with_a_cut_and_rank_of_its_own_is_plain_peft(llama: Path, labels: str, cut: int, rank: int) -> None:
     """With the job's rank for its own the result is that of unsplit peft; the server's blocks keep the job's."""
-    config = dataclasses.replace(CONFIG, labels=labels, cuts=f"d0={cut},1", ranks=f"d0={rank},4")
+    config = CONFIG.but(labels=labels, cuts=f"d0={cut},1", ranks=f"d0={rank},4")
     run = split_run(llama, config, _texts(1))
     if rank == 4:
         losses, adapter = unsplit_run(llama, config, _texts(1))
@@ -93,8 +90,8 @@ def test_every_aggregation_trains_devices_of_all_ranks_and_exports_what_they_com
     tmp_path: Path, architecture: str, aggregation: str
 ) -> None:
     folder = make_model(tmp_path / "model", architecture, layers=4)
-    config = dataclasses.replace(MIXED, aggregation=aggregation, ranks="d0=4,d1=2,d2=0", learning_rate=0.3)
-    config = dataclasses.replace(config, validation_fraction=0.1)
+    config = MIXED.but(aggregation=aggregation, ranks="d0=4,d1=2,d2=0", learning_rate=0.3)
+    config = config.but(validation_fraction=0.1)
     held_out = [random_text(50 + i, 6, 16, VOCABULARY) for i in range(3)]
     run = split_run(folder, config, _texts(3), held_out)
     assert run.outcome.losses[-1] < run.outcome.losses[0]
@@ -109,7 +106,7 @@ def test_what_stacking_exports_has_ranks_by_module_and_computes_what_the_split_c
     llama: Path, tmp_path: Path
 ) -> None:
     held_out = [random_text(50 + i, 6, 16, VOCABULARY) for i in range(2)]
-    config = dataclasses.replace(MIXED, aggregation="stacking", validation_fraction=0.1)
+    config = MIXED.but(aggregation="stacking", validation_fraction=0.1)
     run = split_run(llama, config, _texts(2), held_out)
     ranks = {name: value.shape[0] for name, value in run.adapter.items() if name.endswith("lora_A.weight")}
     assert ranks["model.layers.0.self_attn.q_proj.lora_A.weight"] == 4 * (4 + 2)  # rounds of all ranks there are
@@ -130,9 +127,7 @@ def test_a_resumed_job_of_different_devices_ends_where_an_uninterrupted_one_does
     llama: Path, tmp_path: Path, aggregation: str, codec: str
 ) -> None:
     ranks = "" if aggregation == "average" else "d0=4,1"
-    config = dataclasses.replace(
-        CONFIG, cuts="d0=3,1", ranks=ranks, aggregation=aggregation, checkpoint_every=10, codec=codec
-    )
+    config = CONFIG.but(cuts="d0=3,1", ranks=ranks, aggregation=aggregation, checkpoint_every=10, codec=codec)
     kept = tmp_path / "whole"
     whole = split_run(llama, config, _texts(2), checkpoints=kept)
     for folder in kept.glob("*/step-00000020"):
@@ -149,10 +144,10 @@ def test_a_resumed_job_of_different_devices_ends_where_an_uninterrupted_one_does
 def test_a_checkpoint_of_devices_that_were_alike_is_none_for_those_that_differ(
     llama: Path, tmp_path: Path, before: str, then: str
 ) -> None:
-    config = dataclasses.replace(CONFIG, steps=5, checkpoint_every=5)
-    split_run(llama, dataclasses.replace(config, ranks=before), _texts(2), checkpoints=tmp_path)
+    config = CONFIG.but(steps=5, checkpoint_every=5)
+    split_run(llama, config.but(ranks=before), _texts(2), checkpoints=tmp_path)
     with pytest.raises(WrongState, match="resume the job with those that it had"):
-        split_run(llama, dataclasses.replace(config, ranks=then), _texts(2), checkpoints=tmp_path, resume=True)
+        split_run(llama, config.but(ranks=then), _texts(2), checkpoints=tmp_path, resume=True)
 
 
 class Devices(Job):
@@ -187,8 +182,7 @@ class Devices(Job):
         self.errors = {}
 
 
-LEAVING = dataclasses.replace(
-    CONFIG, steps=12, cuts="a=3,b=1,c=2", ranks="a=4,b=0,c=2", aggregate_every=2, validation_fraction=0.1,
+LEAVING = CONFIG.but(steps=12, cuts="a=3,b=1,c=2", ranks="a=4,b=0,c=2", aggregate_every=2, validation_fraction=0.1,
     learning_rate=1e-3, warmup_steps=0,
 )  # fmt: skip
 
@@ -197,7 +191,7 @@ LEAVING = dataclasses.replace(
 @pytest.mark.parametrize("leaves", ["a", "b"])
 @pytest.mark.parametrize("frames", [4, 9])
 def test_devices_of_any_shape_leave_and_come_back(llama: Path, leaves: str, frames: int, aggregation: str) -> None:
-    job = Devices(llama, dataclasses.replace(LEAVING, aggregation=aggregation), ["a", "b", "c"])
+    job = Devices(llama, LEAVING.but(aggregation=aggregation), ["a", "b", "c"])
     job.run({name: {"cut_after": frames, "rejoin": True} if name == leaves else {} for name in "abc"})
     assert not job.errors
     assert [step["step"] for step in job.steps()] == list(range(1, 13))
@@ -210,8 +204,8 @@ def test_devices_of_any_shape_leave_and_come_back(llama: Path, leaves: str, fram
 def test_the_only_device_with_a_shape_of_its_own_loses_its_link_and_ends_with_the_same_adapter(
     llama: Path, aggregation: str, frames: int
 ) -> None:
-    config = dataclasses.replace(LEAVING, cuts="a=3,1", ranks="" if aggregation == "average" else "a=2,4")
-    config = dataclasses.replace(config, aggregation=aggregation)
+    config = LEAVING.but(cuts="a=3,1", ranks="" if aggregation == "average" else "a=2,4")
+    config = config.but(aggregation=aggregation)
     undisturbed, disturbed = (Devices(llama, config, ["a"]) for _ in range(2))
     undisturbed.run({"a": {}})
     disturbed.run({"a": {"cut_after": frames, "rejoin": True}})
@@ -233,7 +227,7 @@ def test_a_device_with_an_adapter_of_another_shape_is_not_let_in(llama: Path) ->
 
 
 def test_adapters_of_a_lower_rank_begin_as_the_first_rows_of_those_of_a_higher_one(llama: Path) -> None:
-    source, config = ModelFolder(llama), dataclasses.replace(CONFIG, rank=8)
+    source, config = ModelFolder(llama), CONFIG.but(rank=8)
     high, low = (lora_parameters(device_stages(source, config, Shape(2, rank), "cpu")) for rank in (8, 3))
     for name, value in low.items():
         assert torch.equal(value, high[name][:3] if "lora_A" in name else high[name][:, :3])

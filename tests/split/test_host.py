@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from isthmus.split.training.host import StageHost
 from tests.split.jobs import device_trainer, random_text, server_trainer
 from tests.split.tiny_models import VOCABULARY, make_model
 
-CONFIG = TrainingConfig(
+CONFIG = TrainingConfig.of(
     steps=6,
     batch_size=2,
     sequence_length=8,
@@ -114,7 +113,7 @@ class Job:
 @pytest.mark.parametrize("labels", ["device", "server"])
 @pytest.mark.parametrize("frames", range(2, 14, 3))
 def test_a_device_that_leaves_for_good_does_not_stop_the_others(llama: Path, frames: int, labels: str) -> None:
-    job = Job(llama, dataclasses.replace(CONFIG, labels=labels), ["a", "b", "c"])
+    job = Job(llama, CONFIG.but(labels=labels), ["a", "b", "c"])
     job.run({"a": {}, "b": {"cut_after": frames}, "c": {}})
     assert not job.errors
     assert [step["step"] for step in job.steps()] == [1, 2, 3, 4, 5, 6]
@@ -124,7 +123,7 @@ def test_a_device_that_leaves_for_good_does_not_stop_the_others(llama: Path, fra
 
 @pytest.mark.parametrize("frames", range(1, 24, 2))
 def test_a_device_that_comes_back_takes_part_again(llama: Path, frames: int) -> None:
-    job = Job(llama, dataclasses.replace(CONFIG, steps=30), ["a", "b"])
+    job = Job(llama, CONFIG.but(steps=30), ["a", "b"])
     job.run({"a": {}, "b": {"cut_after": frames, "rejoin": True}})
     assert not job.errors
     assert [step["step"] for step in job.steps()] == list(range(1, 31))

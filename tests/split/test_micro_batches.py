@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from tests.split.jobs import Run, device_trainer, random_text, server_trainer, s
 from tests.split.tiny_models import VOCABULARY, make_model
 
 LENGTH = 8
-CONFIG = TrainingConfig(
+CONFIG = TrainingConfig.of(
     steps=3,
     batch_size=8,
     sequence_length=LENGTH,
@@ -68,7 +67,7 @@ def deep(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         micro_batches: int | None = None,
     ) -> tuple[dict[str, Plan], list[str]]:
         config = planner.config
-        plan = Plan(config.micro_batches, chosen["depth"], choices(config.codec), config.seed)
+        plan = Plan(config.link.micro_batches, chosen["depth"], choices(config.link.codec), config.seed)
         return dict.fromkeys(views, plan), []
 
     monkeypatch.setattr(Planner, "plans", plans)
@@ -82,7 +81,7 @@ def whole(folder: Path, config: TrainingConfig, devices: int) -> Run:
     """The run whose batches are not cut; made once."""
     key = (folder, config, devices)
     if key not in _whole:
-        _whole[key] = split_run(folder, dataclasses.replace(config, micro_batches=1), texts(devices))
+        _whole[key] = split_run(folder, config.but(micro_batches=1), texts(devices))
     return _whole[key]
 
 
@@ -101,12 +100,12 @@ def assert_same(run: Run, expected: Run, tolerance: float) -> None:
 def test_training_is_the_same_in_any_number_of_micro_batches_at_any_depth(
     llama: Path, deep: dict[str, int], count: int, labels: str, devices: int
 ) -> None:
-    config = dataclasses.replace(CONFIG, labels=labels)
+    config = CONFIG.but(labels=labels)
     deep["depth"] = 1
     expected = whole(llama, config, devices)
     for depth in range(1, count + 1):
         deep["depth"] = depth
-        run = split_run(llama, dataclasses.replace(config, micro_batches=count), texts(devices))
+        run = split_run(llama, config.but(micro_batches=count), texts(devices))
         assert_same(run, expected, 1e-6)
 
 
@@ -116,14 +115,14 @@ def test_one_steps_gradient_is_that_of_the_whole_batch(
     llama: Path, deep: dict[str, int], labels: str, devices: int
 ) -> None:
     """Plain gradient descent with a rate of 1 shows it: the adapter moves by it."""
-    config = dataclasses.replace(CONFIG, steps=1, learning_rate=1.0, max_gradient_norm=0.0, labels=labels)
+    config = CONFIG.but(steps=1, learning_rate=1.0, max_gradient_norm=0.0, labels=labels)
     expected = whole(llama, config, devices)
-    start = whole(llama, dataclasses.replace(config, learning_rate=1e-30), devices)
+    start = whole(llama, config.but(learning_rate=1e-30), devices)
     gradient = {name: start.adapter[name] - value for name, value in expected.adapter.items()}
     assert max(value.abs().max() for value in gradient.values()) > 1e-3
     for count in COUNTS[1:]:
         deep["depth"] = count
-        run = split_run(llama, dataclasses.replace(config, micro_batches=count), texts(devices))
+        run = split_run(llama, config.but(micro_batches=count), texts(devices))
         for name, value in gradient.items():
             torch.testing.assert_close(start.adapter[name] - run.adapter[name], value, rtol=0, atol=1e-6)
 
@@ -134,7 +133,7 @@ def test_it_is_that_of_plain_peft_on_the_unsplit_model(
     llama: Path, deep: dict[str, int], count: int, depth: int, labels: str
 ) -> None:
     deep["depth"] = depth
-    config = dataclasses.replace(CONFIG, steps=6, labels=labels, micro_batches=count)
+    config = CONFIG.but(steps=6, labels=labels, micro_batches=count)
     run = split_run(llama, config, texts(1))
     losses, adapter = unsplit_run(llama, config, texts(1))
     assert run.outcome.losses == pytest.approx(losses, rel=1e-5)
@@ -147,7 +146,7 @@ def test_batches_with_few_predicted_tokens_are_weighted_as_a_whole(
     llama: Path, deep: dict[str, int], labels: str
 ) -> None:
     """Rows have from none to all of their tokens predicted, so micro-batches weigh very differently."""
-    config = dataclasses.replace(CONFIG, labels=labels)
+    config = CONFIG.but(labels=labels)
     uneven = []
     for text in texts(3):
         wanted = torch.arange(LENGTH) < (torch.arange(len(text)) % (LENGTH + 1)).unsqueeze(1)
@@ -155,7 +154,7 @@ def test_batches_with_few_predicted_tokens_are_weighted_as_a_whole(
     expected = split_run(llama, config, uneven)
     for count in COUNTS[1:]:
         deep["depth"] = count
-        assert_same(split_run(llama, dataclasses.replace(config, micro_batches=count), uneven), expected, 2e-6)
+        assert_same(split_run(llama, config.but(micro_batches=count), uneven), expected, 2e-6)
 
 
 class Recording(LocalLink):
@@ -206,7 +205,7 @@ def test_as_many_are_under_way_as_planned_and_never_more(
     llama: Path, deep: dict[str, int], count: int, depth: int, labels: str, overlap: str
 ) -> None:
     deep["depth"] = depth
-    config = dataclasses.replace(CONFIG, micro_batches=count, labels=labels, overlap=overlap)
+    config = CONFIG.but(micro_batches=count, labels=labels, overlap=overlap)
     frames = recorded(llama, config)
     assert most_under_way(frames, labels) == depth
     for what, phase in (("sent", "FORWARD"), ("got", "FORWARD")):
@@ -216,8 +215,7 @@ def test_as_many_are_under_way_as_planned_and_never_more(
 
 # ---- overlap stale: a device's next forward begins before its last gradients have come ----
 
-STALE = dataclasses.replace(
-    CONFIG,
+STALE = CONFIG.but(
     steps=9,
     aggregate_every=4,
     overlap="stale",
@@ -231,12 +229,14 @@ def delayed(folder: Path, config: TrainingConfig, text: Sequences) -> tuple[list
     """One device whose front computes with the parameters of one step before; all else is up to date. After an
     aggregation the front is up to date too."""
     source = ModelFolder(folder)
-    cut = (cut_u_shaped if config.labels == "device" else cut_in_two)(source.config, config.cut_layer)
+    cut = (cut_u_shaped if config.devices.labels == "device" else cut_in_two)(source.config, config.devices.cut_layer)
     front, *rest = build_stages(source, list(cut))
     for stage in (front, rest[0]):
         add_lora(stage, lora_config(config, source.config), config.seed)
     sides = {side: lora_parameters([stage]) for side, stage in (("front", front), ("stage", rest[0]))}
-    optimizers = [torch.optim.AdamW(side.values(), weight_decay=config.weight_decay) for side in sides.values()]
+    optimizers = [
+        torch.optim.AdamW(side.values(), weight_decay=config.optimizer.weight_decay) for side in sides.values()
+    ]
     losses = []
     computing = copy.deepcopy(front)
     for step in range(config.steps):
@@ -267,14 +267,14 @@ def test_stale_is_a_delay_of_one_step_on_the_device_and_nothing_else(
     llama: Path, deep: dict[str, int], count: int, depth: int, labels: str
 ) -> None:
     deep["depth"] = depth
-    config = dataclasses.replace(STALE, micro_batches=count, labels=labels)
+    config = STALE.but(micro_batches=count, labels=labels)
     run = split_run(llama, config, texts(1))
     losses, adapter = delayed(llama, config, texts(1)[0])
     assert run.outcome.losses == pytest.approx(losses, rel=1e-5)
     assert run.adapter.keys() == adapter.keys()
     for name, value in adapter.items():
         torch.testing.assert_close(run.adapter[name], value, rtol=1e-4, atol=1e-5)
-    exact = split_run(llama, dataclasses.replace(config, overlap="exact"), texts(1))
+    exact = split_run(llama, config.but(overlap="exact"), texts(1))
     assert exact.outcome.losses != pytest.approx(losses, rel=1e-4)  # the delay shows
 
 
@@ -283,7 +283,7 @@ def test_a_stale_run_of_several_devices_comes_out_the_same_every_time(
     llama: Path, deep: dict[str, int], labels: str
 ) -> None:
     deep["depth"] = 3
-    config = dataclasses.replace(STALE, micro_batches=3, labels=labels, max_gradient_norm=0.5)
+    config = STALE.but(micro_batches=3, labels=labels, max_gradient_norm=0.5)
     first, *others = [split_run(llama, config, texts(3)) for _ in range(3)]
     for other in others:
         assert other.outcome.losses == first.outcome.losses
@@ -297,7 +297,7 @@ def test_a_stale_device_goes_one_step_ahead_and_never_past_an_aggregation(
     llama: Path, deep: dict[str, int], count: int, depth: int, labels: str
 ) -> None:
     deep["depth"] = depth
-    config = dataclasses.replace(STALE, micro_batches=count, labels=labels)
+    config = STALE.but(micro_batches=count, labels=labels)
     place = {frame: number for number, frame in enumerate(recorded(llama, config))}
     for step in range(config.steps - 1):
         following, applied = place["sent", "FORWARD", step + 1, 0], place["sent", "STEP", step, 0]

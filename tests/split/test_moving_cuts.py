@@ -31,7 +31,7 @@ from tests.split.test_host import CutLink
 from tests.split.test_training import CONFIG, _assert_same, _texts
 from tests.split.tiny_models import VOCABULARY, make_model
 
-AUTO = dataclasses.replace(SGD, cuts="auto")
+AUTO = SGD.but(cuts="auto")
 START = {"d0": Shape(1, 4), "d1": Shape(2, 4)}
 
 
@@ -59,7 +59,7 @@ MOVES = {3: {"d0": 3}, 6: {"d1": 1}, 10: {"d0": 1, "d1": 3}, 15: {"d0": 2}}
 
 @pytest.mark.parametrize("labels", ["device", "server"])
 def test_with_sgd_a_job_whose_cuts_move_is_still_training_on_the_joined_batch(llama: Path, labels: str) -> None:
-    config = dataclasses.replace(AUTO, labels=labels)
+    config = AUTO.but(labels=labels)
     losses, adapter = unsplit_run(llama, config, _texts(2))
     run = split_run(llama, config, _texts(2), shapes=START, mover=Scripted(MOVES))
     moved = [(data["cut"], device) for kind, device, data in run.events if kind == "shape"]
@@ -73,9 +73,7 @@ def test_with_sgd_a_job_whose_cuts_move_is_still_training_on_the_joined_batch(ll
 def test_with_adamw_the_loss_curve_does_not_jump_where_a_cut_moves(llama: Path, aggregation: str, codec: str) -> None:
     """The same samples at every step, with moves and without."""
     ranks = "" if aggregation == "average" else "d0=4,d1=2"
-    config = dataclasses.replace(
-        CONFIG, cuts="auto", ranks=ranks, aggregation=aggregation, steps=40, aggregate_every=2, codec=codec
-    )
+    config = CONFIG.but(cuts="auto", ranks=ranks, aggregation=aggregation, steps=40, aggregate_every=2, codec=codec)
     shapes = START if not ranks else {"d0": Shape(1, 4), "d1": Shape(2, 2)}
     still = split_run(llama, config, _texts(2), shapes=shapes, mover=Scripted({}))
     moved = split_run(llama, config, _texts(2), shapes=shapes, mover=Scripted(MOVES))
@@ -88,7 +86,7 @@ def test_with_adamw_the_loss_curve_does_not_jump_where_a_cut_moves(llama: Path, 
 
 
 def test_a_job_that_is_resumed_after_a_move_has_the_cuts_that_it_had(llama: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(AUTO, checkpoint_every=10, aggregate_every=2)
+    config = AUTO.but(checkpoint_every=10, aggregate_every=2)
     kept = tmp_path / "whole"
     whole = split_run(llama, config, _texts(2), checkpoints=kept, shapes=START, mover=Scripted({2: {"d0": 3, "d1": 1}}))
     for folder in kept.glob("*/step-00000020"):
@@ -115,7 +113,7 @@ def test_a_device_whose_link_breaks_at_a_move_ends_with_the_very_same_adapter(ll
 def _alone(folder: Path, cut_after: int | None) -> dict[str, torch.Tensor]:
     from isthmus.split.training.host import StageHost
 
-    source, config = ModelFolder(folder), dataclasses.replace(AUTO, steps=8, aggregate_every=2)
+    source, config = ModelFolder(folder), AUTO.but(steps=8, aggregate_every=2)
     shape, finished = Shape(1, 4), threading.Event()
 
     def tell(kind: str, device: str, data: dict[str, Any]) -> None:
@@ -155,7 +153,7 @@ MODEL = LlamaConfig(
     vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=4,
     num_key_value_heads=4,
 )  # fmt: skip
-COSTS = Costs(MODEL, TrainingConfig(cuts="c=2,auto", codec="none", batch_size=8, sequence_length=128))
+COSTS = Costs(MODEL, TrainingConfig.of(cuts="c=2,auto", codec="none", batch_size=8, sequence_length=128))
 LINK = LinkProfile(0.001, 1e8, 1e8)
 
 
@@ -194,9 +192,7 @@ def test_a_device_that_is_fast_again_gets_its_blocks_back() -> None:
 
 def test_a_device_without_work_of_its_own_does_not_keep_the_cuts_of_others_from_moving() -> None:
     """One that has only the embedding: its labels, and so its head, are at the server."""
-    mover = Mover(
-        dataclasses.replace(COSTS, training=dataclasses.replace(COSTS.training, cuts="c=0,auto", labels="server"))
-    )
+    mover = Mover(dataclasses.replace(COSTS, training=COSTS.training.but(cuts="c=0,auto", labels="server")))
     shapes = {"a": Shape(1, 8), "c": Shape(0, 8)}
     seen = {"a": Seen(mover.costs.device_work(1, 8) / 1e11, LINK), "c": Seen(0.001, LINK)}
     stage = mover.costs.server_work(shape.cut for shape in shapes.values()) / 5e9

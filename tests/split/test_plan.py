@@ -179,7 +179,7 @@ def test_every_candidate_is_timed() -> None:
 
 # ---- what is chosen ----
 
-CONFIG = TrainingConfig(steps=100, batch_size=8, sequence_length=128)
+CONFIG = TrainingConfig.of(steps=100, batch_size=8, sequence_length=128)
 HIDDEN = 64
 WORK = {FRONT: 0.02, TAIL: 0.05, FRONT_BACKWARD: 0.04}
 STAGE = {"forward": 0.1, "backward": 0.2}
@@ -241,7 +241,7 @@ def test_on_a_link_without_limits_codecs_that_cost_time_are_not_chosen() -> None
 @pytest.mark.parametrize("seen", [True, False])
 @pytest.mark.parametrize("labels", ["device", "server"])
 def test_on_20_mbit_eight_times_fewer_bytes_cross_than_as_float32(labels: str, seen: bool) -> None:
-    config = dataclasses.replace(CONFIG, labels=labels)
+    config = CONFIG.but(labels=labels)
     made = planner(config, seen=seen)
     plan, (sentence,) = plan_for(view(config=config), made)
     assert bits(made, plan) < 32 / 8
@@ -307,7 +307,7 @@ def test_a_device_gets_no_codec_of_a_family_that_it_lacks(lacking: str) -> None:
     ],
 )
 def test_what_the_user_has_fixed_stays_and_the_rest_is_chosen(codec: str, fixed: dict[str, str]) -> None:
-    config = dataclasses.replace(CONFIG, codec=codec)
+    config = CONFIG.but(codec=codec)
     made = planner(config)
     plan, sentences = plan_for(view(config=config), made)
     for stream, name in fixed.items():
@@ -319,7 +319,7 @@ def test_what_the_user_has_fixed_stays_and_the_rest_is_chosen(codec: str, fixed:
 
 
 def test_a_fixed_number_of_micro_batches_stays_and_its_depth_is_chosen() -> None:
-    config = dataclasses.replace(CONFIG, micro_batches=5)
+    config = CONFIG.but(micro_batches=5)
     plan, _ = plan_for(view(LinkProfile(0.2, 2.5e6, 2.5e6), config=config), planner(config))
     assert plan.micro_batches == 5
     assert 1 < plan.depth <= 5
@@ -359,7 +359,7 @@ def test_a_link_that_has_become_slow_gets_another_plan_and_the_way_back_too() ->
 
 def test_the_sizes_that_were_seen_count_and_not_the_first_guess() -> None:
     made = planner(seen=False)
-    name = ladder("hidden_up", CONFIG.error_budget)[-1]
+    name = ladder("hidden_up", CONFIG.link.error_budget)[-1]
     guess = made._bits_of("hidden_up", name)
     made.look_at("hidden_up", correlated(512, HIDDEN, seed=1).view(8, 64, HIDDEN))
     assert ("hidden_up", name) in made.bits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from pathlib import Path
 
@@ -28,14 +27,14 @@ MODEL = LlamaConfig(
     vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=4,
     num_key_value_heads=4,
 )  # fmt: skip
-TRAINING = TrainingConfig(cuts="auto", ranks="auto", codec="none", batch_size=8, sequence_length=128, rank=8)
+TRAINING = TrainingConfig.of(cuts="auto", ranks="auto", codec="none", batch_size=8, sequence_length=128, rank=8)
 COSTS = Costs(MODEL, TRAINING)
 FAST = LinkProfile(0.001, 1e9, 1e9)
 SERVER = Able(2e10)
 
 
 def _chosen(devices: dict[str, Able], server: Able = SERVER, **changes: object) -> dict[str, Shape]:
-    costs = Costs(MODEL, dataclasses.replace(TRAINING, **changes))
+    costs = Costs(MODEL, TRAINING.but(**changes))
     return {name: choice.shape for name, choice in choose_shapes(costs, devices, server).items()}
 
 
@@ -51,12 +50,12 @@ def test_faster_devices_hold_more_and_no_slower_one_holds_more() -> None:
 def test_no_combination_of_cuts_has_a_shorter_step() -> None:
     """Against all there are, for two devices; the solver's deadline is near the best one."""
     devices = {"a": Able(3e9, link=FAST), "b": Able(2e10, link=LinkProfile(0.02, 5e6, 5e6))}
-    costs = Costs(MODEL, dataclasses.replace(TRAINING, rank=1, ranks=""))
+    costs = Costs(MODEL, TRAINING.but(rank=1, ranks=""))
     chosen = choose_shapes(costs, devices, SERVER)
     best = min(
         max(choice.step_seconds for choice in choose_shapes(fixed, devices, SERVER).values())
         for cuts in itertools.product(range(1, 8), repeat=2)
-        for fixed in [Costs(MODEL, dataclasses.replace(costs.training, cuts=f"a={cuts[0]},b={cuts[1]},auto"))]
+        for fixed in [Costs(MODEL, costs.training.but(cuts=f"a={cuts[0]},b={cuts[1]},auto"))]
     )
     assert max(choice.step_seconds for choice in chosen.values()) <= 1.03 * best
 
@@ -102,7 +101,7 @@ def test_shapes_that_devices_have_already_stay() -> None:
 
 def test_what_modules_of_the_servers_blocks_keep_until_backward_is_counted() -> None:
     every = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    training = TrainingConfig(dlora=True, target_modules=every, batch_size=2, sequence_length=16)
+    training = TrainingConfig.of(method="dlora", target_modules=every, batch_size=2, sequence_length=16)
     costs, layout = Costs(MODEL, training), layout_of(MODEL, training)
     remote = RemoteModules(layout, 0, torch.device("cpu"))
     parameters = {value.untyped_storage().data_ptr() for value in remote.parameters.values()}
@@ -116,11 +115,11 @@ def test_what_modules_of_the_servers_blocks_keep_until_backward_is_counted() -> 
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         for site in layout.sites:
-            if site.block >= training.cut_layer:
+            if site.block >= training.devices.cut_layer:
                 remote.outputs(site, layout.remote, torch.zeros(costs.tokens, site.inputs), keep_as=0)
     for inputs, outputs in remote._under_way.values():
         keep(inputs), keep(outputs)
-    exchanged = dataclasses.replace(training, dlora=False)
+    exchanged = training.but(method="splitlora")
     adapter = 4 * 4 * 8 * costs.lora_values * (costs.layers - 1)
     counted = costs.memory(1, 8) - Costs(MODEL, exchanged).memory(1, 8) - adapter
     assert 0.9 * sum(kept.values()) <= counted <= sum(kept.values())  # the rest: what A makes of the inputs, r values
@@ -131,7 +130,7 @@ def test_operations_are_counted_as_the_ledger_counts_them_and_memory_is_enough(
     tmp_path: Path, architecture: str
 ) -> None:
     source = ModelFolder(make_model(tmp_path, architecture, layers=4, hidden=64))
-    training = TrainingConfig(batch_size=4, sequence_length=64)
+    training = TrainingConfig.of(batch_size=4, sequence_length=64)
     costs = Costs(source.config, training)
     stage = build_stages(source, [StageSpec(1, 3, embeds=False, head=False)])[0]
     add_lora(stage, lora_config(training, source.config), 0)
@@ -180,4 +179,4 @@ def test_the_jobs_rank_is_the_largest_that_is_named() -> None:
     assert options_of("1", "a=0", default)["rank"] == 8
     assert options_of("1", "auto", default) == {"cut_layer": 1, "rank": 8, "cuts": "", "ranks": "auto"}
     with pytest.raises(BadRequest, match="more than the job's rank"):
-        TrainingConfig(rank=4, ranks="8")
+        TrainingConfig.of(rank=4, ranks="8")

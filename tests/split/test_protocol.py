@@ -27,10 +27,14 @@ from isthmus.split.link.session import Phase
 from isthmus.split.resources.ledger import Ledger
 
 HIDDEN, VOCABULARY, ADAPTER = 4, 50, 6
-CONFIG = TrainingConfig(steps=5, batch_size=2, sequence_length=3)
+CONFIG = TrainingConfig.of(steps=5, batch_size=2, sequence_length=3)
 AT_DEVICE = Rules("job", CONFIG, HIDDEN, VOCABULARY, ((ADAPTER,),))
 AT_SERVER = Rules(
-    "job", TrainingConfig(steps=5, batch_size=2, sequence_length=3, labels="server"), HIDDEN, VOCABULARY, ((ADAPTER,),)
+    "job",
+    TrainingConfig.of(steps=5, batch_size=2, sequence_length=3, labels="server"),
+    HIDDEN,
+    VOCABULARY,
+    ((ADAPTER,),),
 )
 
 CODECS = [
@@ -282,7 +286,7 @@ def test_evaluation_and_adapters_take_codecs_of_their_own() -> None:
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 3, 5])
 def test_a_micro_batch_has_the_rows_that_both_sides_know_of(micro_batches: int) -> None:
-    config = TrainingConfig(steps=5, batch_size=5, sequence_length=3)
+    config = TrainingConfig.of(steps=5, batch_size=5, sequence_length=3)
     rules = Rules("job", config, HIDDEN, VOCABULARY, ((ADAPTER,),))
     plan = plan_of("none", micro_batches)
     for number, part in enumerate(micro_batch_slices(5, micro_batches)):

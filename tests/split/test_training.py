@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from isthmus.split.job.config import TrainingConfig
 from tests.split.jobs import random_text, split_run, unsplit_run
 from tests.split.tiny_models import ARCHITECTURES, VOCABULARY, make_model
 
-CONFIG = TrainingConfig(
+CONFIG = TrainingConfig.of(
     cut_layer=1, steps=20, batch_size=4, sequence_length=16, learning_rate=5e-3, precision="float32", rank=4,
     warmup_steps=3, max_gradient_norm=0.5, weight_decay=0.01, aggregate_every=5, validation_fraction=0, codec="none",
     micro_batches=1,
@@ -43,7 +42,7 @@ def _assert_same(left: dict, right: dict, tolerance: float) -> None:
 @pytest.mark.parametrize("labels", ["device", "server"])
 def test_one_device_reproduces_unsplit_peft(tmp_path: Path, architecture: str, labels: str) -> None:
     folder = make_model(tmp_path, architecture, layers=3, tied=architecture == "gpt2")
-    config = dataclasses.replace(CONFIG, labels=labels)
+    config = CONFIG.but(labels=labels)
     losses, adapter = unsplit_run(folder, config, _texts(1))
     run = split_run(folder, config, _texts(1))
     assert _trained(adapter)
@@ -53,7 +52,7 @@ def test_one_device_reproduces_unsplit_peft(tmp_path: Path, architecture: str, l
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 3])
 def test_every_cut_trains_alike(llama: Path, cut: int) -> None:
-    config = dataclasses.replace(CONFIG, cut_layer=cut)
+    config = CONFIG.but(cut_layer=cut)
     losses, adapter = unsplit_run(llama, config, _texts(1))
     run = split_run(llama, config, _texts(1))
     assert run.outcome.losses == pytest.approx(losses, rel=1e-5)
@@ -64,8 +63,7 @@ def test_every_cut_trains_alike(llama: Path, cut: int) -> None:
 def test_three_devices_with_sgd_and_aggregation_every_step_equal_training_on_the_joined_batch(
     llama: Path, labels: str
 ) -> None:
-    config = dataclasses.replace(
-        CONFIG,
+    config = CONFIG.but(
         labels=labels,
         optimizer="sgd",
         learning_rate=0.5,
@@ -82,14 +80,14 @@ def test_three_devices_with_sgd_and_aggregation_every_step_equal_training_on_the
 
 def test_labels_at_the_server_train_the_same_adapter_as_labels_on_the_devices(llama: Path) -> None:
     on_device = split_run(llama, CONFIG, _texts(3))
-    at_server = split_run(llama, dataclasses.replace(CONFIG, labels="server"), _texts(3))
+    at_server = split_run(llama, CONFIG.but(labels="server"), _texts(3))
     assert at_server.outcome.losses == pytest.approx(on_device.outcome.losses, rel=1e-5)
     _assert_same(at_server.adapter, on_device.adapter, 1e-5)
 
 
 @pytest.mark.parametrize("labels", ["device", "server"])
 def test_a_resumed_job_ends_where_an_uninterrupted_one_does(llama: Path, tmp_path: Path, labels: str) -> None:
-    config = dataclasses.replace(CONFIG, steps=20, checkpoint_every=10, labels=labels)
+    config = CONFIG.but(steps=20, checkpoint_every=10, labels=labels)
     whole = split_run(llama, config, _texts(2), checkpoints=tmp_path / "whole")
     # A run whose coordinator and devices die after the checkpoint of step 10: only what is on disk goes on.
     kept = tmp_path / "whole"
@@ -105,9 +103,9 @@ def test_a_resumed_job_ends_where_an_uninterrupted_one_does(llama: Path, tmp_pat
 
 def test_evaluation_over_the_split_is_of_the_averaged_adapter(llama: Path, tmp_path: Path) -> None:
     held_out = [random_text(50 + i, 6, 16, VOCABULARY) for i in range(2)]
-    config = dataclasses.replace(CONFIG, validation_fraction=0.1, evaluate_every=10)
+    config = CONFIG.but(validation_fraction=0.1, evaluate_every=10)
     for labels in ("device", "server"):
-        run = split_run(llama, dataclasses.replace(config, labels=labels), _texts(2), held_out)
+        run = split_run(llama, config.but(labels=labels), _texts(2), held_out)
         assert list(run.outcome.perplexities) == [0, 10, 20]
         assert _unsplit_perplexity(llama, config, run.adapter, held_out, tmp_path / labels) == pytest.approx(
             run.outcome.perplexities[20], rel=1e-5

@@ -7,7 +7,8 @@ from transformers import LlamaConfig
 
 from isthmus.split.dlora.module_costs import exchange, marginal_values, module_costs, module_flops
 from isthmus.split.errors import BadRequest
-from isthmus.split.job.config import DROP, KEEP, MERGE, TrainingConfig
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.groups import DROP, KEEP, MERGE
 from isthmus.split.lora.lora import lora_parameters
 from isthmus.split.models.architectures import architecture_of
 from tests.split.tiny_models import ARCHITECTURES, make_config
@@ -30,7 +31,7 @@ def _config() -> LlamaConfig:
 
 
 def _training(**changes: object) -> TrainingConfig:
-    return TrainingConfig(**({"target_modules": ALL, "rank": 4} | changes))  # type: ignore[arg-type]
+    return TrainingConfig.of(**({"target_modules": ALL, "rank": 4} | changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

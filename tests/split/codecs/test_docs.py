@@ -76,4 +76,4 @@ def test_the_candidates_of_auto_are_those_in_the_text() -> None:
     for stream, step in steps.items():
         rounding = ":stochastic" if stream.startswith("gradients") else ""
         written = [name.replace("=S", f"={step}").replace("[:stochastic]", rounding) for name in listed]
-        assert ladder(stream, TrainingConfig.error_budget) == [parse(name).name for name in written]
+        assert ladder(stream, TrainingConfig.link.error_budget) == [parse(name).name for name in written]

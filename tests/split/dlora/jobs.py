@@ -25,10 +25,10 @@ from tests.split.jobs import random_text
 from tests.split.tiny_models import VOCABULARY
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-CONFIG = TrainingConfig(
+CONFIG = TrainingConfig.of(
     cut_layer=1, steps=8, batch_size=4, sequence_length=16, learning_rate=5e-3, precision="float32", rank=4,
     warmup_steps=3, max_gradient_norm=0.5, weight_decay=0.01, validation_fraction=0, codec="none", micro_batches=1,
-    target_modules=ALL, dlora=True,
+    target_modules=ALL, method="dlora",
 )  # fmt: skip
 
 Trained = Callable[[int, str], bool]  # step, module -> whether it trains at it
@@ -90,15 +90,15 @@ def unsplit_run(
         for name, layer in layers.items():
             for end in ("lora_A.weight", "lora_B.weight"):
                 parameters[f"{name}.{end}"].requires_grad_(trained(step, name))
-            dropped = config.killed == "drop" and not trained(step, name)
-            layer.scaling["default"] = 0.0 if dropped else config.alpha / config.rank
+            dropped = config.dlora.killed == "drop" and not trained(step, name)
+            layer.scaling["default"] = 0.0 if dropped else config.lora.alpha / config.lora.rank
         rows = batch_indices(len(sequences), config.batch_size, step, config.seed)
         total, tokens = nll(model(input_ids=sequences.input_ids[rows]).logits, sequences.labels[rows])
         (total / tokens).backward()
         stepper.step(step, stepper.gradient_norm_squared())
         losses.append(float(total.detach()) / tokens)
     adapter = {name: value.detach() for name, value in parameters.items()}
-    if config.killed == "drop":
+    if config.dlora.killed == "drop":
         for name in layers:
             if not trained(config.steps - 1, name):
                 adapter[f"{name}.lora_B.weight"] = torch.zeros_like(adapter[f"{name}.lora_B.weight"])

@@ -27,13 +27,12 @@ from isthmus.split.training.checkpoint import CheckpointFolder, DeviceRecord
 from tests.split.dlora.jobs import CONFIG, assert_same, dlora_run, text
 from tests.split.tiny_models import make_model
 
-SMALL = dataclasses.replace(
-    CONFIG, steps=4, batch_size=2, rank=2, micro_batches=2, target_modules=("q_proj", "v_proj", "down_proj"),
+SMALL = CONFIG.but(steps=4, batch_size=2, rank=2, micro_batches=2, target_modules=("q_proj", "v_proj", "down_proj"),
     optimizer="sgd", learning_rate=0.5, schedule="constant", checkpoint_every=2, validation_fraction=0.1,
 )  # fmt: skip
 
-ENDING = dataclasses.replace(
-    SMALL, steps=30, cut_layer=0, killed="drop", bytes_per_step=1, kill_warmup=3, kill_anneal=0, kill_interval=1
+ENDING = SMALL.but(
+    steps=30, cut_layer=0, killed="drop", bytes_per_step=1, kill_warmup=3, kill_anneal=0, kill_interval=1
 )  # no module is left after three steps
 
 
@@ -51,7 +50,7 @@ class Job:
         self.finished = threading.Event()
         kept = CheckpointFolder(records / "server") if records else None
         self.host = BackboneHost(
-            backbone_of(self.source, config, {"d0": Shape(config.cut_layer, config.rank)}),
+            backbone_of(self.source, config, {"d0": Shape(config.devices.cut_layer, config.lora.rank)}),
             config,
             dict.fromkeys([f"d{number}" for number in range(devices)], layout_of(self.source.config, config)),
             initial_adapter=initial_adapter(parts_of(self.source.config, config).adapter, config.seed),
@@ -144,7 +143,7 @@ def test_a_device_that_is_restarted_goes_on_from_its_record(llama: Path, tmp_pat
 def test_decisions_are_made_once_for_each_step_whatever_breaks(llama: Path, tmp_path: Path) -> None:
     """With links that break, and a device that is restarted, the same modules die and come back as without."""
     changes = {"steps": 24, "active_fraction": 0.5, "kill_warmup": 2, "kill_anneal": 2, "kill_interval": 1}
-    config = dataclasses.replace(SMALL, killed="drop", checkpoint_every=3, **changes)  # type: ignore[arg-type]
+    config = SMALL.but(killed="drop", checkpoint_every=3, **changes)  # type: ignore[arg-type]
     quiet = Job(llama, config)
     trainer = quiet.trainer()
     run(trainer, quiet.link(trainer))
@@ -214,7 +213,7 @@ def test_a_job_that_is_resumed_after_the_coordinators_death_is_the_undisturbed_o
 def test_with_averages_a_device_that_comes_back_goes_on_from_the_last_one(
     llama: Path, tmp_path: Path, cut: int
 ) -> None:
-    config = dataclasses.replace(SMALL, aggregate=True, aggregate_every=2)
+    config = SMALL.but(aggregate=True, aggregate_every=2)
     expected = train_dlora_locally(ModelFolder(llama), config, [(text(n, 20), text(9, 3)) for n in (0, 1)])
     job = Job(llama, config, 2, tmp_path)
     trainers = [job.trainer(0), job.trainer(1)]
@@ -303,7 +302,7 @@ def test_an_early_end_that_a_broken_link_has_lost_is_told_again_and_is_on_the_di
                 raise LinkLost("the link was cut")
             super().send(frame)
 
-    _, losses = undisturbed(llama, dataclasses.replace(ENDING, validation_fraction=0))
+    _, losses = undisturbed(llama, ENDING.but(validation_fraction=0))
     for phase in (Phase.STEP, Phase.EVALUATE, Phase.CLOSE):
         for restarts in (False, True):
             job = Job(llama, ENDING, records=tmp_path / f"{phase}{restarts}")
@@ -365,7 +364,7 @@ def test_a_frame_that_is_not_due_ends_that_device_alone(llama: Path, what: str) 
         def send(self, frame: Frame) -> None:
             super().send(change(frame) if frame.phase == phase else frame)
 
-    job = Job(llama, dataclasses.replace(SMALL, micro_batches=1), 2)
+    job = Job(llama, SMALL.but(micro_batches=1), 2)
     bad, good = job.trainer(0), job.trainer(1)
     with pytest.raises(BadRequest):
         run(bad, Bad(job.host, "d0", bad, -1))
@@ -377,7 +376,7 @@ def test_a_frame_that_is_not_due_ends_that_device_alone(llama: Path, what: str) 
 
 def test_a_device_refuses_what_it_has_not_asked_for(llama: Path) -> None:
     """A coordinator that sends something else than the protocol says is not answered."""
-    job = Job(llama, dataclasses.replace(SMALL, micro_batches=1))
+    job = Job(llama, SMALL.but(micro_batches=1))
     trainer = job.trainer()
     changes: list[Change] = [
         lambda f: dataclasses.replace(f, site=77),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ def test_with_all_modules_active_it_is_unsplit_peft(tmp_path: Path, architecture
     """With SGD, for Adam divides each gradient by its own size: where one is next to nothing, its rounding grows."""
     folder = make_model(tmp_path, architecture, layers=3, tied=architecture == "gpt2")
     linear = TABLE[architecture].linear_modules
-    config = dataclasses.replace(CONFIG, cut_layer=cut, target_modules=linear, optimizer="sgd", learning_rate=0.5)
+    config = CONFIG.but(cut_layer=cut, target_modules=linear, optimizer="sgd", learning_rate=0.5)
     losses, adapter = unsplit_run(folder, config, text(0))
     run, told = dlora_run(folder, config, [text(0)])
     assert told["d0"] == pytest.approx(losses, rel=1e-5)
@@ -44,7 +43,7 @@ def test_with_all_modules_active_it_is_unsplit_peft(tmp_path: Path, architecture
 def test_any_modules_and_rows_without_use_change_nothing(
     llama: Path, targets: tuple[str, ...], micro_batches: int
 ) -> None:
-    config = dataclasses.replace(CONFIG, target_modules=targets, micro_batches=micro_batches)
+    config = CONFIG.but(target_modules=targets, micro_batches=micro_batches)
     losses, adapter = unsplit_run(llama, config, padded_text(1))
     run, told = dlora_run(llama, config, [padded_text(1)])
     assert told["d0"] == pytest.approx(losses, rel=1e-5)
@@ -62,7 +61,7 @@ def test_with_modules_killed_and_revived_it_is_unsplit_peft_with_them_frozen_or_
         number = sum(map(ord, name))
         return step < 2 or ((number + step) % 3 == 0 and not (".1." in name and step < 6))
 
-    config = dataclasses.replace(CONFIG, cut_layer=cut, killed=killed)
+    config = CONFIG.but(cut_layer=cut, killed=killed)
     losses, adapter = unsplit_run(llama, config, padded_text(2), trained)
     scripted(monkeypatch, trained)
     run, told = dlora_run(llama, config, [padded_text(2)])
@@ -87,7 +86,7 @@ def test_devices_may_differ_in_cut_and_rank(llama: Path) -> None:
     run, told = dlora_run(llama, CONFIG, texts, shapes=shapes)
     for number, (shape, one) in enumerate(zip(shapes[:3], texts, strict=False)):
         # The scale is the job's, whatever a device's own rank is.
-        alike = dataclasses.replace(CONFIG, rank=shape.rank, alpha=CONFIG.alpha * shape.rank / CONFIG.rank)
+        alike = CONFIG.but(rank=shape.rank, alpha=CONFIG.lora.alpha * shape.rank / CONFIG.lora.rank)
         losses, adapter = unsplit_run(llama, alike, one)
         assert told[f"d{number}"] == pytest.approx(losses, rel=1e-5)
         assert_same(run.adapters[f"d{number}"], adapter)
@@ -96,8 +95,8 @@ def test_devices_may_differ_in_cut_and_rank(llama: Path) -> None:
 
 
 def test_an_average_that_was_asked_for_is_that_of_the_adapters(llama: Path) -> None:
-    config = dataclasses.replace(CONFIG, aggregate=True, aggregate_every=4, checkpoint_every=4)
-    once = dataclasses.replace(config, aggregate_every=config.steps)
+    config = CONFIG.but(aggregate=True, aggregate_every=4, checkpoint_every=4)
+    once = config.but(aggregate_every=config.steps)
     alone = [unsplit_run(llama, CONFIG, one)[1] for one in (text(0), text(1, 20))]
     run, _ = dlora_run(llama, once, [text(0), text(1, 20)])
     average = {name: (40 * alone[0][name] + 20 * alone[1][name]) / 60 for name in alone[0]}
@@ -110,7 +109,7 @@ def test_an_average_that_was_asked_for_is_that_of_the_adapters(llama: Path) -> N
 
 
 def test_how_far_an_average_is_from_that_of_the_products_is_told(llama: Path) -> None:
-    config = dataclasses.replace(CONFIG, aggregate=True, aggregate_every=CONFIG.steps)
+    config = CONFIG.but(aggregate=True, aggregate_every=CONFIG.steps)
     told: list[dict[str, Any]] = []
 
     def tell(kind: str, device: str, data: dict[str, Any]) -> None:
@@ -132,7 +131,7 @@ def test_how_far_an_average_is_from_that_of_the_products_is_told(llama: Path) ->
 @pytest.mark.parametrize("codec", ["bfloat16", "int8", "hadamard,uniform:step=0.05,zstd", "klt,uniform:step=0.05,zstd"])
 def test_lossy_codecs_make_it_smaller_and_nearly_the_same(llama: Path, codec: str) -> None:
     exact, losses = dlora_run(llama, CONFIG, [text(0)])
-    run, told = dlora_run(llama, dataclasses.replace(CONFIG, codec=codec), [text(0)])
+    run, told = dlora_run(llama, CONFIG.but(codec=codec), [text(0)])
     assert told["d0"] == pytest.approx(losses["d0"], rel=0.02)
     sizes = [one.ledgers["d0"].traffic.total_bytes("sent") for one in (run, exact)]
     assert sizes[0] < 0.6 * sizes[1]
