@@ -1,4 +1,4 @@
-"""Kill and Revive on a device: its controller (split/adapters), with what this job knows of its modules."""
+"""Kill and Revive on a device: its controller (kill_and_revive.py), with what this job knows of its modules."""
 
 from __future__ import annotations
 

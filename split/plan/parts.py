@@ -71,7 +71,7 @@ def parts_of(config: PretrainedConfig, training: TrainingConfig, shape: Shape | 
     else:
         adapter = adapter_of(config, training, front, rank)  # checks the target modules for every cut
     size = 4 * sum(value.numel() for value in adapter.values())
-    if size > _LARGEST_FRAME and (training.dlora.aggregate or not training.dlora):  # else it stays on the device
+    if size > _LARGEST_FRAME and training.averages:  # else it stays on the device
         raise BadRequest(
             f"a device's adapter of {size / 2**20:.0f} MiB does not fit a message of {MAX_MESSAGE_BYTES / 2**20:.0f} "
             "MiB; choose a smaller rank or cut_layer, or fewer target_modules"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from isthmus.split.errors import BadRequest
 from isthmus.split.job.config import TrainingConfig
 
-KILLING = {"dlora": True, "active_fraction": 0.5}
+KILLING = {"method": "dlora", "active_fraction": 0.5}
 
 
 def test_a_configuration_survives_the_way_to_the_other_side() -> None:
@@ -46,15 +46,15 @@ def test_a_configuration_survives_the_way_to_the_other_side() -> None:
         ({"error_budget": float("nan")}, "error_budget is nan"),
         ({"codec": "zip"}, "no part of a codec is called 'zip'"),
         ({"codec": "up=int8;int4"}, "'int4' has no KEY="),
-        ({"dlora": True, "bytes_per_step": 9}, "cannot be held with killed keep.*choose merge .* or drop"),
+        ({"method": "dlora", "bytes_per_step": 9}, "cannot be held with killed keep.*choose merge .* or drop"),
         ({"kill_warmup": 5}, "are for method dlora with active_fraction or bytes_per_step"),
-        ({"dlora": True, "kill_interval": 10}, "are for method dlora with active_fraction or bytes_per_step"),
+        ({"method": "dlora", "kill_interval": 10}, "are for method dlora with active_fraction or bytes_per_step"),
         (KILLING | {"kill_warmup": 0}, "kill_warmup is 0; choose 1 or more"),
         (KILLING | {"kill_warmup": 30, "kill_anneal": 70}, "kill_warmup 30 and kill_anneal 70 leave none of 100 steps"),
         (KILLING | {"kill_anneal": 90}, "kill_warmup 15 and kill_anneal 90 leave none of 100 steps"),
-        ({"dlora": True, "aggregation": "average"}, "method dlora averages only where aggregate asks for it"),
-        ({"dlora": True, "aggregate_every": 5}, "method dlora averages only where aggregate asks for it"),
-        ({"dlora": True, "aggregate": True, "aggregation": "svd"}, "aggregation svd is not for method dlora"),
+        ({"method": "dlora", "aggregation": "average"}, "method dlora averages only where aggregate asks for it"),
+        ({"method": "dlora", "aggregate_every": 5}, "method dlora averages only where aggregate asks for it"),
+        ({"method": "dlora", "aggregate": True, "aggregation": "svd"}, "aggregation svd is not for method dlora"),
     ],
 )
 def test_what_cannot_be_is_refused_with_a_line_that_says_so(change: dict, line: str) -> None:
