@@ -189,7 +189,7 @@ class Training:
         task.shape.cut, task.shape.rank = shape.cut, shape.rank
 
     def is_lost(self, devices: Collection[str], failed: Collection[str], started: bool) -> bool:
-        alone = self.config.dlora and not self.config.dlora.aggregate  # then nobody waits for anybody
+        alone = not self.config.averages  # then nobody waits for anybody
         return set(devices) <= set(failed) if started or alone else bool(failed)
 
     def _weights_of(self, cut: int) -> DeviceWeights:
