@@ -33,7 +33,7 @@ from split.terminal import (
     interruptible,
     show_answer,
 )
-from split.tls import channel, error_of, join_address, split_address
+from split.tls import channel, check_name, error_of, join_address, split_address
 
 if TYPE_CHECKING:  # torch: not for --help
     from split.adapters.served import LoraAdapter
@@ -171,6 +171,7 @@ def find(identity: Identity, name: str = "", blocks: int | None = None, folder: 
             served = stub.FindServed(pb.FindServedRequest(name=name), timeout=_TIMEOUT)
         except grpc.RpcError as error:
             raise error_of(error, identity.address) from None
+        check_name(served.job, "a job's id")
         serving = ServingConfig.from_json(served.serving)
         own = blocks_of(serving, identity.name, blocks)
         source, loras, digest = device_source(

@@ -39,7 +39,7 @@ from split.precision import pick_device, pick_precision
 from split.runtime.choose import RuntimeChoice, make_runtime
 from split.serving import ServingConfig
 from split.shapes import Shape, asked
-from split.tls import channel, join_address, split_address
+from split.tls import channel, check_name, join_address, split_address
 from split.train import Cancelled, DeviceTrainer, Progress
 
 log = logging.getLogger(__name__)
@@ -103,6 +103,8 @@ class Runner(threading.Thread):
 
     def _run(self) -> None:
         spec = self.task.spec
+        check_name(self.task.id, "a task's id")
+        check_name(self.task.job, "a job's id")  # which names this device's folder of the job
         if spec.method not in self._options.allow:
             raise NotAllowed(f"the owner of this device does not allow {spec.method} tasks")
         if self._options.threads:

@@ -19,7 +19,7 @@ from protos.v1 import coordinator_pb2 as pb
 from protos.v1 import coordinator_pb2_grpc, stage_pb2
 from split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
 from split.plan.probing import answer
-from split.tls import Peer, Token, peer_of
+from split.tls import Peer, Token, check_name, peer_of
 
 HEARTBEAT_SECONDS = 5
 _CHUNK = 1024 * 1024  # bytes
@@ -76,6 +76,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
                     return
                 self._store.seen(session.name)
                 if message.WhichOneof("kind") == "task":
+                    check_name(message.task.task, "a task's id")
                     message.task.message = message.task.message[:_MAX_TEXT]
                     await self._jobs.task_state(session, message.task)
                 elif message.WhichOneof("kind") == "profile":  # it has measured something
@@ -173,6 +174,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     def _weights(self, request: pb.ManifestRequest | pb.FetchRequest, context: Context) -> DeviceWeights:
         peer = self._caller(context, "device")
+        check_name(request.job, "a job's id")
         if request.user:
             return self._jobs.user_weights_for(request.job, peer.name, request.blocks)
         return self._jobs.weights_for(request.job, peer.name, request.blocks)

@@ -73,10 +73,14 @@ def _channel_options(server_name: str) -> list[tuple[str, Any]]:
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
-def check_name(name: str) -> str:
-    """The name of a device or user, unchanged. Raises BadRequest if it is not one."""
+def check_name(name: str, what: str = "a name") -> str:
+    """The name of a device or user, or the id of a job, task or session, unchanged.
+
+    Whatever passes can be a part of a path and stand in a line of a log. All ids that a coordinator or a device makes
+    pass. Raises BadRequest for anything else, in which it is called `what`.
+    """
     if not _NAME.fullmatch(name):
-        raise BadRequest(f"{name[:80]!r} is not a name: use 1 to 63 of a-z, 0-9 and -, a letter or digit first")
+        raise BadRequest(f"{name[:80]!r} is not {what}: use 1 to 63 of a-z, 0-9 and -, a letter or digit first")
     return name
 
 
