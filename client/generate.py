@@ -18,6 +18,7 @@ from client.identity import Identity
 from protos.v1 import coordinator_pb2 as pb
 from protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from split.errors import BadRequest, NotEnrolled
+from split.printable import log_to_stderr
 from split.terminal import (
     Asking,
     ExitThreshold,
@@ -105,7 +106,7 @@ def generate(
 
     Example: isthmus-client generate --prompt "Shall I compare thee" --max-tokens 40 --temperature 0 --stats
     """
-    logging.basicConfig(level=logging.WARNING, format="isthmus-client: %(message)s")
+    log_to_stderr("isthmus-client: %(message)s", logging.WARNING)
     prompt = sys.stdin.read() if prompt == "-" else prompt
     asking = Asking(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
     with interruptible():

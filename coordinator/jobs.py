@@ -27,6 +27,7 @@ from coordinator.store import Store
 from coordinator.weights import DeviceWeights
 from protos.v1 import coordinator_pb2 as pb
 from split.errors import BadRequest, IsthmusError, NotAllowed, NotEnrolled, NotFound, WrongState
+from split.printable import printable
 from split.serving import CLOUD
 from split.shapes import Shape
 
@@ -469,6 +470,7 @@ class Jobs:
         return session
 
     async def _state_is(self, run: Run, state: pb.JobState, message: str) -> None:
+        message = printable(message)  # it may quote what devices say
         self._store.update_job(run.job, state=state, message=message)
         await self._tell(run, "state", {"state": pb.JobState.Name(state).lower(), "message": message})
 

@@ -36,6 +36,7 @@ from split.parts import Parts, merging_of, parts_of, server_stages
 from split.plan.costs import Costs
 from split.plan.moving import Mover
 from split.precision import pick_device, pick_precision
+from split.printable import log_to_stderr
 from split.protocol import Rules
 from split.server import ServerTrainer
 from split.shapes import asked, from_plain
@@ -80,7 +81,7 @@ class StageActor:
     """Made a Ray actor by `start_stage_actor`. `control` is told of every event."""
 
     def __init__(self, task: StageTask, serving: ServingOptions, control: Any) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        log_to_stderr("%(asctime)s %(name)s: %(message)s")
         self._task, self._serving, self._control = task, serving, control
         self._devices = dict(task.devices)
         self._finished: asyncio.Future[dict[str, Any]] | None = None

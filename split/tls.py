@@ -27,6 +27,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from split.errors import BadRequest, IsthmusError, LinkLost, NotEnrolled, NotFound, WrongState, from_status
+from split.printable import printable
 
 SERVER_NAME = "coordinator.isthmus"
 """In the certificate of every server that is not the enrolment server."""
@@ -267,7 +268,7 @@ def error_of(error: grpc.RpcError, address: str) -> IsthmusError:
     """What a failed call stands for: the error that the server raised, or one line about the connection."""
     assert isinstance(error, (grpc.Call, grpc.aio.AioRpcError))
     status = error.code()
-    line = " ".join((error.details() or "no details").split())
+    line = printable(" ".join((error.details() or "no details").split()))
     if status is grpc.StatusCode.UNAVAILABLE:
         reason = line.rpartition("last error: ")[2]
         if "CERTIFICATE_VERIFY_FAILED" in reason or "Hostname Verification" in reason:

@@ -14,17 +14,17 @@ import grpc
 import typer
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
-from rich.console import Console
 
 from protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from split.errors import BadRequest, NotFound
 from split.terminal import Json as Json
+from split.terminal import PlainConsole
 from split.terminal import console as console
 from split.terminal import human_bytes as human_bytes
 from split.terminal import print_json as print_json
 from split.tls import Credentials, channel, error_of
 
-errors = Console(stderr=True, markup=False)
+errors = PlainConsole(stderr=True)
 
 DEFAULT_STATE = Path("~/.isthmus/coordinator")
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from split.errors import BadRequest, IsthmusError, LinkLost
+from split.printable import printable
 from split.terminal import (
     Asking,
     ExitThreshold,
@@ -33,6 +34,7 @@ from split.terminal import (
     interruptible,
     show_answer,
     show_stat,
+    show_text,
 )
 
 Model = Annotated[str, typer.Option(help="As it is served; with --local a folder in hub format, a hub id, or default.")]
@@ -298,7 +300,7 @@ def chat(
         stat, whole = Stat(), ""
         async for text in _reply(where, first, turns, asking, stat):
             whole += text
-            typer.echo(text, nl=False)
+            show_text(text)
         typer.echo()
         turns.append({"role": "assistant", "content": whole})
         if stats:
@@ -315,7 +317,7 @@ def chat(
                 try:
                     runner.run(answer(where, asking))
                 except TooLong as error:
-                    typer.echo(error, err=True)
+                    typer.echo(printable(str(error)), err=True)
                     turns.pop()
         finally:
             runner.run(stack.aclose())

@@ -33,6 +33,7 @@ from split.generation.engine import Engine
 from split.generation.exits import parse_exit
 from split.generation.local import make_drafter
 from split.models.source import ModelFolder, end_tokens, open_model
+from split.printable import log_to_stderr
 from split.runtime.choose import RuntimeChoice
 from split.serving import CLOUD, ServingConfig, SpanConfig
 from split.tls import SERVER_OPTIONS, Peer, bind_one_of, join_address, server_credentials
@@ -61,7 +62,7 @@ class GatewayActor:
     """Made a Ray actor by the coordinator. `control` is told of every event."""
 
     def __init__(self, task: GatewayTask, options: ServingOptions, control: Any) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        log_to_stderr("%(asctime)s %(name)s: %(message)s")
         self._task, self._options, self._control = task, options, control
         self._serving = ServingConfig.from_json(task.serving)
         self._devices = dict(task.devices)

@@ -17,6 +17,7 @@ from split.codecs import parse
 from split.errors import BadFrame, IsthmusError, LinkLost, NotAllowed, WrongState
 from split.generation.chain import Span
 from split.generation.remote import RemoteHolder
+from split.printable import printable
 from split.serving import CLOUD, ServingConfig
 from split.tls import Peer, peer_of
 
@@ -67,7 +68,9 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
         mine[holder] = asyncio.current_task()
         reading = asyncio.create_task(_read(holder, requests))
         await span.add(holder, self._rank(peer, span))
-        self._tell("joined", _device(peer), {"span": str(span), "holder": name, "runtime": first.hello.runtime[:32]})
+        self._tell(
+            "joined", _device(peer), {"span": str(span), "holder": name, "runtime": printable(first.hello.runtime, 32)}
+        )
         try:
             async for message in holder.messages():
                 yield message
