@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from coordinator.cli.typed import nothing_left_to_the_shell, read_line
 from split.errors import BadRequest, IsthmusError, LinkLost
 from split.printable import printable
 from split.terminal import (
@@ -286,6 +287,10 @@ def chat(
 ) -> None:
     """Talk with a model; an empty line or Ctrl-D ends it. Of a long conversation the oldest turns are forgotten.
 
+    Each line is a message. At a terminal, lines that were pasted after the
+    end are thrown away, and a line of 4095 bytes or more is refused; by a
+    pipe a line may have any length.
+
     Example: isthmus chat --url http://127.0.0.1:8000/v1 --system "Answer in one sentence."
     """
     loading = Loading(runtime, weights, draft, early_blocks, exit_threshold, adapter)
@@ -306,13 +311,14 @@ def chat(
         if stats:
             show_stat(stat)
 
-    with interruptible(), asyncio.Runner() as runner:  # lines are read between its runs, so that Ctrl-C ends that, too
+    # Lines are read between the runner's runs, so that Ctrl-C ends that, too.
+    with interruptible(), nothing_left_to_the_shell(), asyncio.Runner() as runner:
         try:
             where = runner.run(begin())
             if where.context:
                 max_tokens = min(max_tokens or where.context // 4, where.context // 2)
             asking = Asking(max_tokens, temperature, top_p, top_k, seed)
-            while line := _ask():
+            while line := read_line("> "):
                 turns.append({"role": "user", "content": line})
                 try:
                     runner.run(answer(where, asking))
@@ -321,13 +327,6 @@ def chat(
                     turns.pop()
         finally:
             runner.run(stack.aclose())
-
-
-def _ask() -> str:
-    try:
-        return input("> ")
-    except EOFError:
-        return ""
 
 
 async def _reply(
