@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +15,7 @@ import typer
 from isthmus.client.generate import generate
 from isthmus.client.identity import Identity, enrol
 from isthmus.split.errors import BadData, BadRequest, IsthmusError, NotEnrolled
+from isthmus.split.printable import LogFormatter, check_label, log_to_stderr, printable
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def run(
 
     Example: isthmus-client run --coordinator cloud.example:7443 --token ist1.… --data notes=notes.txt
     """
-    _log_to_stderr(json_output)
+    log_to_stderr("%(asctime)s %(levelname)s %(message)s", formatter=_JsonLines if json_output else LogFormatter)
     from isthmus.client.daemon import Daemon  # torch and gRPC: not for --help
     from isthmus.client.runner import TASK_KINDS, DeviceOptions
     from isthmus.split.models.precision import pick_device
@@ -166,7 +166,7 @@ def _paths(option: str, pairs: list[str]) -> dict[str, Path]:
             raise BadRequest(f"{option} {text!r} is not NAME=PATH")
         if name in paths:
             raise BadRequest(f"{option} has the name {name!r} twice: every name stands for one path")
-        paths[name] = Path(value).expanduser().resolve()
+        paths[check_label(name, f"a name of {option}")] = Path(value).expanduser().resolve()
     return paths
 
 
@@ -178,18 +178,9 @@ def _kinds(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     return kinds
 
 
-def _log_to_stderr(as_json: bool) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    if as_json:
-        handler.setFormatter(_JsonLines())
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-
-
-class _JsonLines(logging.Formatter):
+class _JsonLines(LogFormatter):
     def format(self, record: logging.LogRecord) -> str:
-        line = {"time": record.created, "level": record.levelname.lower(), "message": record.getMessage()}
+        line = {"time": record.created, "level": record.levelname.lower(), "message": printable(record.getMessage())}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)
@@ -203,7 +194,7 @@ def main() -> None:
     try:
         app()
     except IsthmusError as error:
-        typer.echo(f"isthmus-client: {error}", err=True)
+        typer.echo(f"isthmus-client: {printable(str(error))}", err=True)
         raise SystemExit(1) from None
     except OSError as error:  # a disk that is full, a file that may not be written
         typer.echo(f"isthmus-client: {error.filename or 'input or output'}: {error.strerror or error}", err=True)

@@ -22,7 +22,7 @@ from isthmus.client.runner import DeviceOptions, Runner
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from isthmus.split.errors import IsthmusError, NotAllowed, NotEnrolled
-from isthmus.split.tls import aio_channel, error_of
+from isthmus.split.tls import aio_channel, check_name, error_of
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ class Daemon:
                 async for message in call:
                     kind = message.WhichOneof("kind")
                     if kind == "welcome":
+                        check_name(message.welcome.name)
                         welcomed = True
                         log.info("connected to %s as %s", self._identity.address, message.welcome.name)
                         self._outbox = outbox

@@ -18,6 +18,7 @@ from isthmus.client.identity import Identity
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from isthmus.split.errors import BadRequest, NotEnrolled
+from isthmus.split.printable import log_to_stderr
 from isthmus.split.terminal import (
     Asking,
     ExitThreshold,
@@ -33,7 +34,7 @@ from isthmus.split.terminal import (
     interruptible,
     show_answer,
 )
-from isthmus.split.tls import channel, error_of, join_address, split_address
+from isthmus.split.tls import channel, check_name, error_of, join_address, split_address
 
 if TYPE_CHECKING:  # torch: not for --help
     from isthmus.split.inference.asking import Asked
@@ -105,7 +106,7 @@ def generate(
 
     Example: isthmus-client generate --prompt "Shall I compare thee" --max-tokens 40 --temperature 0 --stats
     """
-    logging.basicConfig(level=logging.WARNING, format="isthmus-client: %(message)s")
+    log_to_stderr("isthmus-client: %(message)s", logging.WARNING)
     prompt = sys.stdin.read() if prompt == "-" else prompt
     asking = Asking(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
     with interruptible():
@@ -171,6 +172,7 @@ def find(identity: Identity, name: str = "", blocks: int | None = None, folder: 
             served = stub.FindServed(pb.FindServedRequest(name=name), timeout=_TIMEOUT)
         except grpc.RpcError as error:
             raise error_of(error, identity.address) from None
+        check_name(served.job, "a job's id")
         serving = ServingConfig.from_json(served.serving)
         own = blocks_of(serving, identity.name, blocks)
         source, loras, digest = device_source(

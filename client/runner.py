@@ -39,7 +39,7 @@ from isthmus.split.models.stage import Stage, StageSpec
 from isthmus.split.plan.parts import device_stages
 from isthmus.split.resources.ledger import Ledger
 from isthmus.split.runtime.choose import RuntimeChoice, make_runtime
-from isthmus.split.tls import channel, join_address, split_address
+from isthmus.split.tls import channel, check_name, join_address, split_address
 from isthmus.split.training.checkpoint import DeviceRecord, OptimizerRecord
 from isthmus.split.training.device import Cancelled, DeviceTrainer, Progress
 
@@ -104,6 +104,8 @@ class Runner(threading.Thread):
 
     def _run(self) -> None:
         spec = self.task.spec
+        check_name(self.task.id, "a task's id")
+        check_name(self.task.job, "a job's id")  # which names this device's folder of the job
         if spec.method not in self._options.allow:
             raise NotAllowed(f"the owner of this device does not allow {spec.method} tasks")
         if self._options.threads:

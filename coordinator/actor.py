@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from isthmus.coordinator.stages.measure import MeasureTask, measure_node, measur
 from isthmus.coordinator.stages.stage_actor import ServingOptions, StageActor, StageTask
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1 import coordinator_pb2_grpc
+from isthmus.split.printable import log_to_stderr
 from isthmus.split.tls import SERVER_OPTIONS, bind, join_address
 
 
@@ -45,7 +45,7 @@ class ControlActor:
     """Made a Ray actor by `isthmus up`."""
 
     def __init__(self, options: ControlOptions) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        log_to_stderr("%(asctime)s %(name)s: %(message)s")
         self._options = options
         self._servers: list[grpc.aio.Server] = []
         self._profile: pb.Profile | None = None  # of the node where a model is served

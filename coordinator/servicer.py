@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc.aio
+from google.protobuf.message import Message
 
 from isthmus.coordinator.control import sessions
 from isthmus.coordinator.control.interceptors import caller
@@ -19,7 +20,8 @@ from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1 import coordinator_pb2_grpc, stage_pb2
 from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
 from isthmus.split.plan.probing import answer
-from isthmus.split.tls import Peer, Token, peer_of
+from isthmus.split.printable import check_label, printable
+from isthmus.split.tls import Peer, Token, check_name, peer_of
 
 HEARTBEAT_SECONDS = 5
 _CHUNK = 1024 * 1024  # bytes
@@ -76,7 +78,10 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
                     return
                 self._store.seen(session.name)
                 if message.WhichOneof("kind") == "task":
-                    message.task.message = message.task.message[:_MAX_TEXT]
+                    check_name(message.task.task, "a task's id")
+                    if message.task.state not in pb.TaskState.State.values():
+                        raise BadFrame(f"a task in state {message.task.state}: bring this coordinator up to date")
+                    message.task.message = printable(message.task.message, _MAX_TEXT)
                     await self._jobs.task_state(session, message.task)
                 elif message.WhichOneof("kind") == "profile":  # it has measured something
                     self._know(session, message.profile)
@@ -84,8 +89,12 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             session.end()
 
     def _know(self, session: sessions.Session, profile: pb.Profile) -> None:
+        """Keeps a profile as it is, or raises BadRequest: for one that is too large, or calls anything by what is no
+        label. (Of what a device says about a task so much is kept as is allowed, escaped.)"""
         if profile.ByteSize() > _MAX_PROFILE:
             raise BadRequest(f"a profile of {profile.ByteSize()} bytes; {_MAX_PROFILE} are taken: offer fewer datasets")
+        for field, text in _texts(profile):
+            check_label(text, f"a profile's {field}")
         session.profile = profile
         self._store.record_device(session.name, profile)
 
@@ -173,6 +182,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     def _weights(self, request: pb.ManifestRequest | pb.FetchRequest, context: Context) -> DeviceWeights:
         peer = self._caller(context, "device")
+        check_name(request.job, "a job's id")
         if request.user:
             return self._jobs.user_weights_for(request.job, peer.name, request.blocks)
         return self._jobs.weights_for(request.job, peer.name, request.blocks)
@@ -182,3 +192,13 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     def _check(self, peer: Peer) -> None:
         self._store.check_certificate(peer.name, peer.serial)
+
+
+def _texts(message: Message) -> Iterator[tuple[str, str]]:
+    """Every text in a message and in those that it holds, keys of maps included, each with its field's name."""
+    for field, value in message.ListFields():
+        for one in (value,) if isinstance(value, str | bytes | int | float | Message) else value:
+            if isinstance(one, Message):
+                yield from _texts(one)
+            elif isinstance(one, str):
+                yield field.name, one

@@ -6,6 +6,7 @@ No torch: `--help` and commands that only talk to a server import this.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,8 +14,22 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-console = Console(markup=False)  # what devices and users call things is text, whatever brackets it has
+from isthmus.split.printable import printable
+
+
+class PlainConsole(Console):
+    """Shows every text as it is: no markup, no emoji codes, and each on one bounded line, whoever has written it."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
+console = PlainConsole()
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 MaxTokens = Annotated[int, typer.Option(help="Of one answer, at most.", min=1)]
@@ -116,13 +131,18 @@ def show_stat(stat: Stat) -> None:
     console.print(table)
 
 
+def show_text(text: str) -> None:
+    """Of an answer, which may have lines. In a pipe or a file it is what the model wrote, to the byte."""
+    typer.echo(printable(text, None, keep="\n\t") if sys.stdout.isatty() else text, nl=False)
+
+
 async def show_answer(texts: AsyncIterator[str], stat: Stat, *, stats: bool, as_json: bool) -> None:
     """The text as it comes, or at its end as JSON; then what it took, if it shall be told."""
     whole = ""
     async for text in texts:
         whole += text
         if not as_json:
-            typer.echo(text, nl=False)
+            show_text(text)
     if as_json:
         print_json({"text": whole, "stats": vars(stat)})
         return

@@ -27,6 +27,7 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from isthmus.split.errors import BadRequest, IsthmusError, LinkLost, NotEnrolled, NotFound, WrongState, from_status
+from isthmus.split.printable import printable
 
 SERVER_NAME = "coordinator.isthmus"
 """In the certificate of every server that is not the enrolment server."""
@@ -73,10 +74,14 @@ def _channel_options(server_name: str) -> list[tuple[str, Any]]:
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
-def check_name(name: str) -> str:
-    """The name of a device or user, unchanged. Raises BadRequest if it is not one."""
+def check_name(name: str, what: str = "a name") -> str:
+    """The name of a device or user, or the id of a job, task or session, unchanged.
+
+    Whatever passes can be a part of a path and stand in a line of a log. All ids that a coordinator or a device makes
+    pass. Raises BadRequest for anything else, in which it is called `what`.
+    """
     if not _NAME.fullmatch(name):
-        raise BadRequest(f"{name[:80]!r} is not a name: use 1 to 63 of a-z, 0-9 and -, a letter or digit first")
+        raise BadRequest(f"{name[:80]!r} is not {what}: use 1 to 63 of a-z, 0-9 and -, a letter or digit first")
     return name
 
 
@@ -263,7 +268,7 @@ def error_of(error: grpc.RpcError, address: str) -> IsthmusError:
     """What a failed call stands for: the error that the server raised, or one line about the connection."""
     assert isinstance(error, (grpc.Call, grpc.aio.AioRpcError))
     status = error.code()
-    line = " ".join((error.details() or "no details").split())
+    line = printable(" ".join((error.details() or "no details").split()))
     if status is grpc.StatusCode.UNAVAILABLE:
         reason = line.rpartition("last error: ")[2]
         if "CERTIFICATE_VERIFY_FAILED" in reason or "Hostname Verification" in reason:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from isthmus.coordinator.cli.common import Json, console, human_bytes, print_json
 
@@ -82,9 +83,10 @@ def _one(text: str, width: int, json_output: bool) -> None:
         console.print(f"{name:>9}  {line}", soft_wrap=True)
     console.print(
         "measured on a synthetic tensor (Gaussian, most of it in an eighth of the directions, three large columns) "
-        "on this machine;\nof a model's hidden states and gradients: python -m benchmarks.codecs",
+        "on this machine;",
         soft_wrap=True,
     )
+    console.print("of a model's hidden states and gradients: python -m benchmarks.codecs", soft_wrap=True)
 
 
 def _all(width: int, json_output: bool) -> None:
@@ -112,12 +114,11 @@ def _all(width: int, json_output: bool) -> None:
         )
         return
     for kind, title in _KIND_NAMES.items():
-        console.print("\n".join([title, *_described(kind)]), soft_wrap=True, highlight=False)
-    console.print(
-        "\nbits a value: at most, measured, and error in dB\n" + "\n".join(map(_line, typical, typical.values()))
-    )
+        console.print(Text("\n".join([title, *_described(kind)])), soft_wrap=True)
+    lines = "\n".join(map(_line, typical, typical.values()))
+    console.print(Text(f"\nbits a value: at most, measured, and error in dB\n{lines}"))
     below = "\n" + 19 * " "
-    console.print(
+    told = (
         f"measured on a synthetic tensor ({_ROWS}, {width}); `isthmus codecs CODEC` has its speed, too\n\n"
         "CODEC is PART,PART,... in any order; PART is NAME or NAME:ARGUMENT:ARGUMENT... An ARGUMENT is KEY=VALUE,\n"
         "a flag, or, as the first, the value of the first parameter: hadamard,int4:block=32 or ef,topk:0.05.\n"
@@ -129,9 +130,9 @@ def _all(width: int, json_output: bool) -> None:
         f"and held-out hidden states by {EVALUATION_CODEC};\n"
         "exactly (none) where all training streams are exact.\n\n"
         f"auto, at the default --error-budget of {budget:g}, chooses by link and processor from\n"
-        + "\n".join(f"  {stream + ':':<17}{below.join(found)}" for stream, found in auto.items()),
-        soft_wrap=True,
+        + "\n".join(f"  {stream + ':':<17}{below.join(found)}" for stream, found in auto.items())
     )
+    console.print(Text(told), soft_wrap=True)
 
 
 def _described(kind: str) -> Iterator[str]:

@@ -9,15 +9,15 @@ from typing import Annotated, Any
 import typer
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
-from rich.console import Console
 
 from isthmus.split.errors import BadRequest
 from isthmus.split.terminal import Json as Json
+from isthmus.split.terminal import PlainConsole
 from isthmus.split.terminal import console as console
 from isthmus.split.terminal import human_bytes as human_bytes
 from isthmus.split.terminal import print_json as print_json
 
-errors = Console(stderr=True, markup=False)
+errors = PlainConsole(stderr=True)
 
 DEFAULT_STATE = Path("~/.isthmus/coordinator")
 

@@ -20,6 +20,7 @@ from isthmus.coordinator.cli.common import (
 )
 from isthmus.coordinator.connection import connected
 from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.printable import printable
 
 
 def enroll(
@@ -53,7 +54,7 @@ def enroll(
         )
         return
     console.print(f"On the device, within {lifetime / 60:.0f} minutes (the token works once):")
-    typer.echo(command)  # not wrapped: it is to be copied
+    typer.echo(printable(command))  # not wrapped: it is to be copied
 
 
 def devices(

@@ -16,7 +16,9 @@ from typing import Annotated, Any
 
 import typer
 
+from isthmus.coordinator.cli.typed import nothing_left_to_the_shell, read_line
 from isthmus.split.errors import BadRequest, IsthmusError, LinkLost
+from isthmus.split.printable import printable
 from isthmus.split.terminal import (
     Asking,
     ExitThreshold,
@@ -33,6 +35,7 @@ from isthmus.split.terminal import (
     interruptible,
     show_answer,
     show_stat,
+    show_text,
 )
 
 Model = Annotated[str, typer.Option(help="As it is served; with --local a folder in hub format, a hub id, or default.")]
@@ -284,6 +287,10 @@ def chat(
 ) -> None:
     """Talk with a model; an empty line or Ctrl-D ends it. Of a long conversation the oldest turns are forgotten.
 
+    Each line is a message. At a terminal, lines that were pasted after the
+    end are thrown away, and a line of 4095 bytes or more is refused; by a
+    pipe a line may have any length.
+
     Example: isthmus chat --url http://127.0.0.1:8000/v1 --system "Answer in one sentence."
     """
     loading = Loading(runtime, weights, draft, early_blocks, exit_threshold, adapter)
@@ -298,34 +305,28 @@ def chat(
         stat, whole = Stat(), ""
         async for text in _reply(where, first, turns, asking, stat):
             whole += text
-            typer.echo(text, nl=False)
+            show_text(text)
         typer.echo()
         turns.append({"role": "assistant", "content": whole})
         if stats:
             show_stat(stat)
 
-    with interruptible(), asyncio.Runner() as runner:  # lines are read between its runs, so that Ctrl-C ends that, too
+    # Lines are read between the runner's runs, so that Ctrl-C ends that, too.
+    with interruptible(), nothing_left_to_the_shell(), asyncio.Runner() as runner:
         try:
             where = runner.run(begin())
             if where.context:
                 max_tokens = min(max_tokens or where.context // 4, where.context // 2)
             asking = Asking(max_tokens, temperature, top_p, top_k, seed)
-            while line := _ask():
+            while line := read_line("> "):
                 turns.append({"role": "user", "content": line})
                 try:
                     runner.run(answer(where, asking))
                 except TooLong as error:
-                    typer.echo(error, err=True)
+                    typer.echo(printable(str(error)), err=True)
                     turns.pop()
         finally:
             runner.run(stack.aclose())
-
-
-def _ask() -> str:
-    try:
-        return input("> ")
-    except EOFError:
-        return ""
 
 
 async def _reply(

@@ -27,6 +27,7 @@ from isthmus.coordinator.connection import Connection, connected
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.errors import IsthmusError
 
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 JobId = Annotated[str, typer.Argument(help="As `isthmus jobs` shows it.")]
 
 
@@ -136,8 +137,8 @@ def write_export(connection: Connection, job: str, out: Path) -> Path:
         file: BinaryIO | None = None
         for piece in connection.stub.ExportJob(pb.JobRequest(id=job)):
             if piece.name:
-                if Path(piece.name).name != piece.name:
-                    raise IsthmusError(f"the coordinator sent a file with the name {piece.name!r}")
+                if piece.name not in _ADAPTER_FILES:
+                    raise IsthmusError(f"the coordinator sent {piece.name[:80]!r}, which is no file of an adapter")
                 if file is not None:
                     file.close()
                 file = (partial / piece.name).open("wb")

@@ -8,6 +8,7 @@ import typer
 
 from isthmus.coordinator.cli import codecs, demo, devices, evaluate, finetune, generate, jobs, link, serve, up
 from isthmus.split.errors import IsthmusError
+from isthmus.split.printable import printable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -42,7 +43,7 @@ def main() -> None:
     try:
         app()
     except IsthmusError as error:
-        typer.echo(f"isthmus: {error}", err=True)
+        typer.echo(f"isthmus: {printable(str(error))}", err=True)
         raise SystemExit(1) from None
     except OSError as error:  # a disk that is full, a file that may not be written
         typer.echo(f"isthmus: {error.filename or 'input or output'}: {error.strerror or error}", err=True)

@@ -178,9 +178,11 @@ def _show(event: pb.JobEvent, key: str, *, as_json: bool) -> None:
         "device": lambda: f"{event.device}: {data['state']} {data['message']}".strip(),
         "joined": lambda: f"blocks {data['span']}: {event.device or 'the coordinator'} holds them ({data['runtime']})",
         "left": lambda: f"blocks {data['span']}: {event.device or 'the coordinator'} has gone",
-        "started": lambda: f"{data['model']} is served at {data['url']}" + (f"\nAPI key: {key}" if key else ""),
+        "started": lambda: f"{data['model']} is served at {data['url']}",
         "log": lambda: str(data["message"]),
         "plan": lambda: str(data["message"]),
     }.get(event.kind)
     if line is not None:
         console.print(line(), soft_wrap=True, style="yellow" if data.get("slower") else None)
+    if event.kind == "started" and key:
+        console.print(f"API key: {key}", soft_wrap=True)

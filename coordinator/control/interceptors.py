@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 
 from isthmus.split.errors import IsthmusError, NotAllowed, NotEnrolled
+from isthmus.split.printable import printable
 from isthmus.split.tls import Peer, peer_of
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], method: str, error
         raise error
     if isinstance(error, IsthmusError):
         log.info("%s of %s refused: %s", method, context.peer(), error)
-        await context.abort(grpc.StatusCode[error.status], str(error)[:_MAX_DETAILS])
+        await context.abort(grpc.StatusCode[error.status], printable(str(error), _MAX_DETAILS))
     log.error("%s of %s failed", method, context.peer(), exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, f"{method} failed inside the coordinator; its log says why")
 

@@ -188,7 +188,7 @@ class Store:
     # ---- Devices ----
 
     def device(self, name: str) -> pb.Device:
-        """Raises NotFound. `connected` and `job` are left empty: they are not the file's to know."""
+        """Raises NotFound, BadRequest. `connected` and `job` are left empty: they are not the file's to know."""
         return _device_to_proto(self._device(name))
 
     def devices(self) -> list[pb.Device]:
@@ -196,6 +196,7 @@ class Store:
         return [_device_to_proto(row) for row in self._rows(sa.select(_devices).order_by(_devices.c.name))]
 
     def _device(self, name: str) -> sa.Row[Any]:
+        check_name(name)
         rows = self._rows(sa.select(_devices).where(_devices.c.name == name))
         if not rows:
             raise NotFound(f"no device {name!r}: `isthmus devices` lists them")
@@ -211,7 +212,8 @@ class Store:
         self._update_device(name, {"last_seen": self._clock() if when is None else when})
 
     def revoke(self, name: str) -> None:
-        """Put a device out, and with it the tokens for its name that are not used yet. Raises NotFound."""
+        """Put a device out, and with it the tokens for its name that are not used yet. Raises NotFound, BadRequest."""
+        check_name(name)
         with self._write() as connection:
             unused = (_tokens.c.name == name) & _tokens.c.serial.is_(None)
             withdrawn = connection.execute(_tokens.delete().where(unused)).rowcount
@@ -250,7 +252,8 @@ class Store:
             return job
 
     def job(self, job: str) -> pb.Job:
-        """Raises NotFound."""
+        """Raises NotFound; BadRequest for what is no job's id."""
+        check_name(job, "a job's id")
         rows = self._rows(sa.select(_jobs).where(_jobs.c.id == job))
         if not rows:
             raise _no_job(job)

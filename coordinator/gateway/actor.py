@@ -34,6 +34,7 @@ from isthmus.split.inference.exits import parse_exit
 from isthmus.split.inference.local import make_drafter
 from isthmus.split.inference.serving import CLOUD, ServingConfig, SpanConfig
 from isthmus.split.models.source import ModelFolder, end_tokens, open_model
+from isthmus.split.printable import log_to_stderr
 from isthmus.split.runtime.choose import RuntimeChoice
 from isthmus.split.tls import SERVER_OPTIONS, Peer, bind_one_of, join_address, server_credentials
 
@@ -61,7 +62,7 @@ class GatewayActor:
     """Made a Ray actor by the coordinator. `control` is told of every event."""
 
     def __init__(self, task: GatewayTask, options: ServingOptions, control: Any) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        log_to_stderr("%(asctime)s %(name)s: %(message)s")
         self._task, self._options, self._control = task, options, control
         self._serving = ServingConfig.from_json(task.serving)
         self._devices = dict(task.devices)

@@ -18,6 +18,7 @@ from isthmus.split.errors import BadFrame, IsthmusError, LinkLost, NotAllowed, W
 from isthmus.split.inference.chain import Span
 from isthmus.split.inference.remote import RemoteHolder
 from isthmus.split.inference.serving import CLOUD, ServingConfig
+from isthmus.split.printable import printable
 from isthmus.split.tls import Peer, peer_of
 
 _HELLO = 30.0  # seconds in which a holder has to say what it has, and a user what it wants
@@ -67,7 +68,9 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
         mine[holder] = asyncio.current_task()
         reading = asyncio.create_task(_read(holder, requests))
         await span.add(holder, self._rank(peer, span))
-        self._tell("joined", _device(peer), {"span": str(span), "holder": name, "runtime": first.hello.runtime[:32]})
+        self._tell(
+            "joined", _device(peer), {"span": str(span), "holder": name, "runtime": printable(first.hello.runtime, 32)}
+        )
         try:
             async for message in holder.messages():
                 yield message

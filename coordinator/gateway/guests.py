@@ -26,12 +26,12 @@ from isthmus.split.inference.request import Busy
 from isthmus.split.inference.serving import ServingConfig
 from isthmus.split.inference.wire import HiddenCoder, rows_of
 from isthmus.split.runtime.base import BadPosition, Row
+from isthmus.split.tls import check_name
 
 log = logging.getLogger(__name__)
 
 _GREATEST = 1e15  # of a hidden state: its square, summed up over any width, is still a float32
 _STEP = 32  # tokens of one sequence that may come at once, however small the served model's own batches are
-_SESSION = 64  # characters
 LAST_WORD = 2.0  # seconds in which whoever is sent away may read why
 _IDLE = 600.0  # seconds without a message after which a stream ends, and its sequences are free; it may dial again
 _RETRY = 5.0  # seconds after which it is worth asking again for a sequence
@@ -105,8 +105,9 @@ class Guests:
             raise BadRequest(f"no span begins at block {hello.first}: choose {starts}")
         if hello.digest != self._digests[hello.first]:
             raise BadFrame(f"the tensors at {device} are not the coordinator's")
-        if not hello.sequences or not 0 < len(hello.session) <= _SESSION:
-            raise BadFrame("a hello without sequences or session")
+        if not hello.sequences:
+            raise BadFrame("a hello without sequences")
+        check_name(hello.session, "a session's id")
         return [span for span in self._spans if span.first >= hello.first]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from isthmus.split.lora.folder import AdapterFolder
 from isthmus.split.lora.served import LoraAdapter
 from isthmus.split.models.source import open_model
 from isthmus.split.models.stage import StageSpec
+from isthmus.split.printable import log_to_stderr
 from isthmus.split.runtime.choose import RuntimeChoice, make_runtime
 from isthmus.split.tls import Credentials, channel
 
@@ -46,7 +46,7 @@ class HolderActor:
     """Made a Ray actor by the gateway, which makes another when this one dies."""
 
     def __init__(self, task: HolderTask) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        log_to_stderr("%(asctime)s %(name)s: %(message)s")
         self._task = task
 
     async def pid(self) -> int:

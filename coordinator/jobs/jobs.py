@@ -29,6 +29,7 @@ from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.errors import BadRequest, IsthmusError, NotAllowed, NotEnrolled, NotFound, WrongState
 from isthmus.split.inference.serving import CLOUD
 from isthmus.split.job.shapes import Shape
+from isthmus.split.printable import printable
 
 log = logging.getLogger(__name__)
 
@@ -469,6 +470,7 @@ class Jobs:
         return session
 
     async def _state_is(self, run: Run, state: pb.JobState, message: str) -> None:
+        message = printable(message)  # it may quote what devices say
         self._store.update_job(run.job, state=state, message=message)
         await self._tell(run, "state", {"state": pb.JobState.Name(state).lower(), "message": message})
 

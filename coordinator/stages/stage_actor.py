@@ -35,6 +35,7 @@ from isthmus.split.models.source import open_model
 from isthmus.split.plan.costs import Costs
 from isthmus.split.plan.moving import Mover
 from isthmus.split.plan.parts import Parts, merging_of, parts_of, server_stages
+from isthmus.split.printable import log_to_stderr
 from isthmus.split.resources.ledger import Ledger, Traffic
 from isthmus.split.tls import SERVER_OPTIONS, Peer, bind_one_of, server_credentials
 from isthmus.split.training.checkpoint import CheckpointFolder
@@ -80,7 +81,7 @@ class StageActor:
     """Made a Ray actor by `start_stage_actor`. `control` is told of every event."""
 
     def __init__(self, task: StageTask, serving: ServingOptions, control: Any) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        log_to_stderr("%(asctime)s %(name)s: %(message)s")
         self._task, self._serving, self._control = task, serving, control
         self._devices = dict(task.devices)
         self._finished: asyncio.Future[dict[str, Any]] | None = None

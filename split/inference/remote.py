@@ -14,6 +14,7 @@ from isthmus.protos.v1 import chain_pb2 as pb
 from isthmus.split.errors import BadFrame, IsthmusError, LinkLost
 from isthmus.split.inference.chain import Cost
 from isthmus.split.inference.wire import HiddenCoder, rows_to_proto
+from isthmus.split.printable import printable
 from isthmus.split.runtime.base import BadPosition, Row
 
 
@@ -94,7 +95,7 @@ class RemoteHolder:
                 waiting.set_result((output, _seconds(result.computing_seconds)))
         else:
             self._due.popleft()
-            line = f"{self.name}: {result.error[:500]}"
+            line = f"{self.name}: {printable(result.error, 500)}"
             if not waiting.done():
                 waiting.set_exception(BadPosition(line) if result.bad_position else IsthmusError(line))
         self._close_if_done()

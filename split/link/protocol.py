@@ -17,8 +17,8 @@ from isthmus.split.link.coding import Coder, Plan, Terms
 from isthmus.split.link.profile import MAX_PROBE_BYTES
 from isthmus.split.link.session import Frame, Phase
 from isthmus.split.lora.sites import Layout
+from isthmus.split.tls import check_name
 
-_MAX_SESSION = 64  # characters
 _MAX_VALUES = 64  # scalars in a frame
 _MAX_NAME = 64  # characters of a scalar's name
 _DIVERGED = "if training has diverged, lower learning_rate or set max_gradient_norm"
@@ -62,7 +62,7 @@ class Rules:
     def decode(self, message: stage_pb2.Frame, session: str | None, coder: Coder) -> Frame:
         """The frame of a message in `session` (None: the first, which must be OPEN or PROBE). `coder`: of the session.
 
-        Raises BadFrame or BadTensor.
+        Raises BadFrame or BadTensor; BadRequest for what is no session's id.
         """
         self._check_envelope(message, session, coder.plan)
         tensor = labels = None
@@ -113,8 +113,9 @@ class Rules:
         if message.job != self.job:
             raise BadFrame(f"a frame for job {message.job[:32]!r}; this stage serves {self.job}")
         if session is None:
-            if message.phase not in (Phase.OPEN, Phase.PROBE) or not 0 < len(message.session) <= _MAX_SESSION:
-                raise BadFrame("the first frame has to be OPEN, with a session of 1 to 64 characters")
+            if message.phase not in (Phase.OPEN, Phase.PROBE):
+                raise BadFrame("the first frame has to be OPEN")
+            check_name(message.session, "a session's id")
         elif message.session != session or message.phase == Phase.OPEN:
             raise BadFrame("a frame of another session")
         if message.step > self.config.steps:

@@ -284,6 +284,8 @@ class GrpcLink:
 
     def _answer(self, message: stage_pb2.Frame) -> Frame:
         """A frame from the coordinator, whose size gRPC has bounded. The rest of it is checked by who asked."""
+        if (message.job, message.session) != (self._job, self._session):
+            raise BadFrame("the coordinator sent a frame of another job or session")
         tensor = None
         seconds, shape = self._questions.answered(message) if is_answer(message) else (0.0, ())
         if message.HasField("tensor"):

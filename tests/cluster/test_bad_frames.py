@@ -345,7 +345,7 @@ def bad_openings(good: stage_pb2.Frame) -> dict[str, str]:
         "samples": "at least one is needed",
         "stage_digest": "differ from the coordinator's",
         "adapter_values": f"this job's devices have {good.open.adapter_values}",
-        "session": "a session of 1 to 64 characters",
+        "session": "is not a session's id",
         "job": "a frame for job ''",
         "open": "OPEN without its contents",
     }

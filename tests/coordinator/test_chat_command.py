@@ -83,6 +83,158 @@ def test_a_message_that_is_too_long_by_itself_does_not_end_the_conversation(wher
     assert "context" in error
 
 
+# What a shell does around a command: the terminal is its own, and what the command leaves there is its next line.
+SHELL = """
+import fcntl, os, select, signal, subprocess, sys, termios, tty
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, lambda *_: None)
+before = termios.tcgetattr(0)
+status = subprocess.call(sys.argv[1:])
+same = termios.tcgetattr(0) == before
+tty.setcbreak(0, termios.TCSANOW)  # to see a part of a line, too
+left = b""
+while select.select([0], [], [], 1)[0]:
+    left += os.read(0, 65536)
+print(f"STATUS {status} SAME {same} LEFT {left!r:.80} END")
+"""
+
+
+class Terminal:
+    """Runs `isthmus chat ARGUMENTS` as a shell does, in a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._ours, theirs = pty.openpty()
+        command = [
+            sys.executable,
+            "-c",
+            SHELL,
+            sys.executable,
+            "-m",
+            "isthmus.coordinator.cli.main",
+            "chat",
+            *arguments,
+        ]
+        self._process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+        os.close(theirs)
+        self._seen = b""
+        self._changed = threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def paste(self, text: bytes) -> None:
+        """As a terminal's window does it: it goes on as the terminal takes it."""
+        threading.Thread(target=self._write, args=(text,), daemon=True).start()
+
+    def wait_for(self, text: str, times: int = 1) -> str:
+        """All that was shown so far."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._seen.count(text.encode()) >= times, LIMIT), self._seen[-2000:]
+        return self._seen.decode(errors="replace")
+
+    def end(self) -> str:
+        """What the shell says at the end."""
+        line = self.wait_for(" END").rpartition("STATUS")[2]
+        assert self._process.wait(LIMIT) == 0
+        return line.partition(" END")[0].strip()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait(LIMIT)
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # the other end is closed
+            while data := os.read(self._ours, 65536):
+                with self._changed:
+                    self._seen += data
+                    self._changed.notify_all()
+
+    def _write(self, text: bytes) -> None:
+        with contextlib.suppress(OSError):
+            while text:
+                text = text[os.write(self._ours, text[:1000]) :]
+
+
+@contextlib.contextmanager
+def terminal(*arguments: str) -> Iterator[Terminal]:
+    opened = Terminal(*arguments)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+PASTED = b"rm -rf everything\nand a part of a line"
+MORE = b"".join(b"echo line %d of a long paste\n" % number for number in range(5000)) + b"a part"
+
+
+@pytest.mark.parametrize(
+    ("how", "status"),
+    [
+        pytest.param(b"\n" + PASTED, 0, id="an empty line"),
+        pytest.param(b"\n" + MORE, 0, id="an empty line in a long paste"),
+        pytest.param(b"\x04" + PASTED, 0, id="Ctrl-D"),
+        pytest.param(b"\x03" + PASTED, 130, id="Ctrl-C"),
+    ],
+)
+def test_nothing_that_was_pasted_comes_to_the_shell(how: bytes, status: int) -> None:
+    with server_of(saying(" yes.", context=512)) as url, terminal("--url", url) as window:
+        window.wait_for("> ")
+        window.paste(b"hello\n")
+        window.wait_for("> ", 2)
+        window.paste(how)
+        assert window.end() == f"{status} SAME True LEFT b''"
+
+
+def test_nothing_that_was_pasted_comes_to_the_shell_after_an_error() -> None:
+    with terminal("--url", "http://127.0.0.1:9/v1") as window:
+        window.paste(PASTED)
+        assert window.end() == "1 SAME True LEFT b''"
+        assert "http://127.0.0.1:9/v1 cannot be reached" in window.wait_for("isthmus: ")
+
+
+@pytest.mark.parametrize("line", ["y" * 4095, "y" * 20_000, "\N{LATIN SMALL LETTER E WITH ACUTE}" * 3000])
+def test_a_line_that_a_terminal_cuts_is_refused_and_the_conversation_goes_on(line: str) -> None:
+    script = saying(" yes.", context=8192)
+    with server_of(script) as url, terminal("--url", url) as window:
+        window.wait_for("> ")
+        window.paste(line.encode() + b"\n" + PASTED)
+        window.wait_for("this line is left out, with what was pasted after it: a terminal keeps 4095 bytes")
+        window.wait_for("> ", 2)
+        window.paste(b"hello again\n")
+        window.wait_for(" yes.")
+        window.paste(b"\n")
+        assert window.end() == "0 SAME True LEFT b''"
+    (answer,) = script.answers
+    prompt = str(tokenizer().decode(answer.request.prompt))
+    assert "hello again" in prompt
+    assert not any(part in prompt for part in ("yy", "rm -rf", "part of"))
+
+
+def test_a_long_line_comes_whole_from_a_terminal_and_a_longer_one_from_a_pipe() -> None:
+    script = saying(" yes.", context=100_000)
+    lines = [" ".join(f"bridge {number}" for number in range(count)) for count in (380, 2000)]
+    assert 4000 < len(lines[0]) < 4095 < len(lines[1])
+    with server_of(script) as url:
+        with terminal("--url", url) as window:
+            window.wait_for("> ")
+            window.paste(lines[0].encode() + b"\n")
+            window.wait_for(" yes.")
+            window.paste(b"\n")
+            assert window.end() == "0 SAME True LEFT b''"
+        assert run_cli("chat", "--url", url, text=f"{lines[1]}\n")[:2] == (0, ">  yes.\n> ")
+    for line, answer in zip(lines, script.answers, strict=True):
+        assert line in str(tokenizer().decode(answer.request.prompt))
+
+
+def test_piped_bytes_that_are_no_text_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_text(_: str) -> str:
+        return b"caf\xe9".decode()
+
+    monkeypatch.setattr("builtins.input", no_text)
+    with server_of(saying(" yes.", context=512)) as url:
+        status, _, error = run_cli("chat", "--url", url)
+    assert (status, error) == (1, "isthmus: standard input is no text in UTF-8: convert it first\n")
+
+
 def test_ctrl_c_at_the_prompt_ends_it() -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "isthmus.coordinator.cli.main", "chat", "--local", "--runtime", "torch"]

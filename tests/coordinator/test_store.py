@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import sqlite3
 import stat
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 from isthmus.coordinator.control.store import Store
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.errors import BadRequest, NotEnrolled, NotFound, WrongState
+from isthmus.split.tls import check_name
 
 
 @dataclass
@@ -181,6 +183,21 @@ def test_a_job_is_kept_as_it_was_submitted_and_updated(store: Store, clock: Cloc
         id=job, spec=spec, state=pb.RUNNING, message="going on", created=clock.now,
         step=3, steps=10, checkpoint_step=2, devices=["a", "b"], report='{"x": 1}',
     )  # fmt: skip
+
+
+def test_an_id_that_the_store_made_can_be_a_part_of_a_path(store: Store) -> None:
+    for _ in range(20):
+        job = store.create_job(pb.JobSpec())
+        assert check_name(job, "a job's id") == job
+        assert check_name(f"{job}-{secrets.token_hex(4)}", "a task's id")
+
+
+@pytest.mark.parametrize("name", ["../state", "/etc", "", "k3v9x2ab/..", "x" * 10_000_000])
+def test_what_is_no_id_is_not_looked_up(store: Store, name: str) -> None:
+    for call in (store.job, store.device, store.revoke):
+        with pytest.raises(BadRequest, match="is not a ") as refused:
+            call(name)
+        assert len(str(refused.value)) < 400
 
 
 def test_unknown_jobs_and_columns(store: Store) -> None:

@@ -72,6 +72,14 @@ def test_names_that_are_refused(name: str) -> None:
         check_name(name)
 
 
+@pytest.mark.parametrize("identifier", ["../x", "/etc/x", "..", "a/b", "a\0", "k3v9x2ab\n", "x" * 20_000_000])
+def test_what_is_no_id_is_refused_in_one_short_line(identifier: str) -> None:
+    with pytest.raises(BadRequest, match="is not a job's id") as refused:
+        check_name(identifier, "a job's id")
+    assert len(str(refused.value)) < 400
+    assert str(refused.value).isprintable()
+
+
 @pytest.mark.parametrize(("host", "port"), [("localhost", 1), ("10.0.0.1", 7000), ("::1", 65535)])
 def test_addresses_round_trip(host: str, port: int) -> None:
     assert split_address(join_address(host, port)) == (host, port)

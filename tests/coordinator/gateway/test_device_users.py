@@ -450,9 +450,10 @@ BAD_HELLOS = [
     ([hello(job="other")], "may not use job other"),
     ([hello(first=1)], "no span begins at block 1: choose 0, 2"),
     ([hello(digest="wrong")], "are not the coordinator's"),
-    ([hello(sequences=0)], "a hello without sequences or session"),
-    ([hello(session="")], "a hello without sequences or session"),
-    ([hello(session="s" * 65)], "a hello without sequences or session"),
+    ([hello(sequences=0)], "a hello without sequences"),
+    ([hello(session="")], "'' is not a session's id"),
+    ([hello(session="s" * 64)], "is not a session's id"),
+    ([hello(session="../s")], "'../s' is not a session's id"),
     ([hello(sequences=4)], "too few sequences for devices are free (2; 4 asked for)"),
 ]
 BAD_FRAMES = [
