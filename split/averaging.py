@@ -16,6 +16,7 @@ from split.aggregation.base import Factors, difference_squared, norm_squared, st
 from split.codecs import CodecState, for_matrices, parse
 from split.coding import stream_seed
 from split.config import TrainingConfig
+from split.finite import can_be_used
 from split.streams import choices
 
 
@@ -59,6 +60,13 @@ class Averager:
         self._encoder, self._decoder = CodecState(seed), CodecState(seed)
         self._initial = flatten(initial)
         self._like = dict(initial)
+
+    def unfit(self, sent: Mapping[str, Tensor], last: Tensor | None) -> set[str]:
+        """The devices whose adapters cannot be used. sent: (values,) of each."""
+        base = self._initial if last is None else last
+        return {
+            device for device, values in sent.items() if not can_be_used([values if self._up.exact else base + values])
+        }
 
     def error(self, shares: Sequence[tuple[Tensor, float]], last: Tensor | None) -> float:
         """Of averaging A and B each for itself (see Merged), for these shares."""

@@ -17,7 +17,7 @@ from split.adapters.lora import lora_config, lora_parameters, save_adapter
 from split.codecs import FAMILIES
 from split.coding import Terms
 from split.config import TrainingConfig
-from split.errors import BadRequest, WrongState
+from split.errors import BadRequest, BadTensor, WrongState
 from split.host import StageHost
 from split.ledger import Ledger
 from split.link import Frame, LocalLink, Phase
@@ -237,3 +237,18 @@ def test_adapters_of_a_lower_rank_begin_as_the_first_rows_of_those_of_a_higher_o
     high, low = (lora_parameters(device_stages(source, config, Shape(2, rank), "cpu")) for rank in (8, 3))
     for name, value in low.items():
         assert torch.equal(value, high[name][:3] if "lora_A" in name else high[name][:, :3])
+
+
+@pytest.mark.parametrize("aggregation", ["padding", "stacking", "svd"])
+@pytest.mark.parametrize("value", [1e30, 1e12])
+def test_an_adapter_whose_products_overflow_is_merged_with_no_other(
+    llama: Path, aggregation: str, value: float
+) -> None:
+    job = Devices(llama, dataclasses.replace(LEAVING, aggregation=aggregation), ["a", "b", "c"])
+    job.run({"a": {}, "b": {}, "c": {"large": (Phase.AGGREGATE, 3, value)}})
+    assert job.errors.keys() == {"c"}
+    assert isinstance(job.errors["c"], BadTensor)
+    assert [step["step"] for step in job.steps()] == list(range(1, 13))
+    merged = job.host.outcome().merged
+    assert merged is not None
+    assert all(value.abs().max() < 10 for value in merged.values())
