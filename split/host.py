@@ -30,6 +30,7 @@ from split.link import Frame, Phase
 from split.loss import nll
 from split.members import Deliver, Member, problem_with_open
 from split.merging import Merging
+from split.patience import Patience
 from split.perplexity import perplexity
 from split.plan.choose import Planner, View
 from split.plan.moving import Mover
@@ -42,8 +43,6 @@ Tell = Callable[[str, str, dict[str, Any]], None]  # kind, device, data
 _Group = tuple[int, stage_pb2.Phase, int]  # step, phase, micro-batch
 _MOST_KEYS = 2**24  # samples of a device that codecs with a memory tell apart: their order takes 8 bytes each
 _PLAN_FIRST, _PLAN_EVERY = 2, 8  # aggregations: the first ones after which a plan is made anew, then every so many
-
-PATIENCE = 300.0  # seconds that a connected device may owe a frame before the others go on without it
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class StageHost:
         stage_digest: str | Mapping[int, str] = "",
         checkpoints: CheckpointFolder | None = None,
         resume: Checkpoint | None = None,
-        patience: float = PATIENCE,
+        patience: Patience | None = None,
         tell: Tell = lambda kind, device, data: None,
     ) -> None:
         self.trainer, self.config, self.tell = trainer, config, tell
@@ -100,7 +99,8 @@ class StageHost:
             stage_digest=stage_digest,
             tell=tell,
         )
-        self._checkpoints, self._patience = checkpoints, patience
+        self._checkpoints, self._patience = checkpoints, patience or Patience()
+        self._over_since: float | None = None  # when the last step's aggregation was seen to be done
         self._members: dict[str, Member] = {}
         self._groups: dict[_Group, dict[str, Frame]] = {}
         self._norms: dict[str, tuple[float, int]] = {}  # of the last step's gradients on the devices
@@ -367,6 +367,8 @@ class StageHost:
         tokens = sum(tokens for _, tokens in norms.values())
         loss = sum(frame.values["nll"] for frame in frames.values()) / max(tokens, 1)
         self._losses.append(loss)
+        for device in frames:
+            self._patience.kept_pace(device)
         self.tell("step", "", {"step": self.step, "loss": loss, "tokens": tokens, "devices": sorted(frames)})
 
     def _aggregate(self, step: int, frames: Mapping[str, Frame]) -> None:
@@ -447,7 +449,8 @@ class StageHost:
             data = {"step": step, "perplexity": self._perplexities[step], "tokens": tokens, "devices": each}
             self.tell("evaluation", "", data)
 
-    def _leave(self, device: str, deliver: Deliver, *, closed: bool = False) -> None:
+    def _leave(self, device: str, deliver: Deliver, *, closed: bool = False, given_up: bool = False) -> None:
+        """closed: it has said that it is done. given_up: the job has waited long enough for it to say so."""
         member = self._members.get(device)
         if member is None or member.deliver is not deliver:
             return
@@ -466,7 +469,7 @@ class StageHost:
         if at_end:
             self._complete_evaluations(set())  # of the devices that could still report theirs
         evaluated = self.config.steps in self._perplexities or not self.config.evaluates_after(self.config.steps)
-        if at_end and (closed or evaluated):
+        if at_end and (closed or given_up or evaluated):
             self._finished = True
             self.tell("finished", "", {"step": self.step})
             return
@@ -482,17 +485,32 @@ class StageHost:
 
     def _drop_silent(self) -> None:
         """Goes on without a device that is connected but has owed a frame for too long."""
+        if self._started and self._point.step == self.config.steps:
+            self._drop_unclosed()
         if not self._groups:
             return
         group = self._groups[min(self._groups)]
         now = time.monotonic()
         for device in self._participants:
-            member = self._members[device]
-            if device not in group and now - member.answered > self._patience:
-                member.deliver(
-                    LinkLost(f"{device} owed a frame for {self._patience:.0f} s; the others went on without it")
-                )
+            member, patience = self._members[device], self._patience.of(device)
+            if device not in group and now - member.answered > patience:
+                self._patience.was_silent(device)
+                member.deliver(LinkLost(f"{device} owed a frame for {patience:.0f} s; the others went on without it"))
                 self._leave(device, member.deliver)
+
+    def _drop_unclosed(self) -> None:
+        """After the last step: ends the job without what devices have not reported in time."""
+        now = time.monotonic()
+        self._over_since = now if self._over_since is None else self._over_since
+        for device in self._participants:
+            member = self._members[device]
+            silent, all_in_all = now - member.answered, now - self._over_since
+            if silent > self._patience.of(device) or all_in_all > self._patience.closing:
+                self._patience.was_silent(device)
+                line = f"{device} has not closed the job {max(silent, all_in_all):.0f} s after it was done"
+                self.tell("log", device, {"message": f"{line}: its last report is missing"})
+                member.deliver(LinkLost(line))
+                self._leave(device, member.deliver, given_up=True)
 
     def _fail(self, error: IsthmusError) -> None:
         for member in self._members.values():

@@ -26,10 +26,11 @@ from split.dlora.passes import Passing
 from split.dlora.sites import Layout, adapter_of
 from split.errors import BadFrame, BadRequest, BadTensor, IsthmusError, LinkLost, WrongState
 from split.finite import DIVERGED, can_be_used
-from split.host import PATIENCE, Tell
+from split.host import Tell
 from split.inbox import Inbox
 from split.link import ENDS, Frame, Phase
 from split.members import Deliver, problem_with_open
+from split.patience import Patience
 from split.perplexity import perplexity
 from split.plan.choose import Planner, View
 from split.protocol import EVALUATIONS_AHEAD
@@ -54,7 +55,7 @@ class _Member:
     merged: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     trained: frozenset[int] = frozenset()  # in the step under way
     aggregate: Frame | None = None  # that has come, and waits for the others
-    heard: float = field(default_factory=time.monotonic)  # of it, last
+    heard: float = field(default_factory=time.monotonic)  # when a frame last came from it, or it got an answer
 
 
 class BackboneHost:
@@ -71,7 +72,7 @@ class BackboneHost:
         stage_digest: str | Mapping[str, str] = "",
         checkpoints: CheckpointFolder | None = None,
         resume: Checkpoint | None = None,
-        patience: float = PATIENCE,
+        patience: Patience | None = None,
         tell: Tell = lambda kind, device, data: None,
     ) -> None:
         """layouts: of the job's devices, by name. initial_adapter: what an average begins with, where one is asked for.
@@ -82,7 +83,9 @@ class BackboneHost:
         self._layouts = dict(layouts)
         self._awaited = set(devices)
         self._adapters = {device: shapes_of(adapter_of(layout)) for device, layout in layouts.items()}
-        self._stage_digest, self._checkpoints, self._patience = stage_digest, checkpoints, patience
+        self._stage_digest, self._checkpoints = stage_digest, checkpoints
+        self._patience = patience or Patience()
+        self._over_since: dict[str, float] = {}  # when each device was first seen to have no step left
         self._planner = Planner(config, backbone.hidden_size)
         self._averager = Averager(config, initial_adapter) if config.aggregate else None
         self._point = resume or self._average_of(0, None)  # the last aggregation
@@ -203,7 +206,7 @@ class BackboneHost:
         elif member.step - self._steps[device] == 1:
             member.step -= 1  # its STEP was lost with the link, and comes again
             member.begun = member.ended = member.plan.micro_batches
-        member.admitted = True
+        member.admitted, member.heard = True, time.monotonic()
         agreement = stage_pb2.Agreement(
             start_step=member.step,
             batch_size=self.config.batch_size,
@@ -338,6 +341,7 @@ class BackboneHost:
             member.deliver(error)
             self._leave(device, member.deliver)
             return
+        member.heard = time.monotonic()
         member.ended += not passing.evaluating
         member.deliver(passing.result)
 
@@ -354,6 +358,7 @@ class BackboneHost:
         member.step += 1
         member.begun = member.ended = 0
         self._steps[device] = member.step
+        self._patience.kept_pace(device)
         values = frame.values
         told = {
             "step": min(self._steps.values()),
@@ -400,7 +405,7 @@ class BackboneHost:
             self._checkpoints.save(self._point)  # before anyone has it
             self.tell("checkpoint", "", {"step": done})
         for device, frame in frames.items():
-            members[device].aggregate = None
+            members[device].aggregate, members[device].heard = None, time.monotonic()
             members[device].deliver(Frame(Phase.AGGREGATE, frame.step, encoded=encoded))
 
     def _average_of(self, step: int, average: Tensor | None) -> Checkpoint:
@@ -451,13 +456,43 @@ class BackboneHost:
             self.tell("finished", "", {"step": self.config.steps})
 
     def _drop_silent(self) -> None:
-        """Goes on without a device that owes a frame for too long: a pass, or another device, waits for it."""
-        others_wait = any(member.aggregate is not None for member in self._members.values())
+        """Goes on without a device that owes a frame for too long: a pass, another device, or the job's end waits."""
+        now = time.monotonic()
         for device, member in list(self._members.items()):
-            late = time.monotonic() - member.heard > self._patience and member.aggregate is None and others_wait
-            if late or any(passing.waits_for > self._patience for passing in member.passes.values()):
-                member.deliver(LinkLost(f"{device} owed a frame for {self._patience:.0f} s"))
+            if self._members.get(device) is not member or not member.admitted:
+                continue  # gone meanwhile, or its turn has not come
+            patience = self._patience.of(device)
+            asked = any(passing.waits_for > patience for passing in member.passes.values())
+            silent = now - member.heard > patience and member.aggregate is None and not member.passes
+            if member.step == self.config.steps and not self._owes_adapter(member):
+                since = self._over_since.setdefault(device, now)
+                if asked or silent or now - since > self._patience.closing:
+                    self._give_up(device, member, max(now - member.heard, now - since))
+            elif asked or (silent and self._others_wait_for(device)):
+                self._patience.was_silent(device)
+                member.deliver(LinkLost(f"{device} owed a frame for {patience:.0f} s"))
+                if self._others_are_done(device) and self._patience.is_least(device):
+                    message = f"{device} was silent again and again: the job ends without it"
+                    self.tell("log", device, {"message": message})
+                    self._awaited.discard(device)
                 self._leave(device, member.deliver)
+
+    def _others_wait_for(self, device: str) -> bool:
+        """With their adapters, or because the job is done but for this device."""
+        waiting = any(member.aggregate is not None for member in self._members.values())
+        return waiting or self._others_are_done(device)
+
+    def _others_are_done(self, device: str) -> bool:
+        return bool(self._done) and self._awaited - {device} <= self._done
+
+    def _give_up(self, device: str, member: _Member, seconds: float) -> None:
+        """Ends a device's part in the job without what it has not reported in time after its last step."""
+        self._patience.was_silent(device)
+        line = f"{device} has not closed the job {seconds:.0f} s after it was done"
+        self.tell("log", device, {"message": f"{line}: its last report is missing"})
+        member.deliver(LinkLost(line))
+        self._done.add(device)
+        self._leave(device, member.deliver)
 
     def _fail(self, error: IsthmusError) -> None:
         for member in self._members.values():
