@@ -17,9 +17,10 @@ from torch import Tensor
 
 from isthmus.protos.v1 import stage_pb2
 from isthmus.split.aggregation.averaging import Averager
+from isthmus.split.codecs.finite import DIVERGED, can_be_used
 from isthmus.split.dlora.backbone import Active, Backbone
 from isthmus.split.dlora.passes import Passing
-from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost, WrongState
+from isthmus.split.errors import BadFrame, BadRequest, BadTensor, IsthmusError, LinkLost, WrongState
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.groups import MERGE
 from isthmus.split.job.shapes import AVERAGE
@@ -31,9 +32,10 @@ from isthmus.split.lora.sites import Layout, adapter_of
 from isthmus.split.plan.choose import Planner, View
 from isthmus.split.training.checkpoint import Checkpoint, CheckpointFolder
 from isthmus.split.training.device import tensor_of
-from isthmus.split.training.host import PATIENCE, Tell
+from isthmus.split.training.host import Tell
 from isthmus.split.training.inbox import Inbox
 from isthmus.split.training.members import problem_with_open
+from isthmus.split.training.patience import Patience
 from isthmus.split.training.perplexity import perplexity
 
 
@@ -54,7 +56,7 @@ class _Member:
     merged: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     trained: frozenset[int] = frozenset()  # in the step under way
     aggregate: Frame | None = None  # that has come, and waits for the others
-    heard: float = field(default_factory=time.monotonic)  # of it, last
+    heard: float = field(default_factory=time.monotonic)  # when a frame last came from it, or it got an answer
 
 
 class BackboneHost:
@@ -71,7 +73,7 @@ class BackboneHost:
         stage_digest: str | Mapping[str, str] = "",
         checkpoints: CheckpointFolder | None = None,
         resume: Checkpoint | None = None,
-        patience: float = PATIENCE,
+        patience: Patience | None = None,
         tell: Tell = lambda kind, device, data: None,
     ) -> None:
         """layouts: of the job's devices, by name. initial_adapter: what an average begins with, where one is asked for.
@@ -82,7 +84,9 @@ class BackboneHost:
         self._layouts = dict(layouts)
         self._awaited = set(devices)
         self._adapters = {device: shapes_of(adapter_of(layout)) for device, layout in layouts.items()}
-        self._stage_digest, self._checkpoints, self._patience = stage_digest, checkpoints, patience
+        self._stage_digest, self._checkpoints = stage_digest, checkpoints
+        self._patience = patience or Patience()
+        self._over_since: dict[str, float] = {}  # when each device was first seen to have no step left
         self._planner = Planner(config, backbone.hidden_size)
         self._averager = Averager(config, initial_adapter) if config.dlora.aggregate else None
         self._point = resume or self._average_of(0, None)  # the last aggregation
@@ -203,7 +207,7 @@ class BackboneHost:
         elif member.step - self._steps[device] == 1:
             member.step -= 1  # its STEP was lost with the link, and comes again
             member.begun = member.ended = member.plan.micro_batches
-        member.admitted = True
+        member.admitted, member.heard = True, time.monotonic()
         agreement = stage_pb2.Agreement(
             start_step=member.step,
             batch_size=self.config.batch_size,
@@ -312,6 +316,8 @@ class BackboneHost:
         if not numbers or not numbers <= layout.remote:
             raise BadFrame("MERGE of no module, or of one in the device's own blocks")
         values = tensor_of(frame)
+        if not can_be_used([values]):
+            raise BadTensor(f"MERGE of values that float32 cannot use: {DIVERGED}")
         for number in sorted(numbers):
             parts = []
             for shape in layout.shapes(number).values():
@@ -336,6 +342,7 @@ class BackboneHost:
             member.deliver(error)
             self._leave(device, member.deliver)
             return
+        member.heard = time.monotonic()
         member.ended += not passing.evaluating
         member.deliver(passing.result)
 
@@ -352,6 +359,7 @@ class BackboneHost:
         member.step += 1
         member.begun = member.ended = 0
         self._steps[device] = member.step
+        self._patience.kept_pace(device)
         values = frame.values
         told = {
             "step": min(self._steps.values()),
@@ -376,16 +384,29 @@ class BackboneHost:
         frames = {device: member.aggregate for device, member in members.items() if member.aggregate is not None}
         total = sum(member.samples for member in members.values())
         shares = [(tensor_of(frame), members[device].samples / total) for device, frame in frames.items()]
-        error = self._averager.error(shares, self._point.device_adapter)
-        average, encoded = self._averager.average(shares, self._point.device_adapter)
+        last = self._point.device_adapter
+        unfit = self._averager.unfit({device: tensor_of(frame) for device, frame in frames.items()}, last)
+        if unfit:
+            device = min(unfit)
+            line = f"{device}: the adapter's values after step {members[device].step} are none that float32 can use"
+            members[device].deliver(BadTensor(f"{line}: {DIVERGED}"))
+            self._leave(device, members[device].deliver)  # and the average is made of the others
+            return
+        error = self._averager.error(shares, last)
+        try:
+            average, encoded = self._averager.average(shares, last)
+        except BadTensor as problem:  # of no device alone
+            raise WrongState(f"the average of the adapters cannot be sent: {problem}") from None
         done = max(member.step for member in members.values())
         self.tell("aggregation", "", {"step": done, "method": AVERAGE, "aggregation_error": error})
-        self._point = self._average_of(done, average)
+        point = self._average_of(done, average)
+        point.check_finite()
+        self._point = point
         if self.config.checkpoints_after(done) and self._checkpoints:
             self._checkpoints.save(self._point)  # before anyone has it
             self.tell("checkpoint", "", {"step": done})
         for device, frame in frames.items():
-            members[device].aggregate = None
+            members[device].aggregate, members[device].heard = None, time.monotonic()
             members[device].deliver(Frame(Phase.AGGREGATE, frame.step, encoded=encoded))
 
     def _average_of(self, step: int, average: Tensor | None) -> Checkpoint:
@@ -436,13 +457,43 @@ class BackboneHost:
             self.tell("finished", "", {"step": self.config.steps})
 
     def _drop_silent(self) -> None:
-        """Goes on without a device that owes a frame for too long: a pass, or another device, waits for it."""
-        others_wait = any(member.aggregate is not None for member in self._members.values())
+        """Goes on without a device that owes a frame for too long: a pass, another device, or the job's end waits."""
+        now = time.monotonic()
         for device, member in list(self._members.items()):
-            late = time.monotonic() - member.heard > self._patience and member.aggregate is None and others_wait
-            if late or any(passing.waits_for > self._patience for passing in member.passes.values()):
-                member.deliver(LinkLost(f"{device} owed a frame for {self._patience:.0f} s"))
+            if self._members.get(device) is not member or not member.admitted:
+                continue  # gone meanwhile, or its turn has not come
+            patience = self._patience.of(device)
+            asked = any(passing.waits_for > patience for passing in member.passes.values())
+            silent = now - member.heard > patience and member.aggregate is None and not member.passes
+            if member.step == self.config.steps and not self._owes_adapter(member):
+                since = self._over_since.setdefault(device, now)
+                if asked or silent or now - since > self._patience.closing:
+                    self._give_up(device, member, max(now - member.heard, now - since))
+            elif asked or (silent and self._others_wait_for(device)):
+                self._patience.was_silent(device)
+                member.deliver(LinkLost(f"{device} owed a frame for {patience:.0f} s"))
+                if self._others_are_done(device) and self._patience.is_least(device):
+                    message = f"{device} was silent again and again: the job ends without it"
+                    self.tell("log", device, {"message": message})
+                    self._awaited.discard(device)
                 self._leave(device, member.deliver)
+
+    def _others_wait_for(self, device: str) -> bool:
+        """With their adapters, or because the job is done but for this device."""
+        waiting = any(member.aggregate is not None for member in self._members.values())
+        return waiting or self._others_are_done(device)
+
+    def _others_are_done(self, device: str) -> bool:
+        return bool(self._done) and self._awaited - {device} <= self._done
+
+    def _give_up(self, device: str, member: _Member, seconds: float) -> None:
+        """Ends a device's part in the job without what it has not reported in time after its last step."""
+        self._patience.was_silent(device)
+        line = f"{device} has not closed the job {seconds:.0f} s after it was done"
+        self.tell("log", device, {"message": f"{line}: its last report is missing"})
+        member.deliver(LinkLost(line))
+        self._done.add(device)
+        self._leave(device, member.deliver)
 
     def _fail(self, error: IsthmusError) -> None:
         for member in self._members.values():

@@ -9,7 +9,7 @@ nobody is left, the stage goes back to the last aggregation: the devices' part o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -20,7 +20,8 @@ from torch import Tensor
 from isthmus.protos.v1 import stage_pb2
 from isthmus.split.aggregation.averaging import Share
 from isthmus.split.aggregation.merging import Merging
-from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost, WrongState
+from isthmus.split.codecs.finite import DIVERGED, is_finite
+from isthmus.split.errors import BadFrame, BadRequest, BadTensor, IsthmusError, LinkLost, WrongState
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.streams import remembers_samples, stream_of
 from isthmus.split.link.coding import Plan
@@ -34,6 +35,7 @@ from isthmus.split.training.inbox import Inbox
 from isthmus.split.training.job_adapters import JobAdapters, Segments
 from isthmus.split.training.loss import nll
 from isthmus.split.training.members import Member, problem_with_open
+from isthmus.split.training.patience import Patience
 from isthmus.split.training.perplexity import perplexity
 from isthmus.split.training.server import ServerTrainer
 
@@ -41,8 +43,6 @@ Tell = Callable[[str, str, dict[str, Any]], None]  # kind, device, data
 _Group = tuple[int, stage_pb2.Phase, int]  # step, phase, micro-batch
 _MOST_KEYS = 2**24  # samples of a device that codecs with a memory tell apart: their order takes 8 bytes each
 _PLAN_FIRST, _PLAN_EVERY = 2, 8  # aggregations: the first ones after which a plan is made anew, then every so many
-
-PATIENCE = 300.0  # seconds that a connected device may owe a frame before the others go on without it
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class StageHost:
         stage_digest: str | Mapping[int, str] = "",
         checkpoints: CheckpointFolder | None = None,
         resume: Checkpoint | None = None,
-        patience: float = PATIENCE,
+        patience: Patience | None = None,
         tell: Tell = lambda kind, device, data: None,
     ) -> None:
         self.trainer, self.config, self.tell = trainer, config, tell
@@ -99,7 +99,8 @@ class StageHost:
             stage_digest=stage_digest,
             tell=tell,
         )
-        self._checkpoints, self._patience = checkpoints, patience
+        self._checkpoints, self._patience = checkpoints, patience or Patience()
+        self._over_since: float | None = None  # when the last step's aggregation was seen to be done
         self._members: dict[str, Member] = {}
         self._groups: dict[_Group, dict[str, Frame]] = {}
         self._norms: dict[str, tuple[float, int]] = {}  # of the last step's gradients on the devices
@@ -283,10 +284,12 @@ class StageHost:
     def _forward(self, step: int, micro_batch: int, frames: Mapping[str, Frame]) -> None:
         batches = {device: tensor_of(frame) for device, frame in frames.items()}
         if self.config.devices.labels == "device":
-            for device, output in self.trainer.forward(batches, micro_batch=micro_batch).items():
+            outputs = self.trainer.forward(batches, micro_batch=micro_batch)
+            for device, output in outputs.items():
                 self._answer(
                     device, Frame(Phase.FORWARD, step, micro_batch, where_wanted(output.float(), frames[device].wanted))
                 )
+            self._refuse(frames.keys() - outputs.keys(), frames, f"hidden states of step {step}")
             return
         labels = {device: frame.labels for device, frame in frames.items() if frame.labels is not None}
         tokens = {device: int(frame.values["tokens"]) for device, frame in frames.items()}
@@ -296,14 +299,31 @@ class StageHost:
             loss, count = sums[device]
             values = {"nll": loss, "tokens": float(count)}
             self._answer_gradient(device, Frame(Phase.FORWARD, step, micro_batch, gradient, values=values))
-        self._step_at_once(step, last)
+        self._end_backward(step, frames, gradients, last=last)
 
     def _backward(self, step: int, micro_batch: int, frames: Mapping[str, Frame]) -> None:
         gradients = {device: (tensor_of(frame), int(frame.values["tokens"])) for device, frame in frames.items()}
         last = self._is_last(micro_batch, frames)
-        for device, gradient in self.trainer.backward(gradients, micro_batch=micro_batch, last=last).items():
+        at_cut = self.trainer.backward(gradients, micro_batch=micro_batch, last=last)
+        for device, gradient in at_cut.items():
             self._answer_gradient(device, Frame(Phase.BACKWARD, step, micro_batch, gradient))
-        self._step_at_once(step, last)
+        self._end_backward(step, frames, at_cut, last=last)
+
+    def _end_backward(self, step: int, frames: Collection[str], answered: Collection[str], *, last: bool) -> None:
+        if answered:
+            self._step_at_once(step, last)
+        self._refuse(set(frames) - set(answered), frames, f"gradients of step {step}")
+
+    def _refuse(self, devices: Collection[str], of: Collection[str], what: str) -> None:
+        """Goes on without the devices whose share gives no finite numbers, as if they had left. Where that is so of
+        several and of all, it is the stage that has diverged: raises WrongState, which ends the job."""
+        if len(of) > 1 and len(devices) == len(of):
+            raise WrongState(f"{what} are not finite for any device: {DIVERGED}; --resume goes on from a checkpoint")
+        for device in sorted(devices):
+            member = self._members.get(device)
+            if member is not None:
+                member.deliver(BadTensor(f"{device}: {what} give values that float32 does not hold: {DIVERGED}"))
+                self._leave(device, member.deliver)
 
     def _is_last(self, micro_batch: int, frames: Mapping[str, Frame]) -> bool:
         return micro_batch + 1 == self._members[next(iter(frames))].plan.micro_batches
@@ -347,17 +367,26 @@ class StageHost:
         tokens = sum(tokens for _, tokens in norms.values())
         loss = sum(frame.values["nll"] for frame in frames.values()) / max(tokens, 1)
         self._losses.append(loss)
+        for device in frames:
+            self._patience.kept_pace(device)
         self.tell("step", "", {"step": self.step, "loss": loss, "tokens": tokens, "devices": sorted(frames)})
 
     def _aggregate(self, step: int, frames: Mapping[str, Frame]) -> None:
         """The devices' adapters, averaged by their numbers of training sequences, on disk before anyone has it."""
         shares = {device: Share(tensor_of(frame), self._members[device].samples) for device, frame in frames.items()}
-        average, answers = self._adapters.merge(step, shares, self._point)
+        unfit = self._adapters.unfit(shares, self._point)
+        self._refuse(unfit, frames, f"the adapter's values after step {step + 1}")
+        frames = {device: frame for device, frame in frames.items() if device not in unfit}
+        if not frames:
+            return
+        average, answers = self._merge({device: shares[device] for device in frames}, step)
         for device, frame in frames.items():
             self._members[device].measured = frame.measured or self._members[device].measured
         measured = {device: self._members[device].measured for device in frames}
         answers |= self._adapters.move(step, measured, self._steps_timed)
-        self._point = self._snapshot(average)
+        point = self._snapshot(average)
+        point.check_finite()
+        self._point = point
         if self.config.checkpoints_after(self.step) and self._checkpoints:
             self._checkpoints.save(self._point)
             self.tell("checkpoint", "", {"step": self.step})
@@ -369,6 +398,12 @@ class StageHost:
         for device in frames:
             self._members[device].answer(replace(answers[device], plan=plans.get(device)))
         self._admit()
+
+    def _merge(self, shares: Mapping[str, Share], step: int) -> tuple[Tensor | None, dict[str, Frame]]:
+        try:
+            return self._adapters.merge(step, shares, self._point)
+        except BadTensor as error:  # of no device alone
+            raise WrongState(f"the average of the adapters after step {step + 1} cannot be sent: {error}") from None
 
     def _snapshot(self, average: Tensor | None) -> Checkpoint:
         stepper = self.trainer.stepper
@@ -386,6 +421,8 @@ class StageHost:
 
     def _evaluated(self, device: str, frame: Frame) -> Frame:
         outputs = self.trainer.evaluate(tensor_of(frame), device)
+        if not is_finite(outputs):
+            raise BadTensor(f"{device}: held-out text gives values that float32 does not hold: {DIVERGED}")
         if frame.labels is None:
             return Frame(Phase.EVALUATE, frame.step, tensor=where_wanted(outputs.float(), frame.wanted))
         loss, tokens = nll(outputs, frame.labels.to(outputs.device))
@@ -412,7 +449,8 @@ class StageHost:
             data = {"step": step, "perplexity": self._perplexities[step], "tokens": tokens, "devices": each}
             self.tell("evaluation", "", data)
 
-    def _leave(self, device: str, deliver: Deliver, *, closed: bool = False) -> None:
+    def _leave(self, device: str, deliver: Deliver, *, closed: bool = False, given_up: bool = False) -> None:
+        """closed: it has said that it is done. given_up: the job has waited long enough for it to say so."""
         member = self._members.get(device)
         if member is None or member.deliver is not deliver:
             return
@@ -431,7 +469,7 @@ class StageHost:
         if at_end:
             self._complete_evaluations(set())  # of the devices that could still report theirs
         evaluated = self.config.steps in self._perplexities or not self.config.evaluates_after(self.config.steps)
-        if at_end and (closed or evaluated):
+        if at_end and (closed or given_up or evaluated):
             self._finished = True
             self.tell("finished", "", {"step": self.step})
             return
@@ -447,17 +485,32 @@ class StageHost:
 
     def _drop_silent(self) -> None:
         """Goes on without a device that is connected but has owed a frame for too long."""
+        if self._started and self._point.step == self.config.steps:
+            self._drop_unclosed()
         if not self._groups:
             return
         group = self._groups[min(self._groups)]
         now = time.monotonic()
         for device in self._participants:
-            member = self._members[device]
-            if device not in group and now - member.answered > self._patience:
-                member.deliver(
-                    LinkLost(f"{device} owed a frame for {self._patience:.0f} s; the others went on without it")
-                )
+            member, patience = self._members[device], self._patience.of(device)
+            if device not in group and now - member.answered > patience:
+                self._patience.was_silent(device)
+                member.deliver(LinkLost(f"{device} owed a frame for {patience:.0f} s; the others went on without it"))
                 self._leave(device, member.deliver)
+
+    def _drop_unclosed(self) -> None:
+        """After the last step: ends the job without what devices have not reported in time."""
+        now = time.monotonic()
+        self._over_since = now if self._over_since is None else self._over_since
+        for device in self._participants:
+            member = self._members[device]
+            silent, all_in_all = now - member.answered, now - self._over_since
+            if silent > self._patience.of(device) or all_in_all > self._patience.closing:
+                self._patience.was_silent(device)
+                line = f"{device} has not closed the job {max(silent, all_in_all):.0f} s after it was done"
+                self.tell("log", device, {"message": f"{line}: its last report is missing"})
+                member.deliver(LinkLost(line))
+                self._leave(device, member.deliver, given_up=True)
 
     def _fail(self, error: IsthmusError) -> None:
         for member in self._members.values():

@@ -43,7 +43,7 @@ def options(tmp_path: Path) -> DeviceOptions:
 
 
 def training_task(task: str, job: str) -> pb.Task:
-    training = TrainingConfig(sequence_length=16).to_json()
+    training = TrainingConfig.of(sequence_length=16).to_json()
     spec = pb.JobSpec(method="splitlora", model="default", dataset="notes", training=training)
     return pb.Task(id=task, job=job, spec=spec, stage_address="127.0.0.1:1")
 

@@ -15,7 +15,7 @@ from isthmus.split.dlora.backbone import _in_one_thread
 from isthmus.split.dlora.device import DloraTrainer
 from isthmus.split.dlora.host import BackboneHost
 from isthmus.split.dlora.local import backbone_of, device_of, train_dlora_locally
-from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
+from isthmus.split.errors import BadFrame, BadRequest, BadTensor, IsthmusError, LinkLost
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import Shape
 from isthmus.split.link.session import INPUT_GRADIENT, Frame, LocalLink, Phase
@@ -24,6 +24,7 @@ from isthmus.split.lora.sites import layout_of
 from isthmus.split.models.source import ModelFolder
 from isthmus.split.plan.parts import parts_of
 from isthmus.split.training.checkpoint import CheckpointFolder, DeviceRecord
+from isthmus.split.training.patience import Patience
 from tests.split.dlora.jobs import CONFIG, assert_same, dlora_run, text
 from tests.split.tiny_models import make_model
 
@@ -374,6 +375,50 @@ def test_a_frame_that_is_not_due_ends_that_device_alone(llama: Path, what: str) 
     job.host.close()
 
 
+LARGE: dict[str, tuple[dict[str, Any], Phase, bool, float]] = {  # options, the frame's phase, whether of a site, value
+    "outputs of modules": ({}, Phase.FORWARD, True, 3e38),
+    "hidden states": ({}, Phase.FORWARD, False, float("inf")),
+    "gradients": ({}, Phase.BACKWARD, False, 3e38),
+    "gradients of modules": ({}, Phase.BACKWARD, True, 3e38),
+    "held-out text": ({}, Phase.EVALUATE, True, 3e38),
+    "an adapter": ({"aggregate": True, "aggregate_every": 2}, Phase.AGGREGATE, False, 1e30),
+    "modules that are merged": (
+        {"killed": "merge", "active_fraction": 0.5, "kill_warmup": 1, "kill_anneal": 0, "kill_interval": 1},
+        Phase.MERGE, False, 1e30,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_numbers_that_overflow_end_the_device_that_sent_them_alone(llama: Path, tmp_path: Path, what: str) -> None:
+    options, phase, of_site, value = LARGE[what]
+
+    class Large(CutLink):
+        def send(self, frame: Frame) -> None:
+            if frame.phase == phase and bool(frame.site) == of_site and frame.tensor is not None:
+                frame = dataclasses.replace(frame, tensor=torch.full_like(frame.tensor, value))
+            super().send(frame)
+
+    job = Job(llama, SMALL.but(**options), 2, tmp_path)
+    large, good = job.trainer(0), job.trainer(1)
+    other = threading.Thread(target=run, args=(good, job.link(good, 1)))
+    other.start()
+    with pytest.raises(BadTensor, match="if training has diverged"):
+        run(large, Large(job.host, "d0", large, -1))
+    other.join(60)
+    job.host.start_without({"d0"})
+    assert job.finished.wait(60)
+    job.host.close()
+    assert not job.told("failed")
+    assert max(data["device_step"] for data in job.told("step") if data["devices"] == ["d1"]) == SMALL.steps
+    assert all(value.abs().max() < 10 for value in good.adapter().values())
+    if job.config.dlora.aggregate:
+        point = CheckpointFolder(tmp_path / "server").last()
+        assert point is not None
+        assert point.device_adapter is not None
+        assert float(point.device_adapter.abs().max()) < 10
+
+
 def test_a_device_refuses_what_it_has_not_asked_for(llama: Path) -> None:
     """A coordinator that sends something else than the protocol says is not answered."""
     job = Job(llama, SMALL.but(micro_batches=1))
@@ -409,3 +454,71 @@ def test_an_error_of_the_blocks_is_told_to_the_device(llama: Path, monkeypatch: 
     with pytest.raises(IsthmusError, match="the stage failed: MemoryError"):
         run(trainer, job.link(trainer))
     job.host.close()
+
+
+class QuietLink(CutLink):
+    """A link of a device that stays connected and says nothing more, from this phase of this step or a later one on."""
+
+    def __init__(self, job: Job, trainer: DloraTrainer, number: int, phase: Phase, step: int) -> None:
+        super().__init__(job.host, f"d{number}", trainer, -1)
+        self._phase, self._step, self._quiet = phase, step, False
+
+    def send(self, frame: Frame) -> None:
+        self._quiet = self._quiet or (frame.phase == self._phase and frame.step >= self._step)
+        if not self._quiet:
+            super().send(frame)
+
+
+@pytest.mark.parametrize("phase", [Phase.EVALUATE, Phase.REPORT, Phase.CLOSE])
+@pytest.mark.parametrize("patience", [Patience(1.0), Patience(60.0, closing=0.5)])
+@pytest.mark.parametrize("aggregate", [False, True])
+def test_a_device_that_never_closes_does_not_keep_a_job_that_is_done(
+    llama: Path, phase: Phase, patience: Patience, aggregate: bool
+) -> None:
+    options: dict[str, Any] = {"aggregate": True, "aggregate_every": 2} if aggregate else {}
+    job = Job(llama, SMALL.but(**options), 2)
+    job.host._patience = dataclasses.replace(patience)
+    quiet, good = job.trainer(0), job.trainer(1)
+    other = threading.Thread(target=run, args=(good, job.link(good, 1)))
+    other.start()
+    with pytest.raises(LinkLost, match="d0 has not closed the job"):
+        run(quiet, QuietLink(job, quiet, 0, phase, SMALL.steps))
+    other.join(60)
+    assert job.finished.wait(60)
+    job.host.close()
+    assert not job.told("failed")
+    assert job.host.resources.keys() == ({"d0", "d1"} if phase == Phase.CLOSE else {"d1"})
+    assert any("its last report is missing" in data["message"] for data in job.told("log"))
+
+
+def test_a_silent_device_holds_up_the_average_of_the_others_for_less_each_time(llama: Path) -> None:
+    job = Job(llama, SMALL.but(steps=40, aggregate=True, aggregate_every=2, checkpoint_every=40), 2)
+    job.host._patience = Patience(2.0)
+    quiet, good = job.trainer(0), job.trainer(1)
+    other = threading.Thread(target=run, args=(good, job.link(good, 1)))
+    other.start()
+    patience = []
+    for _ in range(2):
+        with pytest.raises(LinkLost, match="d0 owed a frame"):
+            run(quiet, QuietLink(job, quiet, 0, Phase.AGGREGATE, 0))
+        patience.append(job.host._patience.of("d0"))
+    assert patience == [1.0, 0.5]
+    other.join(60)
+    job.host.start_without({"d0"})
+    assert job.finished.wait(60)
+    job.host.close()
+    assert job.told("step")[-1]["device_step"] == 40
+
+
+def test_a_device_that_is_silent_again_and_again_is_left_out_when_the_others_are_done(llama: Path) -> None:
+    job = Job(llama, SMALL, 2)
+    job.host._patience = Patience(1.0)
+    quiet, good = job.trainer(0), job.trainer(1)
+    run(good, job.link(good, 1))
+    for _ in range(4):
+        assert not job.finished.is_set()
+        with pytest.raises(LinkLost, match="d0 owed a frame"):
+            run(quiet, QuietLink(job, quiet, 0, Phase.FORWARD, 1))
+    assert job.finished.wait(10)
+    job.host.close()
+    assert any("silent again and again" in data["message"] for data in job.told("log"))
