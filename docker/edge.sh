@@ -5,7 +5,7 @@ set -eu
 
 [ -e /state/coordinator.json ] || rm -f /token/token # an earlier run's: used or expired
 if [ ! -s /data/notes.txt ]; then
-  python -c 'import sys; from split.stdlib_text import private_text; print(private_text(sys.argv[1]), end="")' "$1" \
+  python -c 'import sys; from isthmus.split.data.stdlib_text import private_text; print(private_text(sys.argv[1]), end="")' "$1" \
     > /data/notes.new
   mv /data/notes.new /data/notes.txt
 fi
