@@ -124,7 +124,10 @@ def generate(
         check_runtime(runtime or "auto", weights or "float32")  # before anything is fetched
         found = find(identity, name, blocks, Path(folder).expanduser() if equals else None)
         choice = RuntimeChoice(
-            runtime or found.serving.runtime, weights or found.serving.weights, device, identity.state / "onnx"
+            runtime or found.serving.chain.runtime,
+            weights or found.serving.chain.weights,
+            device,
+            identity.state / "onnx",
         )
         if exits is not None and not found.blocks:
             raise BadRequest("--exit-threshold: no block is on this device; see --blocks")
