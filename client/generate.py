@@ -36,9 +36,9 @@ from isthmus.split.terminal import (
 from isthmus.split.tls import channel, error_of, join_address, split_address
 
 if TYPE_CHECKING:  # torch: not for --help
-    from isthmus.split.inference.asking import Asked
     from isthmus.split.inference.exits import ExitRule
     from isthmus.split.inference.serving import ServingConfig
+    from isthmus.split.inference.text_engine import TextEngine
     from isthmus.split.lora.served import LoraAdapter
     from isthmus.split.models.source import TensorSource
     from isthmus.split.runtime.choose import RuntimeChoice
@@ -195,9 +195,9 @@ def find(identity: Identity, name: str = "", blocks: int | None = None, folder: 
 @asynccontextmanager
 async def start(
     identity: Identity, found: Found, choice: RuntimeChoice, *, draft: str, exits: ExitRule | None = None
-) -> AsyncIterator[Asked]:
+) -> AsyncIterator[TextEngine]:
     """An engine that is at work, with a stream to the gateway. draft, exits: as `user_engine`."""
-    from isthmus.split.inference.asking import Asked
+    from isthmus.split.inference.text_engine import TextEngine
     from isthmus.split.inference.using import Using, user_engine
     from isthmus.split.models.source import end_tokens
 
@@ -215,7 +215,7 @@ async def start(
         hidden_size=found.source.config.hidden_size,
     )
     async with using, engine:
-        yield Asked(engine, tokenizer, end_tokens(found.source, tokenizer), found.adapter)
+        yield TextEngine(engine, tokenizer, end_tokens(found.source, tokenizer), found.adapter)
 
 
 def _identity(state: Path, coordinator: str) -> Identity:

@@ -45,6 +45,11 @@ class Setting:
         return (self.name if option else "") if isinstance(option, bool) else str(option)
 
     @property
+    def listed(self) -> bool:
+        """Whether it is several texts, which an option has as NAME,NAME,..."""
+        return bool(self.field.type == "tuple[str, ...]")
+
+    @property
     def by_name(self) -> str:
         """The text field beside this number that has other values for single devices; empty: there is none."""
         return str(self.field.metadata["by_name"])
