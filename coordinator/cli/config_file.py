@@ -33,8 +33,8 @@ _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a file has an option. group: the mapping; empty: none. keys: the first is printed, each is read."""
+class FileKey:
+    """Where a file has an option. group: the mapping; empty: none. keys: the first is printed, any is read."""
 
     group: str
     keys: tuple[str, ...]
@@ -52,11 +52,11 @@ class Place:
         return f"{self.group}.{self.keys[0]}" if self.group else self.keys[0]
 
 
-def places(command: click.Command, config: type[Grouped]) -> list[Place]:
+def places(command: click.Command, config: type[Grouped]) -> list[FileKey]:
     """Of all the command's options that a file may have: those in no group first."""
     settings = {one.name: one for one in config.settings() if one.option}
     groups = list(dict.fromkeys(["", *(one.group for one in settings.values())]))
-    found: list[Place] = []
+    found: list[FileKey] = []
     for option in command.params:
         if not isinstance(option, click.Option) or option.name in _NOT_IN_FILES:
             continue
@@ -64,11 +64,11 @@ def places(command: click.Command, config: type[Grouped]) -> list[Place]:
         one = settings.get(str(option.name))
         if one is not None:
             keys = tuple(dict.fromkeys((one.field.name, *flags)))
-            found.append(Place(one.group, keys, option, listed=one.listed, numeric=bool(one.by_name)))
+            found.append(FileKey(one.group, keys, option, listed=one.listed, numeric=bool(one.by_name)))
         elif flags[0] in groups:  # `devices: {names: …}`: which devices, beside the settings of the group
-            found.append(Place(flags[0], (_NAMES,), option, listed=True, numeric=True))
+            found.append(FileKey(flags[0], (_NAMES,), option, listed=True, numeric=True))
         else:
-            found.append(Place("", tuple(flags), option))
+            found.append(FileKey("", tuple(flags), option))
     return sorted(found, key=lambda place: groups.index(place.group))
 
 
@@ -89,9 +89,9 @@ def from_file(config: type[Grouped]) -> Any:
     )
 
 
-def read_file(path: Path, context: click.Context, known: Sequence[Place]) -> dict[str, Any]:
+def read_file(path: Path, context: click.Context, known: Sequence[FileKey]) -> dict[str, Any]:
     """Values by the options' names. Raises BadRequest with the file, the line and the key."""
-    refuse = _Refusal(path)
+    refuse = _RefuseAt(path)
     values: dict[str, Any] = {}
     for group, key, node in _entries(_root(path, refuse), known, refuse):
         place = next((one for one in known if one.group == group and key in one.keys), None)
@@ -103,7 +103,7 @@ def read_file(path: Path, context: click.Context, known: Sequence[Place]) -> dic
     return {name: value for name, value in values.items() if value is not None}
 
 
-class _Refusal:
+class _RefuseAt:
     """Raises BadRequest for a place in a file."""
 
     def __init__(self, path: Path) -> None:
@@ -114,7 +114,7 @@ class _Refusal:
         raise BadRequest(f"{self._path}, line {at.start_mark.line + 1}: {line}")
 
 
-def _root(path: Path, refuse: _Refusal) -> yaml.MappingNode | None:
+def _root(path: Path, refuse: _RefuseAt) -> yaml.MappingNode | None:
     """The file's mapping; None of an empty file."""
     try:
         with path.expanduser().open("rb") as file:
@@ -140,7 +140,7 @@ def _root(path: Path, refuse: _Refusal) -> yaml.MappingNode | None:
     return root
 
 
-def _check_events(text: str, refuse: _Refusal) -> None:
+def _check_events(text: str, refuse: _RefuseAt) -> None:
     """Refuses what could make much of little, before anything is made of the text."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -157,7 +157,7 @@ def _check_events(text: str, refuse: _Refusal) -> None:
 
 
 def _entries(
-    root: yaml.MappingNode | None, known: Sequence[Place], refuse: _Refusal
+    root: yaml.MappingNode | None, known: Sequence[FileKey], refuse: _RefuseAt
 ) -> Iterator[tuple[str, str, yaml.Node]]:
     """Group, key and value of each entry. Refuses a group that is there twice, or is no mapping."""
     groups = {place.group for place in known} - {""}
@@ -179,13 +179,13 @@ def _entries(
             refuse(value, f"{key.value} is a group: write its settings under it, as KEY: VALUE")
 
 
-def _key(node: yaml.Node, refuse: _Refusal) -> str:
+def _key(node: yaml.Node, refuse: _RefuseAt) -> str:
     if not isinstance(node, yaml.ScalarNode):
         refuse(node, "a key has to be a word")
     return str(node.value)
 
 
-def _unknown(group: str, key: str, known: Sequence[Place]) -> str:
+def _unknown(group: str, key: str, known: Sequence[FileKey]) -> str:
     """What is said of a key that there is not: where it belongs, or what may have been meant."""
     elsewhere = next((place for place in known if key in place.keys), None)
     if elsewhere is not None:
@@ -195,7 +195,7 @@ def _unknown(group: str, key: str, known: Sequence[Place]) -> str:
     return f"there is no setting {path}" + (f"; is {near[0]} meant?" if near else "")
 
 
-def _value(place: Place, node: yaml.Node, context: click.Context, refuse: _Refusal) -> Any:
+def _value(place: FileKey, node: yaml.Node, context: click.Context, refuse: _RefuseAt) -> Any:
     """The value for an option, as the command line would have it; None: the option's own default."""
     wanted = _wanted(place.option)[0]
     if node.tag == _NULL:
@@ -216,7 +216,7 @@ def _value(place: Place, node: yaml.Node, context: click.Context, refuse: _Refus
     return value
 
 
-def _scalar(place: Place, node: yaml.Node, refuse: _Refusal) -> Any:
+def _scalar(place: FileKey, node: yaml.Node, refuse: _RefuseAt) -> Any:
     """One value of the option's type. Text is what is written, whatever YAML would make of it."""
     wanted, fits = _wanted(place.option)
     if not isinstance(node, yaml.ScalarNode) or node.tag == _NULL:
@@ -274,7 +274,7 @@ def _comment(text: str, indent: str) -> list[str]:
     return [f"{indent}# {line}" for line in lines]
 
 
-def _plain(place: Place, value: Any) -> Any:
+def _plain(place: FileKey, value: Any) -> Any:
     """A value of the command line as YAML has it."""
     if place.option.multiple:
         return [str(one) for one in value or ()]

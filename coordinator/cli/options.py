@@ -36,9 +36,10 @@ _TYPES: Mapping[object, Any] = {
 }
 
 
-def with_settings(
-    config: type[Grouped], panel: str = "Options"
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+Command = Callable[..., None]
+
+
+def with_settings(config: type[Grouped], panel: str = "Options") -> Callable[[Command], Command]:
     """Gives a command `--config FILE` and an option for each setting; their values come as its parameter `settings`.
 
     panel: the heading in the help of settings that are in no group.
@@ -49,7 +50,7 @@ def with_settings(
         "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, from_file(config)]
     )
 
-    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+    def decorated(command: Command) -> Command:
         own = [one for one in inspect.signature(command, eval_str=True).parameters.values() if one.name != "settings"]
 
         @functools.wraps(command)
