@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +28,9 @@ _DEEPEST = 3  # the file, a group, a list
 _SECRET = "api_key"  # is read, and never printed
 _NAMES = "names"  # the key of an option that is called like a group
 _NOT_IN_FILES = ("config", "print_config", "help")
+_SHOWN = 60  # characters of a wrong value or key in a message
 _NULL = "tag:yaml.org,2002:null"
-_WHOLE = re.compile(r"[-+]?[0-9]+")
+_WHOLE = re.compile(r"[-+]?[0-9]{1,18}")
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
@@ -52,8 +54,8 @@ class FileKey:
         return f"{self.group}.{self.keys[0]}" if self.group else self.keys[0]
 
 
-def places(command: click.Command, config: type[Grouped]) -> list[FileKey]:
-    """Of all the command's options that a file may have: those in no group first."""
+def file_keys(command: click.Command, config: type[Grouped]) -> list[FileKey]:
+    """Of all the options that a file may have: those in no group first, then group by group."""
     settings = {one.name: one for one in config.settings() if one.option}
     groups = list(dict.fromkeys(["", *(one.group for one in settings.values())]))
     found: list[FileKey] = []
@@ -77,7 +79,7 @@ def from_file(config: type[Grouped]) -> Any:
 
     def read(context: typer.Context, value: Path | None) -> Path | None:
         if value is not None and not context.resilient_parsing:
-            context.default_map = read_file(value, context, places(context.command, config))
+            context.default_map = read_file(value, context, file_keys(context.command, config))
         return value
 
     return typer.Option(
@@ -117,7 +119,7 @@ class _RefuseAt:
 def _root(path: Path, refuse: _RefuseAt) -> yaml.MappingNode | None:
     """The file's mapping; None of an empty file."""
     try:
-        with path.expanduser().open("rb") as file:
+        with open(os.path.expanduser(path), "rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise BadRequest(f"--config {path} cannot be read: {error.strerror or error}") from None
@@ -132,9 +134,10 @@ def _root(path: Path, refuse: _RefuseAt) -> yaml.MappingNode | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""
-        raise BadRequest(f"{path}{where}: this is not YAML: {error.problem or error.context}") from None
+        what = " ".join(filter(None, (error.context, error.problem)))
+        raise BadRequest(f"{path}{where}: this cannot be read as YAML: {what}") from None
     except yaml.YAMLError as error:
-        raise BadRequest(f"{path}: this is not YAML: {' '.join(str(error).split())}") from None
+        raise BadRequest(f"{path}: this cannot be read as YAML: {' '.join(str(error).split())}") from None
     if root is not None and not isinstance(root, yaml.MappingNode):
         refuse(root, "write KEY: VALUE, a line each")
     return root
@@ -170,6 +173,8 @@ def _entries(
         if key.value in opened:
             refuse(key, f"{key.value} is there twice")
         opened.add(key.value)
+        if value.tag == _NULL:  # a group whose settings are all comments
+            continue
         if isinstance(value, yaml.MappingNode):
             for inner, one in value.value:
                 yield key.value, _key(inner, refuse), one
@@ -191,8 +196,13 @@ def _unknown(group: str, key: str, known: Sequence[FileKey]) -> str:
     if elsewhere is not None:
         return f"{key} belongs {f'under {elsewhere.group}' if elsewhere.group else 'to no group'}"
     path = f"{group}.{key}" if group else key
-    near = difflib.get_close_matches(path, [place.path for place in known], n=1)
-    return f"there is no setting {path}" + (f"; is {near[0]} meant?" if near else "")
+    near = difflib.get_close_matches(path[:_SHOWN], [place.path for place in known], n=1)
+    return f"there is no setting {_shown(path)}" + (f"; is {near[0]} meant?" if near else "")
+
+
+def _shown(text: str) -> str:
+    """Of any text what fits a message of one line."""
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
 
 def _value(place: FileKey, node: yaml.Node, context: click.Context, refuse: _RefuseAt) -> Any:
@@ -223,7 +233,8 @@ def _scalar(place: FileKey, node: yaml.Node, refuse: _RefuseAt) -> Any:
         refuse(node, f"{place.path} must be {wanted}")
     text = str(node.value)
     if not fits(text, node.style is None):
-        refuse(node, f"{place.path} is {text!r}; it must be {wanted}")
+        quoted = "" if node.style is None else ", without quotes"
+        refuse(node, f"{place.path} is {_shown(text)}; it must be {wanted}{quoted}")
     return text.lower() == "true" if place.option.is_flag else text
 
 
@@ -249,7 +260,7 @@ def file_text(context: click.Context, config: type[Grouped]) -> str:
     lines = [f"# For `{context.command_path} --config FILE`; options on the command line win.", ""]
     about = {name: one.__doc__ or "" for name, one in vars(config()).items() if dataclasses.is_dataclass(one)}
     group = ""
-    for place in places(context.command, config):
+    for place in file_keys(context.command, config):
         if place.group != group:
             group = place.group
             lines += ["", *_comment(about[group], ""), f"{group}:"]
@@ -258,14 +269,16 @@ def file_text(context: click.Context, config: type[Grouped]) -> str:
         if place.name == _SECRET:
             lines.append(f"# {place.keys[0]}: (not printed)")
         else:
-            value = _plain(place, context.params[place.name])
+            value = plain_value(place, context.params[place.name])
             lines.append(f"{indent}{place.keys[0]}: {_scalar_text(value)}")
     return "\n".join(lines) + "\n"
 
 
 def _scalar_text(value: Any) -> str:
     """A value, or a list of values, on one line."""
-    text = yaml.safe_dump([value], default_flow_style=True, width=2**30, allow_unicode=True)
+    plain = not isinstance(value, str) or value.isprintable()
+    style = None if plain else '"'  # the only one that has line breaks on one line
+    text = yaml.safe_dump([value], default_style=style, default_flow_style=True, width=2**30, allow_unicode=plain)
     return str(text).strip()[1:-1]
 
 
@@ -274,7 +287,7 @@ def _comment(text: str, indent: str) -> list[str]:
     return [f"{indent}# {line}" for line in lines]
 
 
-def _plain(place: FileKey, value: Any) -> Any:
+def plain_value(place: FileKey, value: Any) -> Any:
     """A value of the command line as YAML has it."""
     if place.option.multiple:
         return [str(one) for one in value or ()]
