@@ -19,6 +19,13 @@ from isthmus.split.inference.serving import (
     parse_adapter,
     parse_stages,
 )
+from isthmus.split.inference.settings import (
+    AccessSettings,
+    ChainSettings,
+    DraftsSettings,
+    HttpSettings,
+    LimitsSettings,
+)
 from isthmus.split.lora.folder import AdapterFolder
 from isthmus.split.lora.served import LoraAdapter
 from isthmus.split.models.source import open_model
@@ -76,6 +83,43 @@ def test_a_configuration_survives_its_json() -> None:
     assert ServingConfig.from_json(config.to_json()) == config
     assert config.devices == ["a", "b"]
     assert str(config.span_of("b")) == "0-2"
+
+
+def test_what_version_0_1_stored_is_the_same_service_now() -> None:
+    stored = {
+        "spans": [{"first": 0, "last": 2, "holders": ["a", "b"]}, {"first": 2, "last": 4, "holders": ["cloud"]}],
+        "name": "m",
+        "context": 100,
+        "sequences": 4,
+        "queue": 32,
+        "chunk": 128,
+        "codec": "hadamard,int8",
+        "runtime": "onnxruntime",
+        "weights": "int8",
+        "http_host": "0.0.0.0",
+        "http_port": 8000,
+        "http_certificate": "/c.pem",
+        "http_key": "/k.pem",
+        "key_sha256": "ab",
+        "patience": 30.0,
+        "draft": "lookup",
+        "exit_threshold": "",
+        "users": ["phone"],
+        "guests": 2,
+        "adapters": [{"name": "formal", "folder": "/a"}],
+    }
+    read = ServingConfig.from_json(json.dumps(stored))
+    assert read == ServingConfig(
+        spans=parse_stages("a+b:0-2,cloud:2-4"),
+        name="m",
+        adapters=(AdapterConfig("formal", "/a"),),
+        limits=LimitsSettings(context=100, sequences=4, queue=32),
+        chain=ChainSettings("hadamard,int8", "onnxruntime", "int8", chunk=128, patience=30.0),
+        drafts=DraftsSettings("lookup"),
+        http=HttpSettings("0.0.0.0", 8000, "/c.pem", "/k.pem", "ab"),
+        access=AccessSettings(("phone",), 2),
+    )
+    assert ServingConfig.from_json(read.to_json()) == read
 
 
 def test_who_may_use_the_chain_has_sequences_beside_the_others() -> None:
