@@ -60,10 +60,10 @@ def finetune(
     wait: Wait = 300,
     resume: Resume = "",
     detach: Detach = False,
-    print_config: PrintConfig = False,
     credentials: CredentialsFolder = DEFAULT_CREDENTIALS,
     coordinator: Address = "",
     json_output: Json = False,
+    print_config: PrintConfig = False,
 ) -> None:
     """Fine-tune a model with LoRA on text that stays on the devices.
 

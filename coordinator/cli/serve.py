@@ -65,10 +65,10 @@ def serve(
     api_key: ApiKey = "",
     no_api_key: NoApiKey = False,
     wait: Wait = 60.0,
-    print_config: PrintConfig = False,
     json_output: Json = False,
     credentials: CredentialsFolder = DEFAULT_CREDENTIALS,
     coordinator: Address = "",
+    print_config: PrintConfig = False,
 ) -> None:
     """Serve a model until Ctrl-C or SIGTERM. Its blocks may lie on devices; when one dies, another goes on.
 

@@ -251,6 +251,7 @@ def test_the_command_line_wins_over_a_variable_over_the_file_over_the_default(fi
     assert training("--steps", "30", "--config", str(file)).dlora.aggregate
     file.write_text("api_key: of-the-file\n")
     with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("ISTHMUS_API_KEY", raising=False)
         keys = [ServingConfig.from_json(submitted("serve", "--config", str(file)).serving).http.key_sha256]
         patched.setenv("ISTHMUS_API_KEY", "of-the-variable")
         keys += [ServingConfig.from_json(submitted("serve", "--config", str(file)).serving).http.key_sha256]
