@@ -107,7 +107,7 @@ def wait_measured(cluster: LocalCluster, devices: Sequence[str]) -> None:
 @contextmanager
 def served(cluster: LocalCluster, model: str, stages: str, **settings: Any) -> Iterator[Served]:
     """A model, served until the end of the context."""
-    config = ServingConfig(parse_stages(stages), NAME, **settings)
+    config = ServingConfig.of(spans=parse_stages(stages), name=NAME, **settings)
     spec = pb.JobSpec(method="serve", model=model, devices=config.devices, serving=config.to_json(), wait_seconds=120)
     with cluster.connect() as connection:
         job = submit(connection, spec).id

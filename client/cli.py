@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from isthmus.client.generate import generate
 from isthmus.client.identity import Identity, enrol
 from isthmus.split.errors import BadData, BadRequest, IsthmusError, NotEnrolled
 from isthmus.split.printable import LogFormatter, check_label, log_to_stderr, printable
+
+if TYPE_CHECKING:  # torch: not for --help
+    from isthmus.client.runner import DeviceOptions
 
 log = logging.getLogger(__name__)
 
@@ -27,49 +30,62 @@ def _about() -> None:
     """The Isthmus edge daemon: takes part in fine-tuning and generation with text that stays on this device."""
 
 
+Coordinator = Annotated[
+    str, typer.Option(help="HOST:PORT of the coordinator; needed the first time.", envvar="ISTHMUS_COORDINATOR")
+]
+Token = Annotated[
+    str, typer.Option(help="One-time token from `isthmus enroll`; needed the first time.", envvar="ISTHMUS_TOKEN")
+]
+TokenFile = Annotated[Path | None, typer.Option(help="A file that holds the token.")]
+StateDir = Annotated[
+    Path,
+    typer.Option(help="Where this device keeps its key, its certificate and weights.", envvar="ISTHMUS_STATE_DIR"),
+]
+Data = Annotated[
+    list[str] | None, typer.Option(help="NAME=FILE: offer a .txt, .jsonl or .csv file under a name. Repeatable.")
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="MODEL=FOLDER: use this copy of a job's model (as the job names it, or its folder's last name) instead of "
+        "fetching it. Repeatable."
+    ),
+]
+Allow = Annotated[
+    str,
+    typer.Option(
+        help="What this device does, separated by commas: splitlora and dlora (training), serve (holding blocks of a "
+        "model that is served). Without labels-leave, jobs of `--labels server` are refused: in them the labels, which "
+        "are the text, go to the coordinator. With modules-leave, what a dlora job's modules have learnt may go there: "
+        "for `--killed merge` and `--aggregate`."
+    ),
+]
+Device = Annotated[str, typer.Option(help="torch device: auto, cpu, cuda, cuda:1, ...")]
+Threads = Annotated[int, typer.Option(help="Processor threads for computing; 0: all cores.", min=0)]
+SlowDown = Annotated[
+    float,
+    typer.Option(
+        help="Emulate a device so many times slower: in training, after each piece of computing, it waits until so "
+        "many times the processor's time for it have passed. For trials and benchmarks; its log says so.",
+        min=1,
+    ),
+]
+JsonLog = Annotated[bool, typer.Option("--json", help="Log as JSON lines.")]
+
+
 @app.command()
 def run(
-    coordinator: Annotated[
-        str, typer.Option(help="HOST:PORT of the coordinator; needed the first time.", envvar="ISTHMUS_COORDINATOR")
-    ] = "",
-    token: Annotated[
-        str, typer.Option(help="One-time token from `isthmus enroll`; needed the first time.", envvar="ISTHMUS_TOKEN")
-    ] = "",
-    token_file: Annotated[Path | None, typer.Option(help="A file that holds the token.")] = None,
-    state_dir: Annotated[
-        Path,
-        typer.Option(help="Where this device keeps its key, its certificate and weights.", envvar="ISTHMUS_STATE_DIR"),
-    ] = Path("~/.isthmus/device"),
-    data: Annotated[
-        list[str] | None, typer.Option(help="NAME=FILE: offer a .txt, .jsonl or .csv file under a name. Repeatable.")
-    ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="MODEL=FOLDER: use this copy of a job's model (as the job names it, or its folder's last name) "
-            "instead of fetching it. Repeatable."
-        ),
-    ] = None,
-    allow: Annotated[
-        str,
-        typer.Option(
-            help="What this device does, separated by commas: splitlora and dlora (training), serve (holding blocks of "
-            "a model that is served). Without labels-leave, jobs of `--labels server` are "
-            "refused: in them the labels, which are the text, go to the coordinator. With modules-leave, what a dlora "
-            "job's modules have learnt may go there: for `--killed merge` and `--aggregate`."
-        ),
-    ] = "splitlora,dlora,labels-leave,serve",
-    device: Annotated[str, typer.Option(help="torch device: auto, cpu, cuda, cuda:1, ...")] = "auto",
-    threads: Annotated[int, typer.Option(help="Processor threads for computing; 0: all cores.", min=0)] = 0,
-    slow_down: Annotated[
-        float,
-        typer.Option(
-            help="Emulate a device so many times slower: in training, after each piece of computing, it waits until so "
-            "many times the processor's time for it have passed. For trials and benchmarks; its log says so.",
-            min=1,
-        ),
-    ] = 1.0,
-    json_output: Annotated[bool, typer.Option("--json", help="Log as JSON lines.")] = False,
+    coordinator: Coordinator = "",
+    token: Token = "",
+    token_file: TokenFile = None,
+    state_dir: StateDir = Path("~/.isthmus/device"),
+    data: Data = None,
+    model: Models = None,
+    allow: Allow = "splitlora,dlora,labels-leave,serve",
+    device: Device = "auto",
+    threads: Threads = 0,
+    slow_down: SlowDown = 1.0,
+    json_output: JsonLog = False,
 ) -> None:
     """Enrol (the first time), connect, and work until stopped by Ctrl-C or SIGTERM.
 
@@ -80,8 +96,7 @@ def run(
     Example: isthmus-client run --coordinator cloud.example:7443 --token ist1.… --data notes=notes.txt
     """
     log_to_stderr("%(asctime)s %(levelname)s %(message)s", formatter=_JsonLines if json_output else LogFormatter)
-    from isthmus.client.daemon import Daemon  # torch and gRPC: not for --help
-    from isthmus.client.runner import TASK_KINDS, DeviceOptions
+    from isthmus.client.runner import TASK_KINDS, DeviceOptions  # torch and gRPC: not for --help
     from isthmus.split.models.precision import pick_device
 
     state = state_dir.expanduser()
@@ -96,29 +111,34 @@ def run(
     )
     pick_device(device)  # one that is not there is known now, and not with the first task
     token = token or _read_token(token_file)
-    can_enrol = bool(coordinator and token)
+    try:
+        identity = Identity.open(state)
+        if identity is not None and coordinator:
+            identity = identity.moved_to(coordinator)
+        if identity is not None:
+            _work(identity, options)
+    except NotEnrolled as refused:  # revoked, expired, damaged: a token lets the device in again
+        if not (coordinator and token):
+            raise
+        log.warning("%s; trying the token", refused)
+        identity = None
+    if identity is None:
+        _work(_enrol(state, coordinator, token), options)
+    log.info("left the coordinator")
 
-    async def serve(identity: Identity) -> None:
+
+def _work(identity: Identity, options: DeviceOptions) -> None:
+    """Takes part until Ctrl-C or SIGTERM."""
+    from isthmus.client.daemon import Daemon
+
+    async def serve() -> None:
         daemon = Daemon(identity, options)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, daemon.stop)
         await daemon.run()
 
-    try:
-        identity = Identity.open(state)
-        if identity is not None and coordinator:
-            identity = identity.moved_to(coordinator)
-        if identity is not None:
-            asyncio.run(serve(identity))
-    except NotEnrolled as refused:  # revoked, expired, damaged: a token lets the device in again
-        if not can_enrol:
-            raise
-        log.warning("%s; trying the token", refused)
-        identity = None
-    if identity is None:
-        asyncio.run(serve(_enrol(state, coordinator, token)))
-    log.info("left the coordinator")
+    asyncio.run(serve())
 
 
 app.command()(generate)

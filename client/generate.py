@@ -37,9 +37,9 @@ from isthmus.split.terminal import (
 from isthmus.split.tls import channel, check_name, error_of, join_address, split_address
 
 if TYPE_CHECKING:  # torch: not for --help
-    from isthmus.split.inference.asking import Asked
     from isthmus.split.inference.exits import ExitRule
     from isthmus.split.inference.serving import ServingConfig
+    from isthmus.split.inference.text_engine import TextEngine
     from isthmus.split.lora.served import LoraAdapter
     from isthmus.split.models.source import TensorSource
     from isthmus.split.runtime.choose import RuntimeChoice
@@ -48,52 +48,64 @@ _TIMEOUT = 60.0  # seconds
 _LARGE = 16 * 2**20  # bytes of weights that take long enough to say how many are here
 
 
+Prompt = Annotated[
+    str,
+    typer.Option(
+        help="What the answer continues; it stays on this device. `-`: from standard input, as a command line can be "
+        "read by the machine's other users."
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="As it or one of its adapters is served, or the job's id; by default the only one that this device may "
+        "use. NAME=FOLDER: use this copy of it, instead of fetching embedding, head and first blocks."
+    ),
+]
+StateDir = Annotated[
+    Path, typer.Option(help="Where this device keeps its key and certificate.", envvar="ISTHMUS_STATE_DIR")
+]
+Coordinator = Annotated[
+    str, typer.Option(help="HOST:PORT, if not the one of the enrolment.", envvar="ISTHMUS_COORDINATOR")
+]
+Blocks = Annotated[
+    int | None,
+    typer.Option(
+        help="Compute so many of the first blocks here: 0, or up to where a span ends. By default the first span if "
+        "this device holds it, else 0."
+    ),
+]
+Runtime = Annotated[str, typer.Option(help="auto, torch or onnxruntime; by default as the model is served.")]
+Weights = Annotated[str, typer.Option(help="float32, int8 or int4; by default as the model is served.")]
+Device = Annotated[str, typer.Option(help="torch device: auto, cpu, cuda, cuda:1, ...")]
+Threads = Annotated[int, typer.Option(help="Processor threads for computing; 0: all cores.", min=0)]
+Draft = Annotated[
+    str,
+    typer.Option(
+        help="Who guesses at tokens that the chain then verifies together: none, lookup (the text so far), early (the "
+        "blocks that are here), the folder of a small model with the same tokenizer; auto: early, or lookup with no "
+        "blocks here. Answers stay the same."
+    ),
+]
+
+
 def generate(
-    prompt: Annotated[
-        str,
-        typer.Option(
-            help="What the answer continues; it stays on this device. `-`: from standard input, as a command line can "
-            "be read by the machine's other users."
-        ),
-    ],
-    model: Annotated[
-        str,
-        typer.Option(
-            help="As it or one of its adapters is served, or the job's id; by default the only one that this device "
-            "may use. NAME=FOLDER: use this copy of it, instead of fetching embedding, head and first blocks."
-        ),
-    ] = "",
-    state_dir: Annotated[
-        Path, typer.Option(help="Where this device keeps its key and certificate.", envvar="ISTHMUS_STATE_DIR")
-    ] = Path("~/.isthmus/device"),
-    coordinator: Annotated[
-        str, typer.Option(help="HOST:PORT, if not the one of the enrolment.", envvar="ISTHMUS_COORDINATOR")
-    ] = "",
-    blocks: Annotated[
-        int | None,
-        typer.Option(
-            help="Compute so many of the first blocks here: 0, or up to where a span ends. By default the first span "
-            "if this device holds it, else 0."
-        ),
-    ] = None,
+    prompt: Prompt,
+    model: Model = "",
+    state_dir: StateDir = Path("~/.isthmus/device"),
+    coordinator: Coordinator = "",
+    blocks: Blocks = None,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Seed = None,
     stop: Stop = None,
-    runtime: Annotated[str, typer.Option(help="auto, torch or onnxruntime; by default as the model is served.")] = "",
-    weights: Annotated[str, typer.Option(help="float32, int8 or int4; by default as the model is served.")] = "",
-    device: Annotated[str, typer.Option(help="torch device: auto, cpu, cuda, cuda:1, ...")] = "auto",
-    threads: Annotated[int, typer.Option(help="Processor threads for computing; 0: all cores.", min=0)] = 0,
-    draft: Annotated[
-        str,
-        typer.Option(
-            help="Who guesses at tokens that the chain then verifies together: none, lookup (the text so far), early "
-            "(the blocks that are here), the folder of a small model with the same tokenizer; auto: early, or lookup "
-            "with no blocks here. Answers stay the same."
-        ),
-    ] = "auto",
+    runtime: Runtime = "",
+    weights: Weights = "",
+    device: Device = "auto",
+    threads: Threads = 0,
+    draft: Draft = "auto",
     exit_threshold: ExitThreshold = "",
     stats: Stats = False,
     json_output: Json = False,
@@ -110,33 +122,43 @@ def generate(
     prompt = sys.stdin.read() if prompt == "-" else prompt
     asking = Asking(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
     with interruptible():
-        import torch
-
-        from isthmus.split.inference.exits import parse_exit
         from isthmus.split.runtime.choose import RuntimeChoice, check_runtime
 
         identity = _identity(state_dir.expanduser(), coordinator)
-        if threads:
-            torch.set_num_threads(threads)
-        name, equals, folder = model.partition("=")
-        exits = parse_exit(exit_threshold)
-        if exits is not None and draft not in ("auto", "none"):
-            raise BadRequest("--exit-threshold and --draft exclude each other")
+        _use_threads(threads)
+        exits = _exit_rule(exit_threshold, draft)
         check_runtime(runtime or "auto", weights or "float32")  # before anything is fetched
+        name, equals, folder = model.partition("=")
         found = find(identity, name, blocks, Path(folder).expanduser() if equals else None)
-        choice = RuntimeChoice(
-            runtime or found.serving.runtime, weights or found.serving.weights, device, identity.state / "onnx"
-        )
         if exits is not None and not found.blocks:
             raise BadRequest("--exit-threshold: no block is on this device; see --blocks")
+        served = found.serving.chain
+        choice = RuntimeChoice(runtime or served.runtime, weights or served.weights, device, identity.state / "onnx")
 
         async def work() -> None:
             stat = Stat()
-            async with start(identity, found, choice, draft=draft, exits=exits) as asked:
-                texts = asked.answer(asked.tokenizer.encode(prompt), asking, stat, continues=True)
+            async with start(identity, found, choice, draft=draft, exits=exits) as engine:
+                texts = engine.answer(engine.tokenizer.encode(prompt), asking, stat, continues=True)
                 await show_answer(texts, stat, stats=stats, as_json=json_output)
 
         asyncio.run(work())
+
+
+def _use_threads(threads: int) -> None:
+    """Of torch, for computing; 0: as it chooses itself."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _exit_rule(exit_threshold: str, draft: str) -> ExitRule | None:
+    from isthmus.split.inference.exits import parse_exit
+
+    exits = parse_exit(exit_threshold)
+    if exits is not None and draft not in ("auto", "none"):
+        raise BadRequest("--exit-threshold and --draft exclude each other")
+    return exits
 
 
 @dataclass(frozen=True)
@@ -194,9 +216,9 @@ def find(identity: Identity, name: str = "", blocks: int | None = None, folder: 
 @asynccontextmanager
 async def start(
     identity: Identity, found: Found, choice: RuntimeChoice, *, draft: str, exits: ExitRule | None = None
-) -> AsyncIterator[Asked]:
+) -> AsyncIterator[TextEngine]:
     """An engine that is at work, with a stream to the gateway. draft, exits: as `user_engine`."""
-    from isthmus.split.inference.asking import Asked
+    from isthmus.split.inference.text_engine import TextEngine
     from isthmus.split.inference.using import Using, user_engine
     from isthmus.split.models.source import end_tokens
 
@@ -214,7 +236,7 @@ async def start(
         hidden_size=found.source.config.hidden_size,
     )
     async with using, engine:
-        yield Asked(engine, tokenizer, end_tokens(found.source, tokenizer), found.adapter)
+        yield TextEngine(engine, tokenizer, end_tokens(found.source, tokenizer), found.adapter)
 
 
 def _identity(state: Path, coordinator: str) -> Identity:

@@ -161,14 +161,16 @@ class Runner(threading.Thread):
             LoraAdapter(one.name, lora, source.config) for one, lora in zip(serving.adapters, loras, strict=True)
         ]
         spec = StageSpec(self.task.first_block, self.task.last_block, embeds=False, head=False)
-        choice = RuntimeChoice(serving.runtime, serving.weights, self._options.device, self._options.state / "onnx")
+        choice = RuntimeChoice(
+            serving.chain.runtime, serving.chain.weights, self._options.device, self._options.state / "onnx"
+        )
         runtime = make_runtime(
             source,
             spec.first,
             spec.last,
             choice,
             sequences=serving.room,
-            tokens=serving.context,
+            tokens=serving.limits.context,
             adapters=adapters,
         )
         self._state(State.RUNNING)

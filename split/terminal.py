@@ -38,13 +38,11 @@ TopP = Annotated[float, typer.Option(help="Draw from the fewest likeliest tokens
 TopK = Annotated[int, typer.Option(help="Draw from so many likeliest tokens; 0: all.")]
 Seed = Annotated[int | None, typer.Option(help="The same draws again.")]
 Stats = Annotated[bool, typer.Option("--stats", help="Say afterwards what the answer took, by hop.")]
-ExitThreshold = Annotated[
-    str,
-    typer.Option(
-        help="Tokens of which the first blocks are so sure (0 to 1, or entropy:NATS) do not wait for the others: "
-        "faster, not the same answers. Off by default."
-    ),
-]
+EXIT_THRESHOLD = (
+    "Tokens of which the first blocks are so sure (0 to 1, or entropy:NATS) do not wait for the others: faster, not "
+    "the same answers. Off by default."
+)
+ExitThreshold = Annotated[str, typer.Option(help=EXIT_THRESHOLD)]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text. Repeatable.")]
 
 

@@ -33,21 +33,26 @@ _DATASET = "notes"
 _STAGE_PORTS = 2  # one for the job, and one that something else may take meanwhile
 
 
+Out = Annotated[Path, typer.Option(help="Folder for the adapter, the held-out text and the logs.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")]
+Steps = Annotated[int, typer.Option(help="Optimiser steps.", min=1)]
+CutLayer = Annotated[int, typer.Option(help="Blocks that each device holds.")]
+Labels = Annotated[str, typer.Option(help="device or server (see `isthmus finetune --help`).")]
+CodecOption = Annotated[str, typer.Option(help="What crosses as what; none: float32 (see `isthmus finetune --help`).")]
+Link = Annotated[
+    str,
+    typer.Option(help="RATE,ROUND-TRIP of each device's own emulated link, such as 20mbit,40ms; empty: none."),
+]
+
+
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the adapter, the held-out text and the logs.")] = Path(
-        "isthmus-demo"
-    ),
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report to this file.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 50,
-    cut_layer: Annotated[int, typer.Option(help="Blocks that each device holds.")] = 2,
-    labels: Annotated[str, typer.Option(help="device or server (see `isthmus finetune --help`).")] = "device",
-    codec: Annotated[str, typer.Option(help="What crosses as what; none: float32 (see `isthmus finetune --help`).")] = (
-        "auto"
-    ),
-    link: Annotated[
-        str,
-        typer.Option(help="RATE,ROUND-TRIP of each device's own emulated link, such as 20mbit,40ms; empty: none."),
-    ] = "",
+    out: Out = Path("isthmus-demo"),
+    json_file: JsonFile = None,
+    steps: Steps = 50,
+    cut_layer: CutLayer = 2,
+    labels: Labels = "device",
+    codec: CodecOption = "auto",
+    link: Link = "",
 ) -> None:
     """Fine-tune the default model by SplitLoRA over a coordinator and three devices, each a process of its own.
 
@@ -76,18 +81,31 @@ def demo(
     )
     texts, held_out = _private_texts(folder, training.text)
     started = time.monotonic()
+    report, adapter = _train(folder, texts, training, link_spec)
+    peaks, perplexity = _measure_unsplit(folder, texts, held_out, adapter, training)
+    result = _result(report, adapter, held_out, training, peaks, perplexity, time.monotonic() - started)
+    _show(result)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        console.print(f"report: {json_file}")
+
+
+def _train(
+    folder: Path, texts: dict[str, Path], training: TrainingConfig, link: LinkSpec | None
+) -> tuple[dict[str, Any], Path]:
+    """Starts coordinator and devices, runs the job, stops them: the job's report, and the folder of its adapter."""
     with LocalCluster(folder) as cluster:
         with console.status("starting the coordinator on Ray"):
-            cluster.start_coordinator(stage_ports=_STAGE_PORTS if link_spec else 0)
+            cluster.start_coordinator(stage_ports=_STAGE_PORTS if link else 0)
         with console.status("enrolling and starting three devices"):
             for name, path in texts.items():
-                cluster.start_device(name, {_DATASET: path}, arguments=["--threads", "1"], link=link_spec)
+                cluster.start_device(name, {_DATASET: path}, arguments=["--threads", "1"], link=link)
             cluster.wait_connected(list(texts))
         console.print(
             f"coordinator on 127.0.0.1:{cluster.ports[0]}, devices {', '.join(texts)}; logs in {folder / 'logs'}"
         )
-        if link_spec:
-            console.print(f"each device reaches the coordinator over an emulated link of its own: {link_spec}")
+        if link:
+            console.print(f"each device reaches the coordinator over an emulated link of its own: {link}")
         with cluster.connect() as connection:
             spec = pb.JobSpec(
                 method="splitlora", model="default", dataset=_DATASET, devices=list(texts), training=training.to_json()
@@ -99,6 +117,13 @@ def demo(
             adapter = write_export(connection, job.id, folder / "adapter")
         with console.status("stopping the processes"):
             cluster.stop()
+    return {**report, "link": str(link or "this machine's loopback")}, adapter
+
+
+def _measure_unsplit(
+    folder: Path, texts: dict[str, Path], held_out: list[Path], adapter: Path, training: TrainingConfig
+) -> tuple[dict[str, int], float]:
+    """Peak bytes of training the whole model and of the libraries; the adapter's perplexity in the unsplit model."""
     with console.status(
         "measuring the unsplit model: memory of its training, perplexity in plain transformers and peft"
     ):
@@ -109,12 +134,7 @@ def demo(
         from isthmus.split.training.evaluate import evaluate_files  # torch and transformers: only now
 
         check = evaluate_files("default", held_out, adapter=adapter, data=training.text)
-    report["link"] = str(link_spec or "this machine's loopback")
-    result = _result(report, adapter, held_out, training, peaks, check.perplexity, time.monotonic() - started)
-    _show(result)
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
-        console.print(f"report: {json_file}")
+    return peaks, check.perplexity
 
 
 def _fresh(folder: Path) -> Path:
@@ -155,7 +175,7 @@ def _whole_model_peak(folder: Path, text: Path, training: TrainingConfig) -> int
 
 def _libraries_peak() -> int:
     """Peak memory of a process that has imported what a device imports, and has no model."""
-    program = "import isthmus.client.runner; from isthmus.split.resources.ledger import peak_bytes; print(peak_bytes())"
+    program = "import isthmus.client.runner; from isthmus.split.resources import ledger; print(ledger.peak_bytes())"
     return int(_output_of([sys.executable, "-c", program], "importing the device's libraries"))
 
 

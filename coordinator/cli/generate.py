@@ -93,9 +93,9 @@ class Here:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Here:
-        from isthmus.split.inference.asking import Asked
         from isthmus.split.inference.exits import parse_exit
         from isthmus.split.inference.local import EARLY, local_engine
+        from isthmus.split.inference.text_engine import TextEngine
         from isthmus.split.lora.folder import AdapterFolder
         from isthmus.split.lora.served import LoraAdapter
         from isthmus.split.models.source import end_tokens, open_model
@@ -116,7 +116,7 @@ class Here:
             adapters=[LoraAdapter(path.name, AdapterFolder(path), folder.config) for path in self._adapters],
         )
         await self._stack.enter_async_context(engine)
-        self._asked = Asked(engine, tokenizer, end_tokens(folder, tokenizer), adapter=len(self._adapters))
+        self._engine = TextEngine(engine, tokenizer, end_tokens(folder, tokenizer), adapter=len(self._adapters))
         self.context = engine.context
         return self
 
@@ -124,12 +124,12 @@ class Here:
         await self._stack.aclose()
 
     async def complete(self, prompt: str, asking: Asking, stat: Stat) -> AsyncIterator[str]:
-        ids = self._asked.tokenizer.encode(prompt)
-        async for text in self._asked.answer(ids, asking, stat, continues=True):
+        ids = self._engine.tokenizer.encode(prompt)
+        async for text in self._engine.answer(ids, asking, stat, continues=True):
             yield text
 
     async def reply(self, turns: list[dict[str, str]], asking: Asking, stat: Stat) -> AsyncIterator[str]:
-        tokenizer = self._asked.tokenizer
+        tokenizer = self._engine.tokenizer
         if not tokenizer.chat_template:
             raise BadRequest("this model has no chat template; use `isthmus generate --prompt`")
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
@@ -137,7 +137,7 @@ class Here:
         answer = asking.max_tokens or 1
         if len(ids) + answer > self.context:
             raise TooLong(f"{len(ids)} tokens and {answer} of an answer are more than the context of {self.context}")
-        async for part in self._asked.answer(ids, asking, stat, continues=False):
+        async for part in self._engine.answer(ids, asking, stat, continues=False):
             yield part
 
 

@@ -23,106 +23,68 @@ from isthmus.coordinator.cli.common import (
     model_name,
     print_json,
 )
+from isthmus.coordinator.cli.config_file import print_file
+from isthmus.coordinator.cli.options import PrintConfig, Settings, with_settings
 from isthmus.coordinator.cli.watch import check_ended_well
-from isthmus.coordinator.connection import connected
+from isthmus.coordinator.connection import Connection, connected
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.errors import BadRequest
-from isthmus.split.terminal import ExitThreshold
+from isthmus.split.inference.serving import ServingConfig, parse_adapter, parse_stages
 
-
-def serve(
-    model: Annotated[str, typer.Option(help="A folder in hub format at the coordinator, a hub id, or default.")] = (
-        "default"
+Model = Annotated[str, typer.Option(help="A folder in hub format at the coordinator, a hub id, or default.")]
+Stages = Annotated[
+    str,
+    typer.Option(
+        help="Who holds which blocks: HOLDER:FIRST-LAST,... where a holder is a device or `cloud`, the coordinator. "
+        "`laptop+desktop:0-8`: desktop stands by for laptop. auto: the best single node that has the memory, or the "
+        "fastest split."
     ),
-    stages: Annotated[
-        str,
-        typer.Option(
-            help="Who holds which blocks: HOLDER:FIRST-LAST,... where a holder is a device or `cloud`, the "
-            "coordinator. `laptop+desktop:0-8`: desktop stands by for laptop. auto: the best single node that has "
-            "the memory, or the fastest split."
-        ),
-    ] = "auto",
-    name: Annotated[str, typer.Option(help="What clients call the model; by default as --model.")] = "",
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="DIR or NAME=DIR: a LoRA adapter of this model to serve with it, a folder at the coordinator as "
-            "`isthmus export` or peft writes it. Clients choose it by its name, by default the folder's. Repeatable."
-        ),
-    ] = None,
-    context: Annotated[int, typer.Option(help="Tokens of prompt and answer; 0: what the model takes, up to 4096.")] = 0,
-    sequences: Annotated[int, typer.Option(help="Answers at the same time; keys and values are kept for each.")] = 8,
-    queue: Annotated[int, typer.Option(help="Requests that may wait; beyond it: 429, try again later.")] = 64,
-    codec: Annotated[str, typer.Option(help="Of hidden states on the way; none is exact (`isthmus codecs`).")] = "none",
-    runtime: Annotated[
-        str, typer.Option(help="auto (the faster one, measured at each holder), torch, or onnxruntime.")
-    ] = "auto",
-    weights: Annotated[
-        str, typer.Option(help="Of linear modules: float32, or in onnxruntime int8 or int4.")
-    ] = "float32",
-    draft: Annotated[
-        str,
-        typer.Option(
-            help="Who guesses at tokens that the chain then verifies together: none, lookup (the text so far), or a "
-            "small model with the same tokenizer at the coordinator. Answers stay the same."
-        ),
-    ] = "none",
-    exit_threshold: ExitThreshold = "",
-    host: Annotated[str, typer.Option(help="Where HTTP listens, at the coordinator.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 0,
-    tls_certificate: Annotated[
-        str, typer.Option(help="PEM file at the coordinator: HTTP is encrypted. With --tls-key.")
-    ] = "",
-    tls_key: Annotated[str, typer.Option(help="Its private key.")] = "",
-    api_key: Annotated[
-        str, typer.Option(help="That clients have to send; by default one is made.", envvar="ISTHMUS_API_KEY")
-    ] = "",
-    no_api_key: Annotated[bool, typer.Option("--no-api-key", help="Let everybody in.")] = False,
-    users: Annotated[
-        str,
-        typer.Option(
-            help="Devices that may use the chain themselves, so that text stays there (`isthmus-client generate`): "
-            "laptop,phone. Those that hold the first blocks may in any case."
-        ),
-    ] = "",
-    guests: Annotated[
-        int | None,
-        typer.Option(help="Answers at the same time for such devices, beside --sequences; by default 4 if any may."),
-    ] = None,
-    wait: Annotated[float, typer.Option(help="Seconds to wait for devices that are missing.")] = 60.0,
+]
+Name = Annotated[str, typer.Option(help="What clients call the model; by default as --model.")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="DIR or NAME=DIR: a LoRA adapter of this model to serve with it, a folder at the coordinator as "
+        "`isthmus export` or peft writes it. Clients choose it by its name, by default the folder's. Repeatable."
+    ),
+]
+ApiKey = Annotated[
+    str, typer.Option(help="That clients have to send; by default one is made.", envvar="ISTHMUS_API_KEY")
+]
+NoApiKey = Annotated[bool, typer.Option("--no-api-key", help="Let everybody in.")]
+Wait = Annotated[float, typer.Option(help="Seconds to wait for devices that are missing.")]
+
+
+@with_settings(ServingConfig)
+def serve(
+    settings: Settings,
+    model: Model = "default",
+    stages: Stages = "auto",
+    name: Name = "",
+    adapter: Adapters = None,
+    api_key: ApiKey = "",
+    no_api_key: NoApiKey = False,
+    wait: Wait = 60.0,
     json_output: Json = False,
     credentials: CredentialsFolder = DEFAULT_CREDENTIALS,
     coordinator: Address = "",
+    print_config: PrintConfig = False,
 ) -> None:
     """Serve a model until Ctrl-C or SIGTERM. Its blocks may lie on devices; when one dies, another goes on.
 
     Example: isthmus serve --model default --stages laptop:0-2,cloud:2-6 --port 8000
     """
-    from isthmus.split.inference.serving import ServingConfig, parse_adapter, parse_stages
-
     if no_api_key and api_key:
         raise BadRequest("--api-key and --no-api-key exclude each other")
     key = "" if no_api_key else api_key or f"ist-{secrets.token_urlsafe(24)}"
-    config = ServingConfig(
+    config = _serving(settings, key).but(
         spans=parse_stages(stages),
         name=name or Path(model).name,
-        context=context,
-        sequences=sequences,
-        queue=queue,
-        codec=codec,
-        runtime=runtime,
-        weights=weights,
-        draft=draft if draft in ("none", "lookup", "early") else model_name(draft),
-        exit_threshold=exit_threshold,
-        http_host=host,
-        http_port=port,
-        http_certificate=_full_path(tls_certificate),
-        http_key=_full_path(tls_key),
-        key_sha256=hashlib.sha256(key.encode()).hexdigest() if key else "",
-        users=tuple(user.strip() for user in users.split(",") if user.strip()),
-        guests=guests,
         adapters=tuple(map(parse_adapter, adapter or ())),
     )
+    if print_config:
+        print_file(ServingConfig)
+        return
     spec = pb.JobSpec(
         method="serve",
         model=model_name(model),
@@ -130,21 +92,44 @@ def serve(
         serving=config.to_json(),
         wait_seconds=wait,
     )
-    if not tls_certificate and host not in ("127.0.0.1", "::1", "localhost") and not json_output:
-        console.print(f"HTTP at {host} is not encrypted: --tls-certificate and --tls-key change that", style="yellow")
+    if not json_output:
+        _warn(config)
     with connected(credentials, coordinator) as connection:
-        job = connection.stub.SubmitJob(pb.SubmitJobRequest(spec=spec))
-        try:
-            with _stoppable():
-                for event in connection.stub.WatchJob(pb.WatchJobRequest(id=job.id)):
-                    _show(event, "" if api_key else key, as_json=json_output)
-        except KeyboardInterrupt:
-            connection.stub.CancelJob(pb.JobRequest(id=job.id))
-            if not json_output:
-                console.print("the model is not served any more")
-            raise typer.Exit(130) from None
-        ended = connection.stub.GetJob(pb.JobRequest(id=job.id))
-    check_ended_well(ended)
+        _follow(
+            connection, connection.stub.SubmitJob(pb.SubmitJobRequest(spec=spec)), "" if api_key else key, json_output
+        )
+
+
+def _serving(settings: Settings, key: str) -> ServingConfig:
+    """The settings, with full paths of what is on this machine. key: clients' API key; empty: none is needed."""
+    draft, certificate, tls_key = (settings[name] for name in ("draft", "tls_certificate", "tls_key"))
+    changes = {
+        "draft": draft if draft in ("none", "lookup", "early") else model_name(draft),
+        "tls_certificate": _full_path(certificate),
+        "tls_key": _full_path(tls_key),
+        "key_sha256": hashlib.sha256(key.encode()).hexdigest() if key else "",
+    }
+    return ServingConfig.of(**{**settings, **changes})
+
+
+def _warn(config: ServingConfig) -> None:
+    if not config.http.tls_certificate and config.http.host not in ("127.0.0.1", "::1", "localhost"):
+        line = f"HTTP at {config.http.host} is not encrypted: --tls-certificate and --tls-key change that"
+        console.print(line, style="yellow")
+
+
+def _follow(connection: Connection, job: pb.Job, key: str, as_json: bool) -> None:
+    """Shows what happens until the job ends; Ctrl-C ends it. key: to tell once; empty: the user knows it."""
+    try:
+        with _stoppable():
+            for event in connection.stub.WatchJob(pb.WatchJobRequest(id=job.id)):
+                _show(event, key, as_json=as_json)
+    except KeyboardInterrupt:
+        connection.stub.CancelJob(pb.JobRequest(id=job.id))
+        if not as_json:
+            console.print("the model is not served any more")
+        raise typer.Exit(130) from None
+    check_ended_well(connection.stub.GetJob(pb.JobRequest(id=job.id)))
 
 
 def _full_path(file: str) -> str:

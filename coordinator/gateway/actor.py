@@ -84,8 +84,8 @@ class GatewayActor:
                 one.first,
                 one.last,
                 hidden_size,
-                chunk=serving.chunk,
-                patience=serving.patience,
+                chunk=serving.chain.chunk,
+                patience=serving.chain.patience,
                 tell=self._tell_recovery,
             )
             for one in serving.spans
@@ -93,12 +93,12 @@ class GatewayActor:
         engine = Engine(
             ends,
             self._spans,
-            context=serving.context,
-            sequences=serving.sequences,
-            queue=serving.queue,
-            chunk=serving.chunk,
+            context=serving.limits.context,
+            sequences=serving.limits.sequences,
+            queue=serving.limits.queue,
+            chunk=serving.chain.chunk,
             drafter=drafter,
-            exits=parse_exit(serving.exit_threshold),
+            exits=parse_exit(serving.drafts.exit_threshold),
         )
         await self._closing.enter_async_context(engine)
         self._servicer = ChainServicer(
@@ -127,17 +127,17 @@ class GatewayActor:
         def stats() -> dict[str, Any]:
             return {**engine.stats(), "guests": self._servicer.guests.load}
 
-        app = make_app(models, key_sha256=serving.key_sha256 or None, stats=stats)
+        app = make_app(models, key_sha256=serving.http.key_sha256 or None, stats=stats)
         http = await serve(
             app,
-            serving.http_host,
-            serving.http_port,
-            certificate=serving.http_certificate,
-            key=serving.http_key,
+            serving.http.host,
+            serving.http.port,
+            certificate=serving.http.tls_certificate,
+            key=serving.http.tls_key,
         )
         self._closing.push_async_callback(http.close)
-        scheme = "https" if serving.http_certificate else "http"
-        self._url = f"{scheme}://{join_address(serving.http_host, http.port)}/v1"
+        scheme = "https" if serving.http.tls_certificate else "http"
+        self._url = f"{scheme}://{join_address(serving.http.host, http.port)}/v1"
         self._tasks = [asyncio.create_task(self._tell_events()), asyncio.create_task(self._tell_when_complete())]
         for span in serving.spans:
             for number in range(span.holders.count(CLOUD)):
@@ -170,10 +170,12 @@ class GatewayActor:
 
     def _load(self) -> tuple[ModelFolder, Ends, Drafter | None]:
         folder, serving = open_model(self._task.model), self._serving
-        choice = RuntimeChoice(serving.runtime, serving.weights, self._options.device, Path(self._task.cache))
+        choice = RuntimeChoice(
+            serving.chain.runtime, serving.chain.weights, self._options.device, Path(self._task.cache)
+        )
         ends = Ends(folder, choice)
-        room = {"context": serving.context, "sequences": serving.sequences}
-        return folder, ends, make_drafter(serving.draft, folder, ends, choice, None, **room)
+        room = {"context": serving.limits.context, "sequences": serving.limits.sequences}
+        return folder, ends, make_drafter(serving.drafts.draft, folder, ends, choice, None, **room)
 
     def _here(self) -> str:
         """The host under which the gateway's own holders reach it, on this node or on another."""
@@ -194,12 +196,12 @@ class GatewayActor:
             last=span.last,
             digest=self._task.digests[str(span)],
             sequences=self._serving.room,
-            tokens=self._serving.context,
+            tokens=self._serving.limits.context,
             gateway=join_address(self._here(), port),
             threads=self._options.threads,
             device=self._options.device,
-            runtime=self._serving.runtime,
-            weights=self._serving.weights,
+            runtime=self._serving.chain.runtime,
+            weights=self._serving.chain.weights,
             cache=self._task.cache,
             adapters=tuple((one.name, one.folder) for one in self._serving.adapters),
             ca=self._options.ca,

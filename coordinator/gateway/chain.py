@@ -60,7 +60,7 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
             return
         span = self._span_of(peer, first)
         name = f"{CLOUD}-{first.hello.process}" if peer.role == "stage" else peer.name
-        holder = RemoteHolder(name, self._serving.codec, secrets.randbits(48), self._hidden_size)
+        holder = RemoteHolder(name, self._serving.chain.codec, secrets.randbits(48), self._hidden_size)
         mine = self._open.setdefault(peer.name, {})
         if peer.role == "device":  # which has dialled again
             for earlier in list(mine):
@@ -129,12 +129,12 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
             raise NotAllowed(f"{peer.name} holds no blocks {name} in job {self._job}")
         if hello.digest != self._digests[name]:
             raise BadFrame(f"the tensors of blocks {name} at {peer.name} are not the coordinator's")
-        if hello.sequences < self._serving.room or hello.tokens < self._serving.context:
+        if hello.sequences < self._serving.room or hello.tokens < self._serving.limits.context:
             raise BadFrame(
                 f"{peer.name} has room for {hello.sequences} sequences of {hello.tokens} tokens; "
-                f"{self._serving.room} of {self._serving.context} are needed"
+                f"{self._serving.room} of {self._serving.limits.context} are needed"
             )
-        missing = parse(self._serving.codec).families - set(hello.codecs)
+        missing = parse(self._serving.chain.codec).families - set(hello.codecs)
         if missing:
             raise BadFrame(f"{peer.name} has no codec {sorted(missing)[0]}: bring its isthmus up to date")
         return self._spans[name]

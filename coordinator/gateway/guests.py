@@ -45,7 +45,7 @@ class Guests:
     ) -> None:
         self._job, self._serving, self._spans, self._hidden_size = job, serving, spans, hidden_size
         self._digests = digests
-        self._free = deque(range(serving.sequences, serving.room))
+        self._free = deque(range(serving.limits.sequences, serving.room))
         self._open: dict[tuple[str, str], Guest] = {}  # by device and its session
 
     @property
@@ -67,7 +67,7 @@ class Guests:
             line = f"too few sequences for devices are free ({len(self._free)}; {hello.sequences} asked for)"
             raise Busy(f"{line}: try again later, or serve the model with more --guests", _RETRY)
         sequences = [self._free.popleft() for _ in range(hello.sequences)]
-        most = max(self._serving.chunk, _STEP * hello.sequences)
+        most = max(self._serving.chain.chunk, _STEP * hello.sequences)
         guest = Guest(spans, sequences, self._serving, self._hidden_size, most)
         guest.hello = pb.Hello(
             job=self._job,
@@ -75,7 +75,7 @@ class Guests:
             last=spans[-1].last,
             digest=hello.digest,
             sequences=hello.sequences,
-            tokens=self._serving.context,
+            tokens=self._serving.limits.context,
             codecs=sorted(FAMILIES),
         )
         self._open[key] = guest
@@ -176,9 +176,11 @@ class Guest:
         """Raises BadFrame, BadTensor or CodecError for what was not agreed."""
         kind = message.WhichOneof("kind")
         if kind == "agreed" and self._coder is None:
-            if message.agreed.codec != self._serving.codec:
-                raise BadFrame(f"codec {message.agreed.codec[:32]!r}: this model is served with {self._serving.codec}")
-            self._coder = HiddenCoder(self._serving.codec, message.agreed.seed, self._hidden_size)
+            if message.agreed.codec != self._serving.chain.codec:
+                raise BadFrame(
+                    f"codec {message.agreed.codec[:32]!r}: this model is served with {self._serving.chain.codec}"
+                )
+            self._coder = HiddenCoder(self._serving.chain.codec, message.agreed.seed, self._hidden_size)
         elif kind == "batch" and self._coder is not None:
             self._start(message.batch, self._coder)
         elif kind == "forget":
@@ -207,8 +209,10 @@ class Guest:
         for row in rows:
             if row.adapter > len(self._serving.adapters):
                 raise BadFrame(f"adapter {row.adapter} of {len(self._serving.adapters)}")
-            if not row.count or row.position + row.count > self._serving.context:
-                raise BadFrame(f"tokens {row.position} to {row.position + row.count}: not in {self._serving.context}")
+            if not row.count or row.position + row.count > self._serving.limits.context:
+                raise BadFrame(
+                    f"tokens {row.position} to {row.position + row.count}: not in {self._serving.limits.context}"
+                )
         hidden = coder.decode(batch.hidden, tokens)
         if hidden.abs().max() > _GREATEST:
             raise BadTensor(f"hidden states beyond {_GREATEST:g}")

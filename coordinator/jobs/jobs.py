@@ -89,7 +89,7 @@ class Jobs:
         self._check_devices(spec)
         method = await asyncio.to_thread(method_of, spec, self._state / "digests.json")
         if isinstance(method, Serving):
-            self._check_enrolled(method.config.users)
+            self._check_enrolled(method.config.access.users)
         await asyncio.to_thread(method.folder.tokenizer)
         if resume:
             self._check_resumable(resume)  # again: somebody else may have resumed it meanwhile

@@ -210,12 +210,12 @@ class Serving:
         asked, layers = ServingConfig.from_json(spec.serving), self.folder.config.num_hidden_layers
         spans = asked.spans or (SpanConfig(0, layers, (CLOUD,)),)
         check_spans(spans, layers)
-        self.asked = replace(asked, context=context_of(self.folder, asked.context or None))
+        self.asked = asked.but(context=context_of(self.folder, asked.limits.context or None))
         self.config = replace(self.asked, spans=spans)
-        if asked.exit_threshold and len(asked.spans) < 2:
+        if asked.drafts.exit_threshold and len(asked.spans) < 2:
             raise BadRequest("--exit-threshold: name --stages with two spans at least: with one no way is saved")
-        if asked.draft not in (NONE, LOOKUP):
-            open_draft_model(asked.draft, self.folder)
+        if asked.drafts.draft not in (NONE, LOOKUP):
+            open_draft_model(asked.drafts.draft, self.folder)
         if sorted(self.config.devices) != sorted(spec.devices):
             raise BadRequest("the devices of a served model are those of its stages")
         self._folders = [AdapterFolder(one.folder) for one in asked.adapters]
@@ -251,9 +251,8 @@ class Serving:
     def for_devices(self) -> str:
         """JSON of the configuration, without what is not theirs to know."""
         adapters = tuple(AdapterConfig(one.name) for one in self.config.adapters)
-        return replace(
-            self.config, key_sha256="", http_certificate="", http_key="", draft=NONE, adapters=adapters
-        ).to_json()
+        secret = {"key_sha256": "", "tls_certificate": "", "tls_key": "", "draft": NONE}
+        return self.config.but(**secret, adapters=adapters).to_json()
 
     def planned(self, profiles: Mapping[str, pb.Profile]) -> tuple[Serving, dict[str, Any] | None]:
         """With the spans that were asked for or, where none were, the best ones; and what is to be told of them.
@@ -282,7 +281,7 @@ class Serving:
         if memory and needed > memory:
             raise BadRequest(
                 f"device {name} has {memory / 2**30:.1f} GiB of memory; blocks {span} take "
-                f"{needed / 2**30:.1f} GiB with room for {self.config.room} sequences of {self.config.context} "
+                f"{needed / 2**30:.1f} GiB with room for {self.config.room} sequences of {self.config.limits.context} "
                 "tokens: give it fewer blocks, or serve fewer sequences or a shorter context"
             )
 

@@ -63,7 +63,7 @@ def _choose(nodes: Sequence[Node], served: Served, serving: ServingConfig) -> li
         )
         raise BadRequest(
             f"nobody has the memory: {served.blocks} blocks take {needed / _GIB:.1f} GiB with room for "
-            f"{serving.room} sequences of {serving.context} tokens, and free for them are: {have}; serve fewer "
+            f"{serving.room} sequences of {serving.limits.context} tokens, and free for them are: {have}; serve fewer "
             "sequences, a shorter context, or --weights int4, or connect more devices"
         )
     return chain
@@ -113,7 +113,7 @@ def _node(name: str, profile: pb.Profile, source: TensorSource, serving: Serving
     memory = profile.accelerator_bytes or profile.memory_bytes or math.inf
     if name == CLOUD:
         memory -= _ends_bytes(source, serving)
-    speed = _speed(profile, source, serving, serving.weights)
+    speed = _speed(profile, source, serving, serving.chain.weights)
     if speed is None or not profile.HasField("link"):
         return Node(name, memory, None)
     link = LinkProfile.from_proto(profile.link)
@@ -130,7 +130,7 @@ def _served(source: TensorSource, serving: ServingConfig, here: pb.Profile, adap
         blocks=config.num_hidden_layers,
         block_bytes=weight_bytes(source, one, serving) + adapter_bytes,
         cache_bytes=cache_bytes(source, one, serving),
-        hidden_bytes=parse(serving.codec).wire_bytes((1, config.hidden_size)),
+        hidden_bytes=parse(serving.chain.codec).wire_bytes((1, config.hidden_size)),
         gateway_seconds=0.0 if head is None else head.batch_seconds + values * BYTES[weights] / head.bytes_per_second,
     )
 
@@ -142,7 +142,7 @@ def _speed(profile: pb.Profile, source: TensorSource, serving: ServingConfig, we
         speed
         for speed in speeds_of(profile)
         if speed.weights == weights
-        and (serving.runtime == AUTO or speed.runtime == serving.runtime)
+        and (serving.chain.runtime == AUTO or speed.runtime == serving.chain.runtime)
         and (speed.runtime != ONNX or _has_graph(source))
     ]
     return min(known, key=lambda speed: speed.seconds(block), default=None)
@@ -159,7 +159,7 @@ def _has_graph(source: TensorSource) -> bool:
 
 
 def _head_weights(serving: ServingConfig) -> str:
-    return "int8" if serving.weights == "int4" else serving.weights  # as `make_head` has it
+    return "int8" if serving.chain.weights == "int4" else serving.chain.weights  # as `make_head` has it
 
 
 def _ends_bytes(source: TensorSource, serving: ServingConfig) -> float:

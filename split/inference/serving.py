@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from isthmus.split.errors import BadRequest
-from isthmus.split.inference.exits import parse_exit
-from isthmus.split.inference.local import EARLY, NONE
-from isthmus.split.inference.wire import codec_for_hidden_states
-from isthmus.split.lora.served import LoraAdapter
-from isthmus.split.models.source import TensorSource
-from isthmus.split.models.stage import StageSpec, skeleton
-from isthmus.split.runtime.choose import AUTO, check_runtime
-from isthmus.split.runtime.speed import BYTES
-from isthmus.split.tls import check_name
+from isthmus.split.inference.settings import (
+    AccessSettings,
+    ChainSettings,
+    DraftsSettings,
+    HttpSettings,
+    LimitsSettings,
+)
+from isthmus.split.job.fields import setting
+from isthmus.split.job.grouped import Grouped
+
+if TYPE_CHECKING:  # torch: not for the command's `--help`
+    from isthmus.split.lora.served import LoraAdapter
+    from isthmus.split.models.source import TensorSource
 
 CLOUD = "cloud"  # as a holder: an actor at the coordinator
 _GUESTS = 4  # sequences that are kept for devices which use the chain, where nobody says how many
+_NAMES_OF_0_1 = {
+    "http_host": "host",
+    "http_port": "port",
+    "http_certificate": "tls_certificate",
+    "http_key": "tls_key",
+}
 _SPAN = re.compile(r"\s*([a-z0-9+-]+)\s*:\s*(\d+)\s*-\s*(\d+)\s*")
 
 
@@ -45,51 +54,34 @@ class AdapterConfig:
     folder: str = ""
 
 
+def _read_spans(value: Any) -> tuple[SpanConfig, ...]:
+    return tuple(SpanConfig(int(one["first"]), int(one["last"]), tuple(map(str, one["holders"]))) for one in value)
+
+
+def _read_adapters(value: Any) -> tuple[AdapterConfig, ...]:
+    return tuple(AdapterConfig(str(one["name"]), str(one["folder"])) for one in value)
+
+
 @dataclass(frozen=True)
-class ServingConfig:
-    """One served model. spans: none: all at the coordinator. context: tokens of a sequence, 0: as many as the model
-    takes, up to 4096; sequences: at the same time; queue: requests that may wait.
+class ServingConfig(Grouped):
+    """One served model: who holds which blocks, what clients call it, and how it is computed and reached."""
 
-    key_sha256: of the API key, hexadecimal; empty: none is needed. patience: seconds that an answer waits for a holder.
-    http_certificate, http_key: PEM files at the coordinator, for TLS; empty: HTTP is not encrypted.
-    draft: NONE, LOOKUP, or a model at the coordinator. exit_threshold: as `parse_exit`.
+    kind: ClassVar[str] = "serving configuration"
 
-    users: devices that may use the chain themselves, beside those that hold the first span; guests: sequences for them,
-    beside the others; None: 4 if there is anybody who may.
-    adapters: of LoRA, chosen by a request's model name.
-    """
-
-    spans: tuple[SpanConfig, ...]
-    name: str
-    context: int = 0
-    sequences: int = 8
-    queue: int = 64
-    chunk: int = 256
-    codec: str = "none"
-    runtime: str = AUTO
-    weights: str = "float32"
-    http_host: str = "127.0.0.1"
-    http_port: int = 0
-    http_certificate: str = ""
-    http_key: str = ""
-    key_sha256: str = ""
-    patience: float = 60.0
-    draft: str = NONE
-    exit_threshold: str = ""
-    users: tuple[str, ...] = ()
-    guests: int | None = None
-    adapters: tuple[AdapterConfig, ...] = ()
+    spans: tuple[SpanConfig, ...] = setting(
+        (), "Who holds which blocks; none: it is planned.", option=False, read=_read_spans
+    )
+    name: str = setting("", "What clients call the model.", option=False)
+    adapters: tuple[AdapterConfig, ...] = setting(
+        (), "Of LoRA, chosen by a request's model name.", option=False, read=_read_adapters
+    )
+    limits: LimitsSettings = LimitsSettings()
+    chain: ChainSettings = ChainSettings()
+    drafts: DraftsSettings = DraftsSettings()
+    http: HttpSettings = HttpSettings()
+    access: AccessSettings = AccessSettings()
 
     def __post_init__(self) -> None:
-        for name, least, most in (("sequences", 1, 1024), ("queue", 0, 100_000), ("chunk", 1, 4096)):
-            if not least <= getattr(self, name) <= most:
-                raise BadRequest(f"{name} {getattr(self, name)}: choose {least} to {most}")
-        if not 0 < self.patience < 86400:
-            raise BadRequest(f"patience {self.patience}: choose seconds, more than 0")
-        if self.guests is not None and not bool(self.users) <= self.guests <= 1024:
-            raise BadRequest(f"guests {self.guests}: choose {int(bool(self.users))} to 1024")
-        for user in self.users:
-            check_name(user)
         names = ["", self.name]
         for adapter in self.adapters:
             if adapter.name in names:
@@ -98,14 +90,6 @@ class ServingConfig:
                     "none; write --adapter NAME=DIR"
                 )
             names.append(adapter.name)
-        if bool(self.http_certificate) != bool(self.http_key):
-            raise BadRequest("TLS needs both --tls-certificate and --tls-key")
-        codec_for_hidden_states(self.codec)
-        check_runtime(self.runtime, self.weights)
-        if self.draft == EARLY:
-            raise BadRequest("--draft early: the gateway holds no blocks; choose lookup or a model")
-        if parse_exit(self.exit_threshold) and self.draft != NONE:
-            raise BadRequest("--exit-threshold and --draft exclude each other")
 
     @property
     def devices(self) -> list[str]:
@@ -119,17 +103,19 @@ class ServingConfig:
     @property
     def may_use(self) -> list[str]:
         """Devices that may use the chain themselves."""
-        if self.guests == 0:
+        if self.access.guests == 0:
             return []
         first = self.spans[0].holders if self.spans else ()
-        return list(dict.fromkeys([*self.users, *(holder for holder in first if holder != CLOUD)]))
+        return list(dict.fromkeys([*self.access.users, *(holder for holder in first if holder != CLOUD)]))
 
     @property
     def room(self) -> int:
         """Sequences that every holder has to have room for: the API's, and after them the guests'."""
-        if self.guests == 0 or (self.spans and not self.may_use):  # without spans a device may still get the first
-            return self.sequences
-        return self.sequences + (_GUESTS if self.guests is None else self.guests)
+        if self.access.guests == 0 or (
+            self.spans and not self.may_use
+        ):  # without spans a device may still get the first
+            return self.limits.sequences
+        return self.limits.sequences + (_GUESTS if self.access.guests is None else self.access.guests)
 
     @property
     def boundaries(self) -> list[int]:
@@ -139,22 +125,9 @@ class ServingConfig:
     def span_of(self, device: str) -> SpanConfig:
         return next(span for span in self.spans if device in span.holders)
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
     @classmethod
-    def from_json(cls, text: str) -> ServingConfig:
-        """Raises BadRequest for what is not one."""
-        try:
-            raw = json.loads(text)
-            spans = tuple(
-                SpanConfig(int(s["first"]), int(s["last"]), tuple(map(str, s["holders"]))) for s in raw["spans"]
-            )
-            adapters = tuple(AdapterConfig(str(a["name"]), str(a["folder"])) for a in raw.get("adapters", ()))
-            users = tuple(map(str, raw.get("users", ())))
-            return cls(**{**raw, "spans": spans, "adapters": adapters, "users": users})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise BadRequest(f"not a serving configuration: {error}") from None
+    def _named_as_now(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {_NAMES_OF_0_1.get(name, name): value for name, value in values.items()}
 
 
 def parse_stages(text: str) -> tuple[SpanConfig, ...]:
@@ -227,12 +200,15 @@ def adapter_bytes(adapters: Sequence[LoraAdapter], first: int, last: int) -> int
 
 
 def weight_bytes(source: TensorSource, span: SpanConfig, serving: ServingConfig) -> int:
+    from isthmus.split.models.stage import StageSpec, skeleton  # torch: not for the command's `--help`
+    from isthmus.split.runtime.speed import BYTES
+
     blocks = skeleton(source.config, StageSpec(span.first, span.last, embeds=False, head=False))
-    return int(BYTES[serving.weights] * sum(value.numel() for value in blocks.parameters()))
+    return int(BYTES[serving.chain.weights] * sum(value.numel() for value in blocks.parameters()))
 
 
 def cache_bytes(source: TensorSource, span: SpanConfig, serving: ServingConfig) -> int:
     config = source.config
     heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 8 * (span.last - span.first) * serving.room * serving.context * heads * head_size
+    return 8 * (span.last - span.first) * serving.room * serving.limits.context * heads * head_size

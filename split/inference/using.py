@@ -81,26 +81,28 @@ async def user_engine(
     spans, near = [], None
     if blocks:
         room = 2 * sequences if draft == EARLY else sequences
-        runtime = make_runtime(source, 0, blocks, choice, sequences=room, tokens=serving.context, adapters=adapters)
+        runtime = make_runtime(
+            source, 0, blocks, choice, sequences=room, tokens=serving.limits.context, adapters=adapters
+        )
         near = LocalHolder("here", runtime)
-        spans.append(Span(0, blocks, config.hidden_size, chunk=serving.chunk))
+        spans.append(Span(0, blocks, config.hidden_size, chunk=serving.chain.chunk))
         await spans[0].add(near)
     far = Span(
         blocks,
         config.num_hidden_layers,
         config.hidden_size,
-        chunk=serving.chunk,
-        patience=serving.patience,
+        chunk=serving.chain.chunk,
+        patience=serving.chain.patience,
         tell=_log_recovery,
     )
     ends = Ends(source, choice)
-    drafter = make_drafter(draft, source, ends, choice, near, context=serving.context, sequences=sequences)
+    drafter = make_drafter(draft, source, ends, choice, near, context=serving.limits.context, sequences=sequences)
     engine = Engine(
         ends,
         [*spans, far],
-        context=serving.context,
+        context=serving.limits.context,
         sequences=sequences,
-        chunk=serving.chunk,
+        chunk=serving.chain.chunk,
         drafter=drafter,
         exits=exits,
     )
@@ -129,7 +131,7 @@ class Using:
         """address: HOST:PORT. digest: of the tensors of `user_parts`."""
         self._address, self._credentials, self._span, self._serving = address, credentials, span, serving
         self._hidden_size = hidden_size
-        self._timeout = _ANSWER + serving.patience * len(serving.spans)
+        self._timeout = _ANSWER + serving.chain.patience * len(serving.spans)
         self._hello = pb.UserHello(
             job=job, first=span.first, digest=digest, sequences=sequences, session=secrets.token_hex(8)
         )
@@ -184,7 +186,7 @@ class Using:
                         holder.heard(message)
                         continue
                     self._check(message)
-                    codec = self._serving.codec
+                    codec = self._serving.chain.codec
                     holder = RemoteHolder(
                         GATEWAY, codec, secrets.randbits(48), self._hidden_size, timeout=self._timeout
                     )
@@ -211,10 +213,14 @@ class Using:
         hello, wanted = message.hello, self._hello
         if message.WhichOneof("kind") != "hello" or (hello.job, hello.first) != (wanted.job, wanted.first):
             raise BadFrame("the gateway's first message is not its hello")
-        if hello.last != self._span.last or hello.sequences < wanted.sequences or hello.tokens < self._serving.context:
+        if (
+            hello.last != self._span.last
+            or hello.sequences < wanted.sequences
+            or hello.tokens < self._serving.limits.context
+        ):
             raise BadFrame(
                 f"the gateway has blocks up to {hello.last} for {hello.sequences} sequences of {hello.tokens}"
-                f" tokens; up to {self._span.last} for {wanted.sequences} of {self._serving.context} are needed"
+                f" tokens; up to {self._span.last} for {wanted.sequences} of {self._serving.limits.context} are needed"
             )
 
 

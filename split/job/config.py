@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar
 
 from isthmus.split.errors import BadRequest
 from isthmus.split.job.fields import at_least, one_of, setting
+from isthmus.split.job.grouped import Grouped
 from isthmus.split.job.groups import (
     KEEP,
     DevicesSettings,
@@ -27,8 +25,10 @@ METHODS = (SPLITLORA, DLORA)
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Grouped):
     """A split fine-tuning job. Steps, batches and sequences are counted for each device."""
+
+    kind: ClassVar[str] = "training configuration"
 
     method: str = setting(SPLITLORA, "splitlora or dlora: who trains what.", option=False)
     steps: int = setting(100, "Optimiser steps.")
@@ -167,99 +167,11 @@ class TrainingConfig:
         before = (done - 1) // self._rests_every * self._rests_every
         return done // every > before // every
 
-    # As names and values.
-
     @classmethod
-    def of(cls, **values: Any) -> Self:
-        """A job with these values of settings, by their names whatever the group; the others are the defaults."""
-        return cls().but(**values)
-
-    def but(self, **values: Any) -> Self:
-        """This job with other values of some settings. Raises BadRequest for a name that there is not."""
-        groups: dict[str, dict[str, Any]] = {}
-        known = {name: (group, field.name) for name, group, field in settings()}
-        for name, value in values.items():
-            if name not in known:
-                raise BadRequest(f"unknown training options: {name}; is the other side a newer version?")
-            group, field_name = known[name]
-            groups.setdefault(group, {})[field_name] = value
-        changed: dict[str, Any] = groups.pop("", {})
-        for group, chosen in groups.items():
-            changed[group] = dataclasses.replace(getattr(self, group), **chosen)
-        return dataclasses.replace(self, **changed)
-
-    def to_json(self) -> str:
-        """All settings, in their groups."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """What `to_json` wrote, or version 0.1, which had no groups.
-
-        Raises BadRequest for text that is not a JSON object of known fields with values of their types.
-        """
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise BadRequest(f"the training configuration is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise BadRequest("the training configuration is not a JSON object")
-        return cls.of(**_checked(_flat(values)))
-
-
-def settings() -> Iterator[tuple[str, str, dataclasses.Field[Any]]]:
-    """All settings of a job: the name that is theirs alone, their group (empty: none), the field."""
-    for field in dataclasses.fields(TrainingConfig):
-        if not dataclasses.is_dataclass(field.default):
-            yield field.name, "", field
-            continue
-        for one in dataclasses.fields(field.default):
-            option = one.metadata["option"]
-            yield option if one.name == "name" else one.name, field.name, one
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """By the names that are theirs alone: groups opened, and version 0.1's own way to say some things translated."""
-    flat: dict[str, Any] = {}
-    groups = {group for _, group, _ in settings() if group}
-    names = {(group, field.name): name for name, group, field in settings()}
-    for key, value in values.items():
-        if key in groups and isinstance(value, Mapping):
-            for inner, one in value.items():
-                flat[names.get((key, inner), f"{key}.{inner}")] = one
-        elif key == "dlora" and isinstance(value, bool):
-            flat["method"] = DLORA if value else SPLITLORA
-        else:
-            flat[key] = value
-    if flat.get("active_fraction", 1) == 1 and not flat.get("bytes_per_step"):
-        for name in ("kill_warmup", "kill_anneal", "kill_interval"):  # version 0.1 told them of every job
-            flat.pop(name, None)
-    return flat
-
-
-def _checked(values: dict[str, Any]) -> dict[str, Any]:
-    """Raises BadRequest for a name that there is not, or a value of another type."""
-    known = {name: field for name, _, field in settings()}
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise BadRequest(f"unknown training options: {', '.join(unknown)}; is the other side a newer version?")
-    for name, value in values.items():
-        if isinstance(value, list):
-            values[name] = value = tuple(value)
-        if not _fits(known[name].type, value):
-            raise BadRequest(f"training option {name} has the value {value!r}; it must be {known[name].type}")
-    return values
-
-
-def _fits(annotation: object, value: object) -> bool:
-    if annotation == "tuple[str, ...]":
-        return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
-    allowed: dict[object, tuple[type, ...]] = {
-        "int": (int,),
-        "int | None": (int, type(None)),
-        "bool": (bool,),
-        "float": (int, float),
-        "str": (str,),
-        "str | None": (str, type(None)),
-    }
-    return isinstance(value, allowed[annotation]) and isinstance(value, bool) == (annotation == "bool")
+    def _named_as_now(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(values.get("dlora"), bool):
+            values["method"] = DLORA if values.pop("dlora") else SPLITLORA
+        if values.get("active_fraction", 1) == 1 and not values.get("bytes_per_step"):
+            for name in ("kill_warmup", "kill_anneal", "kill_interval"):  # version 0.1 told them of every job
+                values.pop(name, None)
+        return values

@@ -92,7 +92,7 @@ class Served:
 
 @contextlib.contextmanager
 def served(house: House, stages: str, **settings: Any) -> Iterator[Served]:
-    config = ServingConfig(parse_stages(stages), "model", **settings)
+    config = ServingConfig.of(spans=parse_stages(stages), name="model", **settings)
     spec = pb.JobSpec(
         method="serve",
         model=str(house.model),

@@ -71,7 +71,7 @@ def test_serve_tells_both_predictions(measured: House) -> None:
 
 
 def test_auto_chooses_one_node_where_one_has_the_memory(measured: House) -> None:
-    config = ServingConfig((), "model")
+    config = ServingConfig.of(spans=(), name="model")
     spec = pb.JobSpec(method="serve", model=str(measured.model), serving=config.to_json(), wait_seconds=LIMIT)
     with measured.connect() as connection:
         job = submit(connection, spec).id

@@ -165,7 +165,9 @@ def test_a_device_finds_the_models_that_it_may_use(tmp_path: Path, monkeypatch: 
         model = make_model(tmp_path / "model", "llama", layers=2)
 
         async def serve(name: str, *users: str) -> pb.Job:
-            config = ServingConfig(parse_stages("cloud:0-1,cloud:1-2"), name, users=users, key_sha256="secret")
+            config = ServingConfig.of(
+                spans=parse_stages("cloud:0-1,cloud:1-2"), name=name, users=users, key_sha256="secret"
+            )
             return await jobs.submit(pb.JobSpec(method="serve", model=str(model), serving=config.to_json()), "")
 
         with pytest.raises(NotFound, match="nobody"):

@@ -19,7 +19,9 @@ from tests.split.tiny_models import make_model
 
 def test_a_device_without_the_memory_for_its_blocks_is_refused_with_the_figures(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", "llama", layers=4)
-    config = ServingConfig(parse_stages("laptop:0-3,cloud:3-4"), "m", context=100, sequences=1024)  # and 4 guests
+    config = ServingConfig.of(
+        spans=parse_stages("laptop:0-3,cloud:3-4"), name="m", context=100, sequences=1024
+    )  # and 4 guests
     spec = pb.JobSpec(method="serve", model=str(model), devices=["laptop"], serving=config.to_json())
     serving = Serving(spec, tmp_path / "digests.json")
     needed = memory_of(serving.folder, serving.config.spans[0], serving.config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 from hypothesis import given
@@ -70,6 +71,97 @@ def test_kill_and_revive_reaches_its_share_however_short_a_job_is(steps: int, ti
     assert config.kill_times == times
     assert TrainingConfig.from_json(config.to_json()) == config
     assert config.but(steps=300, kill_warmup=40, kill_interval=3).kill_times == (40, 100, 3)
+
+
+FLAT = {  # as version 0.1 stored a job
+    "cut_layer": 2,
+    "cuts": "phone=1,2",
+    "labels": "device",
+    "rank": 16,
+    "ranks": "auto",
+    "aggregation": "",
+    "alpha": 32.0,
+    "target_modules": ["q_proj", "v_proj"],
+    "steps": 300,
+    "batch_size": 4,
+    "sequence_length": 64,
+    "optimizer": "sgd",
+    "learning_rate": 0.01,
+    "weight_decay": 0.1,
+    "schedule": "linear",
+    "warmup_steps": 3,
+    "max_gradient_norm": 0.5,
+    "seed": 7,
+    "precision": "float32",
+    "codec": "hadamard,int8",
+    "error_budget": 0.01,
+    "micro_batches": 2,
+    "overlap": "exact",
+    "aggregate_every": 10,
+    "checkpoint_every": 20,
+    "evaluate_every": 5,
+    "packing": "padded",
+    "text_column": None,
+    "prompt_column": "a",
+    "completion_column": "b",
+    "validation_fraction": 0.2,
+    "dlora": False,
+    "active_fraction": 1.0,
+    "bytes_per_step": 0,
+    "kill_warmup": 30,
+    "kill_anneal": 100,
+    "kill_interval": 10,
+    "killed": "keep",
+    "aggregate": False,
+}
+
+
+def flat(config: TrainingConfig) -> dict[str, object]:
+    """The configuration as version 0.1 would have stored it."""
+    values = config.values()
+    return {**values, "target_modules": list(values["target_modules"]), "dlora": values.pop("method") == "dlora"}
+
+
+def test_what_version_0_1_stored_is_the_same_job_now() -> None:
+    read = TrainingConfig.from_json(json.dumps(FLAT))
+    assert (read.method, read.dlora.kill_warmup, read.lora.target_modules) == ("splitlora", None, ("q_proj", "v_proj"))
+    told_of_every_job = {"kill_warmup", "kill_anneal", "kill_interval"}
+    stored = {name: value for name, value in FLAT.items() if name not in told_of_every_job}
+    assert {name: value for name, value in flat(read).items() if name in stored and name != "method"} == stored
+    assert TrainingConfig.from_json(read.to_json()) == read
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "dlora"},
+        {"method": "dlora", "aggregate": True, "aggregate_every": 5},
+        KILLING | {"killed": "merge", "kill_warmup": 12, "kill_anneal": 0, "kill_interval": 4},
+        {"method": "dlora", "bytes_per_step": 1000, "killed": "drop"},
+    ],
+)
+def test_what_version_0_1_stored_of_dlora_is_the_same_job_now(changes: dict[str, object]) -> None:
+    config = TrainingConfig.of(**changes)
+    stored = flat(config)
+    assert stored["dlora"] is True
+    assert TrainingConfig.from_json(json.dumps(stored)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('{"steps": 2, "lora": {"steps": 3}}', "the training configuration has no setting lora.steps"),
+        ('{"rank": 2, "lora": {"rank": 3}}', "the training configuration has a setting twice"),
+        ('{"lora": {"rank": "8"}}', "rank of the training configuration has the value '8'; it must be int"),
+        ('{"learning_rate": 1%s}' % ("0" * 400), "learning_rate of the training configuration"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"optimizer": {"optimizer": "sgd"}}', "has no setting optimizer.optimizer"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_json_that_is_no_job_is_one_line(text: str, line: str) -> None:
+    with pytest.raises(BadRequest, match=line):
+        TrainingConfig.from_json(text)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"steps": "10"}', '{"steps": true}', '{"nonsense": 1}', "null"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -19,6 +18,13 @@ from isthmus.split.inference.serving import (
     memory_of,
     parse_adapter,
     parse_stages,
+)
+from isthmus.split.inference.settings import (
+    AccessSettings,
+    ChainSettings,
+    DraftsSettings,
+    HttpSettings,
+    LimitsSettings,
 )
 from isthmus.split.lora.folder import AdapterFolder
 from isthmus.split.lora.served import LoraAdapter
@@ -71,35 +77,74 @@ def test_actors_may_stand_by_for_each_other() -> None:
 
 
 def test_a_configuration_survives_its_json() -> None:
-    config = ServingConfig(parse_stages("a+b:0-2,cloud:2-4"), "m", context=100, codec="hadamard,int8", weights="int8")
+    config = ServingConfig.of(
+        spans=parse_stages("a+b:0-2,cloud:2-4"), name="m", context=100, codec="hadamard,int8", weights="int8"
+    )
     assert ServingConfig.from_json(config.to_json()) == config
     assert config.devices == ["a", "b"]
     assert str(config.span_of("b")) == "0-2"
 
 
+def test_what_version_0_1_stored_is_the_same_service_now() -> None:
+    stored = {
+        "spans": [{"first": 0, "last": 2, "holders": ["a", "b"]}, {"first": 2, "last": 4, "holders": ["cloud"]}],
+        "name": "m",
+        "context": 100,
+        "sequences": 4,
+        "queue": 32,
+        "chunk": 128,
+        "codec": "hadamard,int8",
+        "runtime": "onnxruntime",
+        "weights": "int8",
+        "http_host": "0.0.0.0",
+        "http_port": 8000,
+        "http_certificate": "/c.pem",
+        "http_key": "/k.pem",
+        "key_sha256": "ab",
+        "patience": 30.0,
+        "draft": "lookup",
+        "exit_threshold": "",
+        "users": ["phone"],
+        "guests": 2,
+        "adapters": [{"name": "formal", "folder": "/a"}],
+    }
+    read = ServingConfig.from_json(json.dumps(stored))
+    assert read == ServingConfig(
+        spans=parse_stages("a+b:0-2,cloud:2-4"),
+        name="m",
+        adapters=(AdapterConfig("formal", "/a"),),
+        limits=LimitsSettings(context=100, sequences=4, queue=32),
+        chain=ChainSettings("hadamard,int8", "onnxruntime", "int8", chunk=128, patience=30.0),
+        drafts=DraftsSettings("lookup"),
+        http=HttpSettings("0.0.0.0", 8000, "/c.pem", "/k.pem", "ab"),
+        access=AccessSettings(("phone",), 2),
+    )
+    assert ServingConfig.from_json(read.to_json()) == read
+
+
 def test_who_may_use_the_chain_has_sequences_beside_the_others() -> None:
     spans = parse_stages("a+b:0-2,cloud:2-4")
-    by_default = ServingConfig(spans, "m", sequences=8, users=("c", "a"))
+    by_default = ServingConfig.of(spans=spans, name="m", sequences=8, users=("c", "a"))
     assert ServingConfig.from_json(by_default.to_json()) == by_default
     assert (by_default.may_use, by_default.room, by_default.boundaries) == (["c", "a", "b"], 12, [0, 2])
-    assert ServingConfig(spans, "m", sequences=8, guests=1).room == 9
-    closed = ServingConfig(spans, "m", sequences=8, guests=0)
+    assert ServingConfig.of(spans=spans, name="m", sequences=8, guests=1).room == 9
+    closed = ServingConfig.of(spans=spans, name="m", sequences=8, guests=0)
     assert (closed.may_use, closed.room) == ([], 8)
-    nobody = ServingConfig(parse_stages("cloud:0-4"), "m", sequences=8, guests=5)
+    nobody = ServingConfig.of(spans=parse_stages("cloud:0-4"), name="m", sequences=8, guests=5)
     assert (nobody.may_use, nobody.room) == ([], 8)
 
 
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"guests": -1}, "guests -1: choose 0 to 1024"),
-        ({"guests": 0, "users": ["a"]}, "guests 0: choose 1 to 1024"),
+        ({"guests": -1}, "guests is -1; choose 0 to 1024"),
+        ({"guests": 0, "users": ["a"]}, "guests is 0; choose 1 to 1024"),
         ({"users": ["A"]}, "'A' is not a name"),
-        ({"users": 1}, "not a serving configuration"),
-        ({"sequences": 0}, "sequences 0: choose 1 to 1024"),
-        ({"queue": -1}, "queue -1"),
-        ({"chunk": 0}, "chunk 0"),
-        ({"patience": float("nan")}, "patience nan"),
+        ({"users": 1}, r"users of the serving configuration has the value 1; it must be tuple\[str"),
+        ({"sequences": 0}, "sequences is 0; choose 1 to 1024"),
+        ({"queue": -1}, "queue is -1"),
+        ({"chunk": 0}, "chunk is 0"),
+        ({"patience": float("nan")}, "patience is nan"),
         ({"codec": "zip"}, "zip"),
         ({"codec": "delta,int8"}, "without ef and delta"),
         ({"runtime": "jax"}, "runtime 'jax'"),
@@ -107,13 +152,13 @@ def test_who_may_use_the_chain_has_sequences_beside_the_others() -> None:
         ({"exit_threshold": "2"}, "choose 0 to 1"),
         ({"exit_threshold": "often"}, "write a number"),
         ({"exit_threshold": "0.5", "draft": "lookup"}, "exclude each other"),
-        ({"nonsense": 1}, "not a serving configuration"),
-        ({"spans": [{}]}, "not a serving configuration"),
-        ({"adapters": [{"name": "a"}]}, "not a serving configuration"),
+        ({"nonsense": 1}, "the serving configuration has no setting nonsense"),
+        ({"spans": [{}]}, "spans of the serving configuration has the value"),
+        ({"adapters": [{"name": "a"}]}, "adapters of the serving configuration has the value"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(changes: dict[str, object], line: str) -> None:
-    raw = dataclasses.asdict(ServingConfig(parse_stages("cloud:0-4"), "m")) | changes
+    raw = {"spans": [{"first": 0, "last": 4, "holders": ["cloud"]}], "name": "m"} | changes
     with pytest.raises(IsthmusError, match=line):
         ServingConfig.from_json(json.dumps(raw))
 
@@ -125,21 +170,21 @@ def test_an_adapter_has_a_name_and_a_folder(tmp_path: Path, monkeypatch: pytest.
     assert parse_adapter("formal") == parse_adapter("./formal/") == parse_adapter(here) == AdapterConfig("formal", here)
     assert parse_adapter("polite=formal") == AdapterConfig("polite", here)
     assert parse_adapter("/elsewhere/a=b") == AdapterConfig("a=b", "/elsewhere/a=b")
-    config = ServingConfig((), "m", adapters=(parse_adapter("formal"), parse_adapter("polite=formal")))
+    config = ServingConfig.of(spans=(), name="m", adapters=(parse_adapter("formal"), parse_adapter("polite=formal")))
     assert ServingConfig.from_json(config.to_json()) == config
 
 
 @pytest.mark.parametrize("names", [["m"], ["a", "a"], [""]])
 def test_names_that_would_mean_two_models_are_refused(names: list[str]) -> None:
     with pytest.raises(BadRequest, match=f"no adapter can be called {names[0]!r} here"):
-        ServingConfig((), "m", adapters=tuple(AdapterConfig(name, "/x") for name in names))
+        ServingConfig.of(spans=(), name="m", adapters=tuple(AdapterConfig(name, "/x") for name in names))
 
 
 def test_memory_counts_adapters(tmp_path: Path) -> None:
     source = open_model(str(make_model(tmp_path / "m", "llama", layers=4)))
     folder = make_adapter(tmp_path / "a", tmp_path / "m", target_modules=["up_proj"], layers_to_transform=[0, 1, 3])
     adapter = LoraAdapter("a", AdapterFolder(folder), source.config)
-    serving, span = ServingConfig((), "m", context=64, sequences=1), SpanConfig(1, 4, ("a",))
+    serving, span = ServingConfig.of(spans=(), name="m", context=64, sequences=1), SpanConfig(1, 4, ("a",))
     without, once, twice = (memory_of(source, span, serving, [adapter] * count) for count in range(3))
     assert once - without == 2 * (twice - once)  # the base has one of zeros, where there are any
     assert twice - once == 2 * 4 * (4 * 32 + 64 * 4)
@@ -148,14 +193,14 @@ def test_memory_counts_adapters(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_memory_is_weights_and_keys_and_values(architecture: str, tmp_path: Path) -> None:
     source = open_model(str(make_model(tmp_path, architecture, layers=4)))
-    serving = ServingConfig((), "m", context=64, sequences=1, guests=0)
+    serving = ServingConfig.of(spans=(), name="m", context=64, sequences=1, guests=0)
     one = memory_of(source, SpanConfig(0, 1, ("a",)), serving)
     assert memory_of(source, SpanConfig(0, 4, ("a",)), serving) == 4 * one
-    assert memory_of(source, SpanConfig(0, 1, ("a",)), dataclasses.replace(serving, weights="int8")) < one
+    assert memory_of(source, SpanConfig(0, 1, ("a",)), serving.but(weights="int8")) < one
     heads = 4 if architecture in ("gpt2", "gpt_neox") else 2
-    guests = dataclasses.replace(serving, spans=(SpanConfig(0, 4, ("a",)),), guests=2)
+    guests = serving.but(spans=(SpanConfig(0, 4, ("a",)),), guests=2)
     assert memory_of(source, SpanConfig(0, 1, ("a",)), guests) > one
-    longer = memory_of(source, SpanConfig(0, 1, ("a",)), dataclasses.replace(serving, context=128))
+    longer = memory_of(source, SpanConfig(0, 1, ("a",)), serving.but(context=128))
     assert longer - one == 2 * 4 * heads * 8 * 64
     weights = one - 2 * 4 * heads * 8 * 64
     names = [name for name in source.tensor_names() if f".{'h' if architecture == 'gpt2' else 'layers'}.0." in name]

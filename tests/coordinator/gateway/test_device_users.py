@@ -7,7 +7,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,9 @@ from tests.split.tiny_models import make_model
 JOB, CHOICE, GREEDY = "job", RuntimeChoice(TORCH), Sampling(temperature=0)
 LENGTHS = (2, 20, 5)
 COUNT = 24
-SERVING = ServingConfig(
-    parse_stages("cloud:0-2,cloud:2-6"),
-    "m",
+SERVING = ServingConfig.of(
+    spans=parse_stages("cloud:0-2,cloud:2-6"),
+    name="m",
     context=80,
     sequences=2,
     chunk=16,
@@ -119,7 +119,7 @@ class Served:
         certificate, key = self.authority.issue_stage(JOB)
         spec = StageSpec(span.first, span.last, embeds=False, head=False)
         runtime = make_runtime(
-            self.source, span.first, span.last, CHOICE, sequences=self.serving.room, tokens=self.serving.context
+            self.source, span.first, span.last, CHOICE, sequences=self.serving.room, tokens=self.serving.limits.context
         )
         with channel(self.address, Credentials(self.authority.ca_pem, certificate, key)) as opened:
             hidden_size = self.source.config.hidden_size
@@ -147,7 +147,7 @@ class Served:
 async def served(folder: Path, authority: Authority, serving: ServingConfig = SERVING) -> AsyncIterator[Served]:
     source = open_model(str(folder))
     hidden_size = source.config.hidden_size
-    spans = [Span(one.first, one.last, hidden_size, chunk=16, patience=serving.patience) for one in serving.spans]
+    spans = [Span(one.first, one.last, hidden_size, chunk=16, patience=serving.chain.patience) for one in serving.spans]
     digests = {str(span): str(span) for span in spans}
     user_digests = {span.first: f"digest-{span.first}" for span in spans}
 
@@ -250,10 +250,10 @@ def test_a_lossy_codec_makes_fewer_bytes(llama: Path, authority: Authority) -> N
     async def tell(it: Served) -> None:
         async with it.user(0) as engine:
             await answers(engine, requests())
-            sent[it.serving.codec] = engine.stats()["hops"][-1]["sent"]
+            sent[it.serving.chain.codec] = engine.stats()["hops"][-1]["sent"]
 
     for codec in ("none", "hadamard,int8"):
-        story(llama, authority, tell, replace(SERVING, codec=codec))
+        story(llama, authority, tell, SERVING.but(codec=codec))
     assert sent["hadamard,int8"] < 0.7 * sent["none"]
 
 
@@ -683,7 +683,7 @@ def test_nobody_at_the_gateways_address_is_one_line(llama: Path, authority: Auth
 def test_by_default_a_device_computes_the_first_span_if_it_holds_it(
     stages: str, name: str, asked: int | None, blocks: int
 ) -> None:
-    assert blocks_of(replace(SERVING, spans=parse_stages(stages)), name, asked) == blocks
+    assert blocks_of(SERVING.but(spans=parse_stages(stages)), name, asked) == blocks
 
 
 @pytest.mark.parametrize("asked", [1, 6, -1])

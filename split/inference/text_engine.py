@@ -1,4 +1,4 @@
-"""Questions to an engine in this process, and the text of its answers as it comes."""
+"""An engine that is started, with its tokenizer: text in, and the text of the answer as it comes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from isthmus.split.terminal import Asking, Stat, hops_between
 
 
 @dataclass(frozen=True)
-class Asked:
+class TextEngine:
     """An engine that is started, and what its model's text is made of."""
 
     engine: Engine
