@@ -19,12 +19,12 @@ from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from isthmus.split.errors import BadRequest, NotEnrolled
 from isthmus.split.terminal import (
-    Asking,
+    AnswerOptions,
+    AnswerStats,
     ExitThreshold,
     Json,
     MaxTokens,
     Seed,
-    Stat,
     Stats,
     Stop,
     Temperature,
@@ -36,9 +36,9 @@ from isthmus.split.terminal import (
 from isthmus.split.tls import channel, error_of, join_address, split_address
 
 if TYPE_CHECKING:  # torch: not for --help
-    from isthmus.split.inference.asking import Asked
     from isthmus.split.inference.exits import ExitRule
     from isthmus.split.inference.serving import ServingConfig
+    from isthmus.split.inference.text_generator import TextGenerator
     from isthmus.split.lora.served import LoraAdapter
     from isthmus.split.models.source import TensorSource
     from isthmus.split.runtime.choose import RuntimeChoice
@@ -107,7 +107,7 @@ def generate(
     """
     logging.basicConfig(level=logging.WARNING, format="isthmus-client: %(message)s")
     prompt = sys.stdin.read() if prompt == "-" else prompt
-    asking = Asking(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
+    asking = AnswerOptions(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
     with interruptible():
         import torch
 
@@ -130,7 +130,7 @@ def generate(
             raise BadRequest("--exit-threshold: no block is on this device; see --blocks")
 
         async def work() -> None:
-            stat = Stat()
+            stat = AnswerStats()
             async with start(identity, found, choice, draft=draft, exits=exits) as asked:
                 texts = asked.answer(asked.tokenizer.encode(prompt), asking, stat, continues=True)
                 await show_answer(texts, stat, stats=stats, as_json=json_output)
@@ -192,9 +192,9 @@ def find(identity: Identity, name: str = "", blocks: int | None = None, folder: 
 @asynccontextmanager
 async def start(
     identity: Identity, found: Found, choice: RuntimeChoice, *, draft: str, exits: ExitRule | None = None
-) -> AsyncIterator[Asked]:
+) -> AsyncIterator[TextGenerator]:
     """An engine that is at work, with a stream to the gateway. draft, exits: as `user_engine`."""
-    from isthmus.split.inference.asking import Asked
+    from isthmus.split.inference.text_generator import TextGenerator
     from isthmus.split.inference.using import Using, user_engine
     from isthmus.split.models.source import end_tokens
 
@@ -212,7 +212,7 @@ async def start(
         hidden_size=found.source.config.hidden_size,
     )
     async with using, engine:
-        yield Asked(engine, tokenizer, end_tokens(found.source, tokenizer), found.adapter)
+        yield TextGenerator(engine, tokenizer, end_tokens(found.source, tokenizer), found.adapter)
 
 
 def _identity(state: Path, coordinator: str) -> Identity:

@@ -18,7 +18,7 @@ from isthmus.coordinator.jobs.weights import DeviceWeights
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1 import coordinator_pb2_grpc, stage_pb2
 from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
-from isthmus.split.plan.probing import answer
+from isthmus.split.plan.link_probe import answer
 from isthmus.split.tls import ADMIN, DEVICE, STAGE, EnrolmentToken, Peer, peer_of
 
 HEARTBEAT_SECONDS = 5

@@ -27,7 +27,7 @@ from isthmus.coordinator.stages.stage_actor import ServingOptions
 from isthmus.protos.v1 import chain_pb2_grpc
 from isthmus.split.errors import IsthmusError
 from isthmus.split.inference.chain import Recovery, Span
-from isthmus.split.inference.drafts import Drafter
+from isthmus.split.inference.drafters import Drafter
 from isthmus.split.inference.ends import Ends
 from isthmus.split.inference.engine import Engine
 from isthmus.split.inference.exits import parse_exit

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from isthmus.split.lora.factors import Factors, Part
+from isthmus.split.lora.factors import Factors, WeightedFactors
 
 
 class Aggregation(ABC):
@@ -22,5 +22,5 @@ class Aggregation(ABC):
     turns = False
 
     @abstractmethod
-    def merge(self, parts: Sequence[Part], rank: int) -> Factors:
+    def merge(self, parts: Sequence[WeightedFactors], rank: int) -> Factors:
         """The result for one module. rank: of the job; the result has it, or any other where it starts anew."""
