@@ -165,8 +165,8 @@ def test_a_graph_that_another_process_uses_stays(folder: Path, tmp_path: Path, m
     compute(source, cache)
     (entry,) = entries(cache)
     program = (
-        f"import sys; from pathlib import Path; from isthmus.split.runtime.onnx_cache import Graph; "
-        f"graph = Graph(Path({str(entry)!r})); print('here', flush=True); sys.stdin.read()"
+        f"import sys; from pathlib import Path; from isthmus.split.runtime.onnx_cache import CachedGraph; "
+        f"graph = CachedGraph(Path({str(entry)!r})); print('here', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program]
     monkeypatch.setenv(LIMIT, "0")
