@@ -24,7 +24,7 @@ from benchmarks.codec_baselines import Method, Ours, others
 from benchmarks.codec_bounds import decibels, gaussian_bits, spectrum, water_filling
 from benchmarks.codec_streams import Passed, capture
 from benchmarks.codec_sweep import bounds, draw, sweep
-from benchmarks.common import JsonFile, command, console, describe, machine, table, write_json
+from benchmarks.harness import JsonFile, begin, command, console, table, write_json
 from isthmus.split.codecs import parse
 from isthmus.split.data.stdlib_text import PRIVATE_MODULES
 from isthmus.split.job.config import TrainingConfig
@@ -219,8 +219,8 @@ def main(
         validation_fraction=0,
     )
     measured = min(measured, steps - 1)
-    where = machine()
-    console.print(describe(where))
+    result = begin(model=model)
+    result["machine"]["threads"] = threads
     with console.status("training"):
         passed = capture(model, data, training, sequences)
     spectra = {stream: spectrum([each.tensor for each in tensors]) for stream, tensors in passed.items()}
@@ -233,9 +233,7 @@ def main(
         show_stream(stream, streams[stream])
     fast = faster_everywhere(streams)
     show_all(streams, fast)
-    result: dict[str, Any] = {
-        "machine": where | {"threads": threads},
-        "model": model,
+    result |= {
         "data": data.name if data else f"standard library: {PRIVATE_MODULES[0]}",
         "training": asdict(training),
         "sequences": sequences,

@@ -8,10 +8,8 @@ held-out text. Seeds are paired: a change is that of two runs with the same seed
 from __future__ import annotations
 
 import math
-import multiprocessing
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -20,13 +18,29 @@ from typing import Annotated, Any
 import torch
 import typer
 from peft import PeftModel
-from rich.progress import Progress
 from transformers import AutoModelForCausalLM
 
-from benchmarks.common import JsonFile, command, console, describe, machine, quieten, table, write_json
+from benchmarks.harness import (
+    ALL_LINEAR,
+    E2E_COLUMNS,
+    E2E_FILE,
+    SHAKESPEARE_FILE,
+    DataNames,
+    E2eFile,
+    JsonFile,
+    ShakespeareFile,
+    begin,
+    command,
+    console,
+    data_named,
+    in_processes,
+    report_keys,
+    table,
+    write_json,
+)
 from benchmarks.methods import last_tenths
 from isthmus.split.data.sequences import Sequences, sequences_of_file
-from isthmus.split.errors import BadData, BadRequest
+from isthmus.split.errors import BadData
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.link.profile import LinkProfile
 from isthmus.split.lora.lora import lora_config, save_adapter
@@ -34,7 +48,6 @@ from isthmus.split.models.source import open_model
 from isthmus.split.training.local import train_split_locally
 from isthmus.split.training.loss import nll
 
-_SHARED = Path(__file__).parents[2] / "shared" / "data"
 _TRAINING_KINDS = ("forward", "backward", "aggregate", "step")
 LOSSLESS, STALE = "none", "stale"  # stale: float32, with --overlap stale
 _NARROW = LinkProfile(round_trip=0.04, up=2.5e6, down=2.5e6)  # what `auto` is told that the link is: 20 Mbit/s, 40 ms
@@ -92,13 +105,10 @@ def texts(data: str, files: Mapping[str, Path], training: TrainingConfig, model:
 
 def training_of(case: Case, base: TrainingConfig) -> TrainingConfig:
     training = base.but(codec=case.codec, seed=case.seed, overlap=case.overlap)
-    return training.but(prompt_column="mr", completion_column="ref") if case.data == "e2e" else training
+    return training.but(**E2E_COLUMNS) if case.data == "e2e" else training
 
 
 def run(case: Case, base: TrainingConfig, files: Mapping[str, Path], model: str, held_out_rows: int) -> Result:
-    """In a process of its own, with one thread."""
-    quieten()
-    torch.set_num_threads(1)
     training = training_of(case, base)
     train, held_out = texts(case.data, files, training, model)
     source = open_model(model)
@@ -179,18 +189,6 @@ def reduction_within(rows: Mapping[str, Mapping[str, Any]], change: float) -> fl
     return best
 
 
-def run_all(
-    cases: Sequence[Case], base: TrainingConfig, files: Mapping[str, Path], model: str, held_out: int, workers: int
-) -> Iterable[Result]:
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    with pool, Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("runs", total=len(cases))
-        started = [pool.submit(run, case, base, files, model, held_out) for case in cases]
-        for done in as_completed(started):
-            bar.advance(task)
-            yield done.result()
-
-
 def show(rows: Mapping[str, Mapping[str, Any]]) -> None:
     lines = []
     for name, row in rows.items():
@@ -212,9 +210,9 @@ def show(rows: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def main(
-    e2e: Annotated[Path, typer.Option(help="E2E's devset.csv.")] = _SHARED / "e2e" / "devset.csv",
-    shakespeare: Annotated[Path, typer.Option(help="A text.")] = _SHARED / "shakespeare" / "input.txt",
-    data: Annotated[str, typer.Option(help="Which of the two, by commas.")] = "e2e,shakespeare",
+    e2e: E2eFile = E2E_FILE,
+    shakespeare: ShakespeareFile = SHAKESPEARE_FILE,
+    data: DataNames = "e2e,shakespeare",
     model: Annotated[str, typer.Option(help="Folder in hub format, or default.")] = "default",
     codecs: Annotated[
         list[str] | None,
@@ -236,12 +234,7 @@ def main(
     Example: python -m benchmarks.compression --json compression.json
     """
     files = {"e2e": e2e, "shakespeare": shakespeare}
-    chosen = [name.strip() for name in data.split(",")]
-    for name in chosen:
-        if name not in files:
-            raise BadRequest(f"--data {name!r}: choose from {', '.join(files)}")
-        if not files[name].is_file():
-            raise BadData(f"no {name} data at {files[name]}: name it with --{name}")
+    chosen = data_named(data, files)
     pairs = _pairs(codecs)
     base = TrainingConfig.of(
         cut_layer=1,
@@ -254,10 +247,9 @@ def main(
         micro_batches=1,
         aggregate_every=10,
         validation_fraction=0.1,
-        target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        target_modules=ALL_LINEAR,
     )
-    result: dict[str, Any] = {"machine": machine(), "training": asdict(base), "model": model}
-    console.print(describe(result["machine"]))
+    result = begin(training=asdict(base), model=model)
     cases = [
         Case(which, name, codec, seed, "stale" if name == STALE else "exact")
         for seed in range(seeds)
@@ -265,13 +257,13 @@ def main(
         for name, codec in {LOSSLESS: LOSSLESS, **pairs}.items()
     ]
     results: list[Result] = []
-    for done in run_all(cases, base, files, model, held_out, workers):
+    calls = [(case, base, files, model, held_out) for case in cases]
+    for done in in_processes(run, calls, workers):
         results = sorted([*results, done], key=lambda r: cases.index(r.case))
         result |= report(results)
         write_json(json_file, result, tell=False)  # after each run: what has ended is kept when the command is stopped
     show(result["rows"])
-    for key in ("bytes_reduction_at_half_percent", "bytes_reduction_at_two_percent"):
-        console.print(f"{key}: {result[key]:.1f}")
+    report_keys(result, ("bytes_reduction_at_half_percent", "bytes_reduction_at_two_percent"), ".1f")
     write_json(json_file, result)
 
 

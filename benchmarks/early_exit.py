@@ -22,7 +22,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM
 
-from benchmarks.common import JsonFile, command, console, describe, machine, table, write_json
+from benchmarks.harness import JsonFile, begin, command, console, table, write_json
 from isthmus.split.data.stdlib_text import PRIVATE_MODULES, private_text
 from isthmus.split.errors import BadRequest
 from isthmus.split.inference.engine import Engine
@@ -116,8 +116,7 @@ def main(
     source = open_model("default")
     passages = prompts_of(private_text(PRIVATE_MODULES) if text is None else text.read_text(), source, prompts)
     whole = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
-    result: dict[str, Any] = {"machine": machine(), "text": "private" if text is None else text.name, "points": []}
-    console.print(describe(result["machine"]))
+    result = begin(text="private" if text is None else text.name, points=[])
     for cut in map(int, cuts.split(",")):
         rows = []
         for name in thresholds.split(","):

@@ -16,18 +16,26 @@ from __future__ import annotations
 import os
 import random
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import JsonFile, command, console, describe, machine, table, write_json
+from benchmarks.harness import (
+    ONE_THREAD,
+    JsonFile,
+    begin,
+    bench_cluster,
+    command,
+    console,
+    report_keys,
+    table,
+    write_json,
+)
 from benchmarks.serving import Served, served, wait_measured, whole_answers
 from isthmus.coordinator.emulation.local_cluster import LocalCluster
 from isthmus.split.errors import LinkLost
@@ -60,7 +68,7 @@ class Death:
     mismatched: int  # answers
 
 
-class Run:
+class ServedRun:
     """Answers under one arrangement."""
 
     def __init__(self, cluster: LocalCluster, model: Served, wanted: list[str], tokens: int, chance: random.Random):
@@ -100,7 +108,7 @@ class Run:
         holder = _at_work(self._model.stats(), span)
         if victim == "device":
             self._cluster.kill(holder)
-            self._cluster.start_device(holder, {}, arguments=("--threads", "1"), enrolled=True)
+            self._cluster.start_device(holder, {}, arguments=ONE_THREAD, enrolled=True)
         else:
             os.kill(int(holder.partition("-")[2]), signal.SIGKILL)
 
@@ -174,8 +182,7 @@ def main(
     tokenizer = source.tokenizer()
     half = source.config.num_hidden_layers // 2
     cut, layers = max(1, half), source.config.num_hidden_layers
-    result: dict[str, Any] = {"machine": machine(), "model": model, "tokens": tokens}
-    console.print(describe(result["machine"]))
+    result = begin(model=model, tokens=tokens)
     wanted = whole_answers(source.path, PROMPTS, tokens, tokenizer, end_tokens(source, tokenizer))
     chance = random.Random(seed)
     done: list[Death] = []
@@ -184,19 +191,16 @@ def main(
         STANDBY: (f"{'+'.join(DEVICES)}:0-{cut},cloud+cloud:{cut}-{layers}", 2),
         COLD: (f"{DEVICES[0]}:0-{cut},cloud:{cut}-{layers}", 1),
     }
-    with (
-        tempfile.TemporaryDirectory(prefix="isthmus-bench-") as temporary,
-        LocalCluster(Path(temporary), coordinator_threads=1) as cluster,
-    ):
+    with bench_cluster(coordinator_threads=1) as cluster:
         with console.status("starting the coordinator and two devices"):
             cluster.start_coordinator()
             for name in DEVICES:
-                cluster.start_device(name, {}, arguments=("--threads", "1"))
+                cluster.start_device(name, {}, arguments=ONE_THREAD)
             cluster.wait_connected(DEVICES)
             wait_measured(cluster, DEVICES)
         for replacement, (stages, holders) in arrangements.items():
             with served(cluster, model, stages, patience=300) as here:
-                run = Run(cluster, here, wanted, tokens, chance)
+                run = ServedRun(cluster, here, wanted, tokens, chance)
                 run.settle(holders)
                 quiet.append(run.undisturbed())
                 for number in range(2 * deaths):
@@ -206,8 +210,7 @@ def main(
                         run.settle(holders)
     show(done, quiet)
     result |= summarise(done, quiet)
-    for key in ("mismatched_answers", "pause_ms_standby", "pause_ms_cold", "tokens_replayed"):
-        console.print(f"{key}: {result[key]:.0f}")
+    report_keys(result, ("mismatched_answers", "pause_ms_standby", "pause_ms_cold", "tokens_replayed"), ".0f")
     write_json(json_file, result)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +25,20 @@ import typer
 from transformers import AutoModelForCausalLM
 
 from benchmarks import drafting
-from benchmarks.common import JsonFile, command, console, describe, machine, quieten, table, write_json
+from benchmarks.harness import (
+    JsonFile,
+    begin,
+    bench_cluster,
+    command,
+    console,
+    links_in,
+    report_keys,
+    table,
+    write_json,
+)
 from benchmarks.llama_cpp import bench, rpc_servers, write_gguf
+from benchmarks.random_llama import model_named
 from benchmarks.serving import Served, served, wait_measured
-from benchmarks.split_training import SIZES, write_random_llama
-from isthmus.coordinator.emulation import LinkSpec
-from isthmus.coordinator.emulation.local_cluster import LocalCluster
 from isthmus.split.inference.local import local_engine
 from isthmus.split.inference.request import Request, Sampling
 from isthmus.split.models.source import ModelFolder, open_model
@@ -131,22 +138,17 @@ def main(
 
     Example: python -m benchmarks.generate --llama-cpp llama/build/bin --json generate.json
     """
-    specs = {text: LinkSpec.parse_short(text) for text in links.split(";") if text}
-    result: dict[str, Any] = {"machine": machine(), "model": model}
-    console.print(describe(result["machine"]))
-    quieten()
+    specs = links_in(links)
+    result = begin(model=model)
     measured: dict[str, list[dict[str, float]]] = {}
 
     def note(name: str, measure: Callable[[], dict[str, float]]) -> None:
         with console.status(name):
             measured.setdefault(name, []).append(measure())
 
-    with (
-        tempfile.TemporaryDirectory(prefix="isthmus-bench-") as temporary,
-        LocalCluster(Path(temporary)) as cluster,
-    ):
-        folder = Path(temporary)
-        source = open_model(str(write_random_llama(folder / "llama", model)) if model in SIZES else model)
+    with bench_cluster() as cluster:
+        folder = cluster.folder
+        source = open_model(model_named(model, folder))
         vocabulary, layers = source.config.vocab_size, source.config.num_hidden_layers
         cache, threads = folder / "onnx", os.cpu_count() or 1
         choices = {"one process": RuntimeChoice(runtime, cache=cache)}
@@ -195,9 +197,7 @@ def main(
     show(measured)
     result["runs"] = measured
     result |= ratios(measured)
-    for key in KEYS:
-        if key in result:
-            console.print(f"{key}: {result[key]:.2f}")
+    report_keys(result, KEYS)
     write_json(json_file, result)
 
 

@@ -22,18 +22,28 @@ overlap. With speeds of 1:2:4:8 automatic cuts cannot be twice as fast as the be
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from signal import SIGTERM
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from benchmarks.common import JsonFile, command, console, describe, machine, start_job, table, write_json
+from benchmarks.harness import (
+    ALL_LINEAR,
+    ONE_THREAD,
+    JsonFile,
+    begin,
+    bench_cluster,
+    command,
+    console,
+    start_job,
+    table,
+    write_json,
+)
 from isthmus.coordinator.emulation import LinkSpec
 from isthmus.coordinator.emulation.local_cluster import LocalCluster, events_of, wait_for_job
 from isthmus.split.data.stdlib_text import PRIVATE_MODULES, private_text
@@ -92,13 +102,23 @@ def seconds_to(perplexity: float, measured: Measured) -> float:
     return math.inf
 
 
+def write_texts(folder: Path) -> dict[str, Path]:
+    """A text for each device, in files of this folder: equal parts of one that the default model has not seen."""
+    whole, texts = private_text(PRIVATE_MODULES), {}
+    size = len(whole) // len(DEVICES)
+    for number, name in enumerate(DEVICES):
+        texts[name] = folder / f"{name}.txt"
+        texts[name].write_text(whole[number * size : (number + 1) * size])
+    return texts
+
+
 def start_devices(cluster: LocalCluster, texts: dict[str, Path], fastest: float, started: bool) -> None:
     """New processes, so that no job's codecs, memory or measurements are another's."""
     for name, (speed, link) in DEVICES.items():
         if started:
             cluster.kill(name, SIGTERM)
         slow_down = fastest * FASTEST / speed
-        arguments = ["--threads", "1", "--allow", "splitlora", "--slow-down", str(slow_down)]
+        arguments = [*ONE_THREAD, "--allow", "splitlora", "--slow-down", str(slow_down)]
         spec = None if started else LinkSpec.parse_short(link)
         cluster.start_device(name, {_DATASET: texts[name]}, link=spec, arguments=arguments, enrolled=started)
     cluster.wait_connected(list(DEVICES))
@@ -148,24 +168,14 @@ def main(
         checkpoint_every=1_000_000,
         evaluate_every=10,
         validation_fraction=0.01,
-        target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        target_modules=ALL_LINEAR,
     )
     runs = [(f"common cut {cut}", base.but(cut_layer=int(cut))) for cut in cuts.split(",")]
     runs.append((AUTO, base.but(cuts=AUTO, ranks=AUTO)))
-    result: dict[str, Any] = {"machine": machine(), "training": asdict(base), "model": model}
-    result |= {"devices": DEVICES, "server_speed": server, "fastest_slow_down": fastest}
-    console.print(describe(result["machine"]))
+    result = begin(training=asdict(base), model=model, devices=DEVICES, server_speed=server, fastest_slow_down=fastest)
     results: list[Measured] = []
-    with (
-        tempfile.TemporaryDirectory(prefix="isthmus-bench-") as temporary,
-        LocalCluster(Path(temporary), coordinator_threads=1) as cluster,
-    ):
-        whole = private_text(PRIVATE_MODULES)
-        texts = {}
-        for number, name in enumerate(DEVICES):
-            texts[name] = Path(temporary) / f"{name}.txt"
-            size = len(whole) // len(DEVICES)
-            texts[name].write_text(whole[number * size : (number + 1) * size])
+    with bench_cluster(coordinator_threads=1) as cluster:
+        texts = write_texts(cluster.folder)
         with console.status("starting the coordinator"):
             slower = max(1.0, fastest * FASTEST / server)
             cluster.start_coordinator(stage_ports=2, arguments=["--slow-down", str(slower)])

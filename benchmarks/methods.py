@@ -8,11 +8,7 @@ unsplit model, by plain transformers and peft, on the same held-out text.
 from __future__ import annotations
 
 import csv
-import json
 import re
-import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,26 +16,40 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from signal import SIGTERM
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from benchmarks.common import JsonFile, command, console, describe, machine, start_job, table, write_json
+from benchmarks.harness import (
+    ALL_LINEAR,
+    E2E_COLUMNS,
+    E2E_FILE,
+    ONE_THREAD,
+    JsonFile,
+    begin,
+    bench_cluster,
+    command,
+    console,
+    in_own_process,
+    start_job,
+    table,
+    write_json,
+)
 from isthmus.coordinator.cli.common import human_bytes
 from isthmus.coordinator.cli.jobs import write_export
 from isthmus.coordinator.emulation.local_cluster import LocalCluster, wait_for_job
 from isthmus.split.data.documents import read_documents, split_documents
-from isthmus.split.errors import BadData, IsthmusError
+from isthmus.split.errors import BadData
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.models.source import open_model
 from isthmus.split.plan.parts import parts_of
+from isthmus.split.training.centralised import train_centralised
 from isthmus.split.training.evaluate import evaluate_files
 
 CENTRALISED = "centralised"
 LABELS = ("device", "server")
 _MODEL, _DATASET = "default", "e2e"
-_DEFAULT_DATA = Path(__file__).parents[2] / "shared" / "data" / "e2e" / "devset.csv"
-_PROMPT, _COMPLETION = "mr", "ref"
+_PROMPT, _COMPLETION = E2E_COLUMNS.values()
 _FOOD = re.compile(r"\bfood\[([^\]]*)\]")
 
 Rows = list[dict[str, str]]
@@ -149,18 +159,10 @@ class Bench:
     def centralised(self, training: TrainingConfig) -> Result:
         """In a process of its own, so that its peak memory is its own."""
         out = self.folder / f"centralised-{training.lora.rank}-{training.seed}"
-        options = [f"--{key.replace('_', '-')}={_text(value)}" for key, value in _changed(training).items()]
-        call = [sys.executable, "-m", "isthmus.coordinator.cli.main", "finetune", "--method", "centralised", "--json"]
-        call += ["--model", _MODEL, "--out", str(out), *(f"--data={path}" for path in self.files.values()), *options]
         started = time.monotonic()
-        done = subprocess.run(call, capture_output=True, text=True, check=False)
+        report = in_own_process(train_centralised, _MODEL, list(self.files.values()), out, training)
         seconds = time.monotonic() - started
-        if done.returncode:
-            raise IsthmusError(
-                f"the centralised run failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-            )
-        report = json.loads(done.stdout)
-        before, last = last_tenths(report["losses"])
+        before, last = last_tenths(report.losses)
         return Result(
             method=CENTRALISED,
             labels="",
@@ -168,9 +170,9 @@ class Bench:
             seed=training.seed,
             perplexity=self.perplexity(training, out),
             seconds=seconds,
-            trainable_parameters=report["trainable_parameters"],
-            flops=report["resources"]["flops"],
-            peak_bytes=report["resources"]["peak_bytes"],
+            trainable_parameters=report.trainable_parameters,
+            flops=report.resources["flops"],
+            peak_bytes=report.resources["peak_bytes"],
             bytes_sent=0,
             bytes_received=0,
             loss_before_last_tenth=before,
@@ -210,19 +212,8 @@ class Bench:
             enrolled = name in cluster.processes
             if enrolled:
                 cluster.kill(name, SIGTERM)
-            arguments = ["--threads", "1"]
-            cluster.start_device(name, {_DATASET: path}, arguments=arguments, enrolled=enrolled)
+            cluster.start_device(name, {_DATASET: path}, arguments=ONE_THREAD, enrolled=enrolled)
         cluster.wait_connected(list(self.files))
-
-
-def _changed(training: TrainingConfig) -> dict[str, Any]:
-    """The options of a job that are not the defaults."""
-    defaults = asdict(TrainingConfig())
-    return {key: value for key, value in asdict(training).items() if value != defaults[key]}
-
-
-def _text(value: object) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def show(results: Sequence[Result], base: float) -> None:
@@ -248,7 +239,7 @@ def show(results: Sequence[Result], base: float) -> None:
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="E2E's devset.csv (columns mr and ref).")] = _DEFAULT_DATA,
+    data: Annotated[Path, typer.Option(help="E2E's devset.csv (columns mr and ref).")] = E2E_FILE,
     steps: Annotated[int, typer.Option(help="Optimiser steps of every run.", min=2)] = 150,
     ranks: Annotated[str, typer.Option(help="R,R,...")] = "1,2,4,8",
     cut: Annotated[int, typer.Option(help="Blocks that a device holds.", min=0)] = 1,
@@ -277,15 +268,13 @@ def main(
         codec="none",
         micro_batches=1,
         aggregate_every=5,
-        target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        prompt_column=_PROMPT,
-        completion_column=_COMPLETION,
+        target_modules=ALL_LINEAR,
+        **E2E_COLUMNS,
     )
-    result: dict[str, Any] = {"machine": machine(), "training": asdict(base)}
-    console.print(describe(result["machine"]))
+    result = begin(training=asdict(base))
     results: list[Result] = []
-    with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as temporary, LocalCluster(Path(temporary)) as cluster:
-        bench = Bench(Path(temporary), rows)
+    with bench_cluster() as cluster:
+        bench = Bench(cluster.folder, rows)
         bench.hold_out(base)
         before = bench.perplexity(base, None)
         runs = [base.but(rank=rank, seed=seed) for seed in range(seeds) for rank in chosen]

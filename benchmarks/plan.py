@@ -9,19 +9,25 @@ its own with its own prediction.
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import JsonFile, command, console, describe, machine, table, write_json
 from benchmarks.generate import ANSWER, LINKS, PROMPT, prompt_of
+from benchmarks.harness import (
+    JsonFile,
+    begin,
+    bench_cluster,
+    command,
+    console,
+    links_in,
+    report_keys,
+    table,
+    write_json,
+)
+from benchmarks.random_llama import model_named
 from benchmarks.serving import Served, served, wait_measured
-from benchmarks.split_training import write_random_llama
-from isthmus.coordinator.emulation import LinkSpec
-from isthmus.coordinator.emulation.local_cluster import LocalCluster
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.inference.serving import CLOUD
 from isthmus.split.models.source import open_model
@@ -78,16 +84,11 @@ def main(
 
     Example: python -m benchmarks.plan --json plan.json
     """
-    specs = {text: LinkSpec.parse_short(text) for text in links.split(";") if text}
-    result: dict[str, Any] = {"machine": machine(), "model": model}
-    console.print(describe(result["machine"]))
+    specs = links_in(links)
+    result = begin(model=model)
     runs: dict[str, list[dict[str, float]]] = {}
-    with (
-        tempfile.TemporaryDirectory(prefix="isthmus-bench-") as temporary,
-        LocalCluster(Path(temporary)) as cluster,
-    ):
-        folder = Path(temporary)
-        source = open_model(str(write_random_llama(folder / "llama")) if model == "large" else model)
+    with bench_cluster() as cluster:
+        source = open_model(model_named(model, cluster.folder))
         vocabulary, layers = source.config.vocab_size, source.config.num_hidden_layers
         cluster.start_coordinator(stage_ports=2)
         for device, spec in [(NEAR, None), *((f"far-{number}", spec) for number, spec in enumerate(specs.values()))]:
@@ -109,7 +110,7 @@ def main(
     show(runs)
     result["runs"] = runs
     result |= errors(runs)
-    console.print(f"prediction_error: {result['prediction_error']:.3f}")
+    report_keys(result, ["prediction_error"], ".3f")
     write_json(json_file, result)
 
 

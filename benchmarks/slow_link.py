@@ -12,7 +12,6 @@ other's: two machines of one core.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -22,8 +21,20 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import JsonFile, command, console, describe, machine, start_job, table, write_json
-from benchmarks.split_training import write_random_llama
+from benchmarks.harness import (
+    ALL_LINEAR,
+    ONE_THREAD,
+    JsonFile,
+    begin,
+    bench_cluster,
+    command,
+    console,
+    links_in,
+    start_job,
+    table,
+    write_json,
+)
+from benchmarks.random_llama import model_named
 from isthmus.coordinator.cli.common import human_bytes
 from isthmus.coordinator.emulation import LinkSpec
 from isthmus.coordinator.emulation.local_cluster import LocalCluster, events_of, wait_for_job
@@ -35,7 +46,6 @@ LINKS = ("100mbit,10ms", "20mbit,40ms", "5mbit,100ms")
 HEADLINE = "20mbit,40ms"
 PLAIN, OURS, STALE, UNLIMITED = "plain", "ours", "ours, stale", "unlimited"
 _DATASET = "text"
-_ONE_THREAD = ("--threads", "1")
 _TRAINING_KINDS = ("forward", "backward", "aggregate", "step", "probe")
 
 
@@ -96,10 +106,6 @@ def bound(measured: Measured, spec: LinkSpec, unlimited: Measured) -> float:
     return max(up, down, unlimited.step_seconds, 4 * spec.delay)
 
 
-def _cluster(folder: str) -> LocalCluster:
-    return LocalCluster(Path(folder), coordinator_threads=1)
-
-
 def show(model: str, results: Sequence[Measured], bounds: dict[str, float]) -> None:
     unlimited = next(one for one in results if one.variant == UNLIMITED)
     rows = []
@@ -144,7 +150,7 @@ def main(
 
     Example: python -m benchmarks.slow_link --json slow_link.json
     """
-    specs = {text: LinkSpec.parse_short(text) for text in links.split(";")}
+    specs = links_in(links)
     if data is not None and not data.is_file():
         raise BadData(f"no text at {data}")
     if steps % 10 or plain_steps > steps:
@@ -158,24 +164,23 @@ def main(
         aggregate_every=10,
         checkpoint_every=1_000_000,
         validation_fraction=0,
-        target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        target_modules=ALL_LINEAR,
     )
     plain = ours.but(codec="none", micro_batches=1, steps=plain_steps)
-    result: dict[str, Any] = {"machine": machine(), "training": asdict(ours), "model": model}
-    console.print(describe(result["machine"]))
+    result = begin(training=asdict(ours), model=model)
     results: list[Measured] = []
-    with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as temporary, _cluster(temporary) as cluster:
-        folder = Path(temporary)
-        name = str(write_random_llama(folder / "llama")) if model == "large" else model
+    with bench_cluster(coordinator_threads=1) as cluster:
+        folder = cluster.folder
+        name = model_named(model, folder)
         text = data or folder / "text.txt"
         if data is None:
             text.write_text(private_text(PRIVATE_MODULES))
         with console.status("starting the coordinator and a device for each link"):
             cluster.start_coordinator(stage_ports=2)
-            cluster.start_device("unlimited", {_DATASET: text}, arguments=_ONE_THREAD)
+            cluster.start_device("unlimited", {_DATASET: text}, arguments=ONE_THREAD)
             devices = {link: f"link-{number}" for number, link in enumerate(specs)}
             for link, spec in specs.items():
-                cluster.start_device(devices[link], {_DATASET: text}, link=spec, arguments=_ONE_THREAD)
+                cluster.start_device(devices[link], {_DATASET: text}, link=spec, arguments=ONE_THREAD)
             cluster.wait_connected(["unlimited", *devices.values()])
         runs = [("unlimited", "", UNLIMITED, ours)]
         for link in specs:

@@ -8,7 +8,6 @@ beside each other: a machine that is slower for some seconds is so for both.
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from peft import get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
-from benchmarks.common import JsonFile, command, console, describe, machine, start_job, table, write_json
+from benchmarks.harness import JsonFile, begin, bench_cluster, command, console, start_job, table, write_json
+from benchmarks.random_llama import model_named
 from benchmarks.turns import Turns, child, over_grpc, take_turns
 from isthmus.coordinator.cli.common import human_bytes
 from isthmus.coordinator.connection import Connection
@@ -66,42 +65,6 @@ class Workload:
     def tokens(self) -> int:
         """That one device trains on in a step."""
         return self.batch_size * self.sequence_length
-
-
-SIZES = {
-    "large": (768, 2048, 12, 12, 12),  # 97.5 million parameters
-    "billion": (2048, 5632, 22, 32, 4),  # 1.0 thousand million; 4 GB
-}
-"""Widths of hidden states and of the MLP, blocks, heads, heads of keys and values."""
-
-
-def write_random_llama(folder: Path, size: str = "large") -> Path:
-    """A Llama of random parameters (SIZES) and a tokenizer of bytes, in hub format."""
-    hidden, intermediate, layers, heads, kv_heads = SIZES[size]
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<eos>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast: Any = PreTrainedTokenizerFast  # its constructor is not typed
-    fast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
-    return folder
 
 
 def write_text(path: Path, seed: int) -> Path:
@@ -246,11 +209,10 @@ def main(
     """
     if only not in ("", "large", "default"):
         raise typer.BadParameter(f"{only!r}: choose large or default", param_hint="--only")
-    result: dict[str, Any] = {"machine": machine(), "models": {}}
-    console.print(describe(result["machine"]))
-    with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as temporary, LocalCluster(Path(temporary)) as cluster:
-        folder = Path(temporary)
-        large = str(write_random_llama(folder / "llama")) if only != "default" else ""
+    result = begin(models={})
+    with bench_cluster() as cluster:
+        folder = cluster.folder
+        large = model_named("large", folder) if only != "default" else ""
         workloads = {"large": (Workload("Llama, 97.5 million", large, 4, 256), steps)}
         workloads["default"] = (Workload("default", "default", 8, 128), 4 * steps)
         with console.status("starting the coordinator and three devices"):

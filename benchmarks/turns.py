@@ -18,7 +18,7 @@ from itertools import pairwise
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
-from benchmarks.common import quieten
+from benchmarks.harness import quieten
 from isthmus.coordinator.connection import Connection
 from isthmus.coordinator.emulation.local_cluster import LocalCluster
 from isthmus.protos.v1 import coordinator_pb2 as pb

@@ -20,12 +20,12 @@ from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from isthmus.split.errors import BadRequest, NotEnrolled
 from isthmus.split.printable import log_to_stderr
 from isthmus.split.terminal import (
-    Asking,
+    AnswerOptions,
+    AnswerStats,
     ExitThreshold,
     Json,
     MaxTokens,
     Seed,
-    Stat,
     Stats,
     Stop,
     Temperature,
@@ -39,7 +39,7 @@ from isthmus.split.tls import channel, check_name, error_of, join_address, split
 if TYPE_CHECKING:  # torch: not for --help
     from isthmus.split.inference.exits import ExitRule
     from isthmus.split.inference.serving import ServingConfig
-    from isthmus.split.inference.text_engine import TextEngine
+    from isthmus.split.inference.text_generator import TextGenerator
     from isthmus.split.lora.served import LoraAdapter
     from isthmus.split.models.source import TensorSource
     from isthmus.split.runtime.choose import RuntimeChoice
@@ -120,7 +120,7 @@ def generate(
     """
     log_to_stderr("isthmus-client: %(message)s", logging.WARNING)
     prompt = sys.stdin.read() if prompt == "-" else prompt
-    asking = Asking(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
+    asking = AnswerOptions(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
     with interruptible():
         from isthmus.split.runtime.choose import RuntimeChoice, check_runtime
 
@@ -136,7 +136,7 @@ def generate(
         choice = RuntimeChoice(runtime or served.runtime, weights or served.weights, device, identity.state / "onnx")
 
         async def work() -> None:
-            stat = Stat()
+            stat = AnswerStats()
             async with start(identity, found, choice, draft=draft, exits=exits) as engine:
                 texts = engine.answer(engine.tokenizer.encode(prompt), asking, stat, continues=True)
                 await show_answer(texts, stat, stats=stats, as_json=json_output)
@@ -216,9 +216,9 @@ def find(identity: Identity, name: str = "", blocks: int | None = None, folder: 
 @asynccontextmanager
 async def start(
     identity: Identity, found: Found, choice: RuntimeChoice, *, draft: str, exits: ExitRule | None = None
-) -> AsyncIterator[TextEngine]:
+) -> AsyncIterator[TextGenerator]:
     """An engine that is at work, with a stream to the gateway. draft, exits: as `user_engine`."""
-    from isthmus.split.inference.text_engine import TextEngine
+    from isthmus.split.inference.text_generator import TextGenerator
     from isthmus.split.inference.using import Using, user_engine
     from isthmus.split.models.source import end_tokens
 
@@ -236,7 +236,7 @@ async def start(
         hidden_size=found.source.config.hidden_size,
     )
     async with using, engine:
-        yield TextEngine(engine, tokenizer, end_tokens(found.source, tokenizer), found.adapter)
+        yield TextGenerator(engine, tokenizer, end_tokens(found.source, tokenizer), found.adapter)
 
 
 def _identity(state: Path, coordinator: str) -> Identity:

@@ -24,7 +24,7 @@ from isthmus.protos.v1 import coordinator_pb2_grpc as rpc
 from isthmus.split.errors import IsthmusError, LinkLost, NotEnrolled, WrongState
 from isthmus.split.tls import (
     Credentials,
-    Token,
+    EnrolmentToken,
     check_name,
     enrolment_channel,
     error_of,
@@ -105,7 +105,7 @@ def enrol(state: Path, coordinator: str, token: str) -> Identity:
     another coordinator than the token's, or a token that it refuses.
     """
     host, port = split_address(coordinator)
-    parsed = Token.parse(token)
+    parsed = EnrolmentToken.parse(token)
     private_folder(state)  # an unusable folder has to show before the token is used
     address = join_address(host, parsed.port)
     ca = _fetch_authority(host, parsed.port)

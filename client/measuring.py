@@ -22,7 +22,7 @@ from isthmus.client.identity import Identity
 from isthmus.client.runner import DLORA, SERVE, TRAINING, DeviceOptions
 from isthmus.split.errors import IsthmusError
 from isthmus.split.link.profile import LinkProfile
-from isthmus.split.plan.probing import measure_link
+from isthmus.split.plan.link_probe import measure_link
 from isthmus.split.runtime.speed import (
     Speed,
     Stopped,

@@ -19,9 +19,9 @@ from isthmus.coordinator.jobs.weights import DeviceWeights
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1 import coordinator_pb2_grpc, stage_pb2
 from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
-from isthmus.split.plan.probing import answer
+from isthmus.split.plan.link_probe import answer
 from isthmus.split.printable import check_label, printable
-from isthmus.split.tls import Peer, Token, check_name, peer_of
+from isthmus.split.tls import ADMIN, DEVICE, STAGE, EnrolmentToken, Peer, check_name, peer_of
 
 HEARTBEAT_SECONDS = 5
 _CHUNK = 1024 * 1024  # bytes
@@ -41,7 +41,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     async def Session(
         self, requests: AsyncIterator[pb.DeviceMessage], context: Context
     ) -> AsyncIterator[pb.CoordinatorMessage]:
-        peer = self._caller(context, "device")
+        peer = self._caller(context, DEVICE)
         first = await anext(requests, None)
         if first is None or first.WhichOneof("kind") != "profile":
             raise BadFrame("a session begins with the device's profile")
@@ -101,8 +101,8 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     async def MeasureLink(
         self, requests: AsyncIterator[stage_pb2.Probe], context: Context
     ) -> AsyncIterator[stage_pb2.Probe]:
-        if peer_of(context.auth_context()).role != "stage":  # which has its certificate from this process
-            self._caller(context, "device")
+        if peer_of(context.auth_context()).role != STAGE:  # which has its certificate from this process
+            self._caller(context, DEVICE)
         async for message in requests:
             yield answer(message)
 
@@ -115,19 +115,19 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             yield pb.Chunk(data=data)
 
     async def FindServed(self, request: pb.FindServedRequest, context: Context) -> pb.Served:
-        peer = self._caller(context, "device")
+        peer = self._caller(context, DEVICE)
         return await self._jobs.find_served(request.name, peer.name, peer.serial)
 
-    # ---- users ----
+    # ---- administrators ----
 
     async def CreateToken(self, request: pb.CreateTokenRequest, context: Context) -> pb.CreateTokenReply:
-        self._caller(context, "user")
+        self._caller(context, ADMIN)
         secret, expires = self._store.create_token(request.name, request.lifetime_seconds)
-        token = Token(secret, self._pin, self._enrolment_port)
+        token = EnrolmentToken(secret, self._pin, self._enrolment_port)
         return pb.CreateTokenReply(token=token.format(), enrolment_port=self._enrolment_port, expires=expires)
 
     async def ListDevices(self, request: pb.ListDevicesRequest, context: Context) -> pb.ListDevicesReply:
-        self._caller(context, "user")
+        self._caller(context, ADMIN)
         devices = self._store.devices()
         for device in devices:
             device.connected = self._sessions.get(device.name) is not None
@@ -135,7 +135,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         return pb.ListDevicesReply(devices=devices)
 
     async def RevokeDevice(self, request: pb.RevokeDeviceRequest, context: Context) -> pb.RevokeDeviceReply:
-        self._caller(context, "user")
+        self._caller(context, ADMIN)
         self._store.revoke(request.name)
         await self._jobs.revoke(request.name)
         session = self._sessions.get(request.name)
@@ -144,31 +144,31 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         return pb.RevokeDeviceReply()
 
     async def SubmitJob(self, request: pb.SubmitJobRequest, context: Context) -> pb.Job:
-        self._caller(context, "user")
+        self._caller(context, ADMIN)
         return await self._jobs.submit(request.spec, request.resume)
 
     async def GetJob(self, request: pb.JobRequest, context: Context) -> pb.Job:
-        self._caller(context, "user")
+        self._caller(context, ADMIN)
         return self._store.job(request.id)
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsReply:
-        self._caller(context, "user")
+        self._caller(context, ADMIN)
         jobs = self._store.jobs()
         for job in jobs:
             job.ClearField("report")  # GetJob has it: those of all jobs would not fit a message for ever
         return pb.ListJobsReply(jobs=jobs)
 
     async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.JobEvent]:
-        self._caller(context, "user")
+        self._caller(context, ADMIN)
         async for event in self._jobs.events(request.id, request.after):
             yield event
 
     async def CancelJob(self, request: pb.JobRequest, context: Context) -> pb.Job:
-        self._caller(context, "user")
+        self._caller(context, ADMIN)
         return await self._jobs.cancel(request.id)
 
     async def ExportJob(self, request: pb.JobRequest, context: Context) -> AsyncIterator[pb.ExportedFile]:
-        self._caller(context, "user")
+        self._caller(context, ADMIN)
         folder = self._jobs.adapter_folder(request.id)
         for path in sorted(folder.iterdir()):
             name = path.name
@@ -181,7 +181,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
                     name = ""
 
     def _weights(self, request: pb.ManifestRequest | pb.FetchRequest, context: Context) -> DeviceWeights:
-        peer = self._caller(context, "device")
+        peer = self._caller(context, DEVICE)
         check_name(request.job, "a job's id")
         if request.user:
             return self._jobs.user_weights_for(request.job, peer.name, request.blocks)

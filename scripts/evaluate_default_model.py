@@ -17,7 +17,7 @@ from torch import Tensor
 from train_default_model import bits_per_byte, encode, is_held_out
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from isthmus.split.data.stdlib_text import PRIVATE_MODULES, Document, private_text, training_documents
+from isthmus.split.data.stdlib_text import PRIVATE_MODULES, StdlibDocument, private_text, training_documents
 
 
 def perplexity(bits: float, tokens: Tensor, byte_lengths: Tensor, length: int) -> float:
@@ -38,7 +38,7 @@ def main() -> None:
     byte_lengths[tokenizer.eos_token_id] = 0
     length = model.config.max_position_embeddings
     texts = {"held-out documents": [d for d in training_documents() if is_held_out(d)]}
-    texts |= {f"`{name}` (source code)": [Document(name, private_text(name))] for name in PRIVATE_MODULES}
+    texts |= {f"`{name}` (source code)": [StdlibDocument(name, private_text(name))] for name in PRIVATE_MODULES}
     exits = " | ".join(f"exit {i + 1}" for i in range(model.config.num_hidden_layers))
     print(f"| text | tokens | {exits} | perplexity |")
     print("| --- " * (model.config.num_hidden_layers + 3) + "|")

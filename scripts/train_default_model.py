@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from isthmus.split.data.stdlib_text import Document, text_digest, training_documents
+from isthmus.split.data.stdlib_text import StdlibDocument, text_digest, training_documents
 
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TEMPLATE = (
@@ -97,12 +97,12 @@ def model_config(vocabulary: int, context: int) -> LlamaConfig:
     )
 
 
-def is_held_out(document: Document) -> bool:
+def is_held_out(document: StdlibDocument) -> bool:
     """One document in twenty, chosen by its name: the same ones on every machine."""
     return hashlib.sha256(document.name.encode()).digest()[0] % 20 == 0
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> Tensor:
+def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[StdlibDocument]) -> Tensor:
     """All documents in one row of token ids, each ended by the end-of-text token."""
     rows = tokenizer([d.text for d in documents], verbose=False)["input_ids"]
     ids = [i for row in rows for i in [*row, tokenizer.eos_token_id]]

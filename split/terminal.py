@@ -1,6 +1,6 @@
-"""What the project's commands share in a terminal: output, and how a model is asked and its answer shown.
+"""What the commands share in a terminal: printing, the options of an answer, and how an answer is shown.
 
-No torch: `--help` and commands that only talk to a server import this.
+This module does not import torch, so `--help` and commands that only talk to a server start quickly.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ Stop = Annotated[list[str] | None, typer.Option(help="End before this text. Repe
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON on standard output."""
+    """Print a value as one line of JSON on standard output."""
     typer.echo(json.dumps(value))
 
 
 def human_bytes(count: float) -> str:
-    """1536 -> '1.5 KiB'."""
+    """Format a number of bytes: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -61,10 +61,14 @@ def human_bytes(count: float) -> str:
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How to answer."""
+class AnswerOptions:
+    """What a command's user chooses about an answer.
 
-    max_tokens: int | None  # None: as many as there is room for
+    max_tokens: the most tokens of the answer; None: as many as the context has room for. temperature, top_p, top_k and
+    seed: as in `isthmus.split.inference.request.Sampling`. stop: texts that end the answer.
+    """
+
+    max_tokens: int | None
     temperature: float
     top_p: float
     top_k: int
@@ -73,14 +77,17 @@ class Asking:
 
 
 @dataclass
-class Stat:
-    """Seconds since the question, and what each hop took: as in `isthmus.split.inference.engine.Engine.stats`."""
+class AnswerStats:
+    """Figures of one answer: those of `isthmus.split.inference.request.Timing`, and of each hop.
+
+    first_token, total: seconds since the question. hops: as in `isthmus.split.inference.engine.Engine.stats`.
+    """
 
     first_token: float = 0.0
     total: float = 0.0
     tokens: int = 0
     prompt_tokens: int = 0
-    rounds: int = 0  # batches through the whole chain for tokens of the answer
+    rounds: int = 0
     drafted: int = 0
     accepted: int = 0
     exited: int = 0
@@ -88,7 +95,7 @@ class Stat:
 
 
 def hops_between(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What came to each hop's figures between two looks at them."""
+    """Subtract what each hop's figures were `before` from what they are `after`; hops without a batch are left out."""
     known = {(hop["span"], hop["holder"]): hop for hop in before}
     hops = []
     for hop in after:
@@ -100,8 +107,8 @@ def hops_between(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> l
     return [hop for hop in hops if hop["batches"]]
 
 
-def show_stat(stat: Stat) -> None:
-    """A line on the tokens, and a table of what each hop took."""
+def show_stat(stat: AnswerStats) -> None:
+    """Print a line about the tokens and a table of what each hop took."""
     from rich.table import Table
 
     after = max(stat.total - stat.first_token, 1e-9)
@@ -134,8 +141,8 @@ def show_text(text: str) -> None:
     typer.echo(printable(text, None, keep="\n\t") if sys.stdout.isatty() else text, nl=False)
 
 
-async def show_answer(texts: AsyncIterator[str], stat: Stat, *, stats: bool, as_json: bool) -> None:
-    """The text as it comes, or at its end as JSON; then what it took, if it shall be told."""
+async def show_answer(texts: AsyncIterator[str], stat: AnswerStats, *, stats: bool, as_json: bool) -> None:
+    """Print an answer: its text as it comes, followed by its figures if `stats`; or both at its end, as JSON."""
     whole = ""
     async for text in texts:
         whole += text
@@ -151,7 +158,7 @@ async def show_answer(texts: AsyncIterator[str], stat: Stat, *, stats: bool, as_
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C ends the command with exit status 130."""
+    """End the command with exit status 130 on Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:

@@ -35,6 +35,12 @@ SERVER_NAME = "coordinator.isthmus"
 ENROLMENT_NAME = "enrolment.isthmus"
 """In the authority's own certificate, with which the enrolment server shows itself."""
 
+COORDINATOR, STAGE, DEVICE, ADMIN = "coordinator", "stage", "device", "admin"
+"""The roles that a certificate can have. `ADMIN` is whoever may submit jobs and revoke devices."""
+
+_OLD_ROLES = {"user": ADMIN}
+"""What version 0.1 wrote into certificates that are still valid, and the role that each stands for."""
+
 MAX_MESSAGE_BYTES = 64 * 2**20
 """The largest message, both ways, on both sides. gRPC's own 4 MiB are too few for a batch of hidden states."""
 
@@ -113,7 +119,7 @@ _TOKEN = re.compile(r"ist1\.([A-Za-z0-9_-]{32})\.([A-Za-z0-9_-]{43})\.([1-9][0-9
 
 
 @dataclass(frozen=True)
-class Token:
+class EnrolmentToken:
     """What a device needs to enrol: the right to do so once, and which coordinator to trust.
 
     Printed as `ist1.<secret>.<pin>.<port>`, in letters that survive shells, chat windows and double clicks.
@@ -131,7 +137,7 @@ class Token:
         return f"ist1.{self.secret}.{pin}.{self.port}"
 
     @classmethod
-    def parse(cls, text: str) -> Token:
+    def parse(cls, text: str) -> EnrolmentToken:
         """Raises BadRequest. The message never repeats the text, which may end up in a log."""
         text = text.strip()
         if not text.startswith("ist1."):
@@ -296,7 +302,7 @@ class Peer:
 
     name: str
     role: str
-    """coordinator, device or user."""
+    """`COORDINATOR`, `STAGE`, `DEVICE` or `ADMIN`; of another authority's certificate any text."""
     serial: str
     """Of the certificate, hexadecimal."""
 
@@ -318,4 +324,4 @@ def _peer(pem: bytes) -> Peer:
     )
     if len(names) != 1 or len(roles) != 1:
         raise NotEnrolled("the certificate names nobody: it was not made by this coordinator's enrolment")
-    return Peer(names[0], roles[0], f"{certificate.serial_number:x}")
+    return Peer(names[0], _OLD_ROLES.get(roles[0], roles[0]), f"{certificate.serial_number:x}")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import dlora_bytes
-from benchmarks.dlora import cases_of, training_of
-from benchmarks.dlora_choices import chooser
-from benchmarks.dlora_costs import Costs, Spent
-from benchmarks.dlora_runs import Case, Outcome, Point, Texts, run, spread
-from benchmarks.dlora_summary import BYTES_A_VALUE, keys, summarise
+from benchmarks.dlora import bytes
+from benchmarks.dlora.choices import chooser
+from benchmarks.dlora.costs import Costs, Spent
+from benchmarks.dlora.kill_and_revive import cases_of, training_of
+from benchmarks.dlora.runs import Case, Outcome, Point, Texts, run, spread
+from benchmarks.dlora.summary import BYTES_A_VALUE, keys, summarise
 from isthmus.split.data.documents import Document
 from isthmus.split.data.sequences import IGNORE, batch_indices
 from isthmus.split.dlora.device import seen_positions
@@ -197,7 +197,7 @@ def test_the_bytes_counted_after_all_savings_are_those_that_cross(tmp_path: Path
     rows = batch_indices(len(made), training.batch_size, 0, training.seed)
     of_use = int(seen_positions(made.labels[rows][:, 1:] != IGNORE).sum())
     layout = layout_of(open_model(str(folder)).config, training)
-    found = dlora_bytes.savings(layout, training.batch_size * training.text.sequence_length, of_use)
+    found = bytes.savings(layout, training.batch_size * training.text.sequence_length, of_use)
     sizes = list(found.values())
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-1] == dlora_bytes.measured(str(folder), training, made)
+    assert sizes[-1] == bytes.measured(str(folder), training, made)

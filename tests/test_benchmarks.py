@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.common import describe, machine, table, write_json
+from benchmarks.harness import describe, machine, table, write_json
 from benchmarks.methods import (
     CENTRALISED,
     Result,

@@ -20,12 +20,12 @@ from isthmus.coordinator.cli.typed import nothing_left_to_the_shell, read_line
 from isthmus.split.errors import BadRequest, IsthmusError, LinkLost
 from isthmus.split.printable import printable
 from isthmus.split.terminal import (
-    Asking,
+    AnswerOptions,
+    AnswerStats,
     ExitThreshold,
     Json,
     MaxTokens,
     Seed,
-    Stat,
     Stats,
     Stop,
     Temperature,
@@ -95,7 +95,7 @@ class Here:
     async def __aenter__(self) -> Here:
         from isthmus.split.inference.exits import parse_exit
         from isthmus.split.inference.local import EARLY, local_engine
-        from isthmus.split.inference.text_engine import TextEngine
+        from isthmus.split.inference.text_generator import TextGenerator
         from isthmus.split.lora.folder import AdapterFolder
         from isthmus.split.lora.served import LoraAdapter
         from isthmus.split.models.source import end_tokens, open_model
@@ -116,19 +116,19 @@ class Here:
             adapters=[LoraAdapter(path.name, AdapterFolder(path), folder.config) for path in self._adapters],
         )
         await self._stack.enter_async_context(engine)
-        self._engine = TextEngine(engine, tokenizer, end_tokens(folder, tokenizer), adapter=len(self._adapters))
+        self._engine = TextGenerator(engine, tokenizer, end_tokens(folder, tokenizer), adapter=len(self._adapters))
         self.context = engine.context
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
-    async def complete(self, prompt: str, asking: Asking, stat: Stat) -> AsyncIterator[str]:
+    async def complete(self, prompt: str, asking: AnswerOptions, stat: AnswerStats) -> AsyncIterator[str]:
         ids = self._engine.tokenizer.encode(prompt)
         async for text in self._engine.answer(ids, asking, stat, continues=True):
             yield text
 
-    async def reply(self, turns: list[dict[str, str]], asking: Asking, stat: Stat) -> AsyncIterator[str]:
+    async def reply(self, turns: list[dict[str, str]], asking: AnswerOptions, stat: AnswerStats) -> AsyncIterator[str]:
         tokenizer = self._engine.tokenizer
         if not tokenizer.chat_template:
             raise BadRequest("this model has no chat template; use `isthmus generate --prompt`")
@@ -165,16 +165,16 @@ class There:
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
 
-    async def complete(self, prompt: str, asking: Asking, stat: Stat) -> AsyncIterator[str]:
+    async def complete(self, prompt: str, asking: AnswerOptions, stat: AnswerStats) -> AsyncIterator[str]:
         async for choice in self._stream("/completions", {"prompt": prompt}, asking, stat):
             yield choice.get("text") or ""
 
-    async def reply(self, turns: list[dict[str, str]], asking: Asking, stat: Stat) -> AsyncIterator[str]:
+    async def reply(self, turns: list[dict[str, str]], asking: AnswerOptions, stat: AnswerStats) -> AsyncIterator[str]:
         async for choice in self._stream("/chat/completions", {"messages": turns}, asking, stat):
             yield choice["delta"].get("content") or ""
 
     async def _stream(
-        self, path: str, what: dict[str, Any], asking: Asking, stat: Stat
+        self, path: str, what: dict[str, Any], asking: AnswerOptions, stat: AnswerStats
     ) -> AsyncIterator[dict[str, Any]]:
         import httpx2
 
@@ -252,10 +252,10 @@ def generate(
     Example: isthmus generate --local --prompt "Shall I compare thee" --max-tokens 40 --temperature 0 --stats
     """
     loading = Loading(runtime, weights, draft, early_blocks, exit_threshold, adapter)
-    asking = Asking(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
+    asking = AnswerOptions(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
 
     async def work() -> None:
-        stat = Stat()
+        stat = AnswerStats()
         async with _where(model, local, url, api_key, loading) as where:
             await show_answer(where.complete(prompt, asking, stat), stat, stats=stats, as_json=json_output)
 
@@ -301,8 +301,8 @@ def chat(
     async def begin() -> Here | There:
         return await stack.enter_async_context(_where(model, local, url, api_key, loading))
 
-    async def answer(where: Here | There, asking: Asking) -> None:
-        stat, whole = Stat(), ""
+    async def answer(where: Here | There, asking: AnswerOptions) -> None:
+        stat, whole = AnswerStats(), ""
         async for text in _reply(where, first, turns, asking, stat):
             whole += text
             show_text(text)
@@ -317,7 +317,7 @@ def chat(
             where = runner.run(begin())
             if where.context:
                 max_tokens = min(max_tokens or where.context // 4, where.context // 2)
-            asking = Asking(max_tokens, temperature, top_p, top_k, seed)
+            asking = AnswerOptions(max_tokens, temperature, top_p, top_k, seed)
             while line := read_line("> "):
                 turns.append({"role": "user", "content": line})
                 try:
@@ -330,7 +330,11 @@ def chat(
 
 
 async def _reply(
-    where: Here | There, first: list[dict[str, str]], turns: list[dict[str, str]], asking: Asking, stat: Stat
+    where: Here | There,
+    first: list[dict[str, str]],
+    turns: list[dict[str, str]],
+    asking: AnswerOptions,
+    stat: AnswerStats,
 ) -> AsyncIterator[str]:
     """The answer as it comes. turns: question and answer by turns; the oldest are taken out when they are too many, but
     not for a question that is too long by itself."""

@@ -1,4 +1,4 @@
-"""The coordinator's certificate authority: it alone says who is a server, a device or a user.
+"""The coordinator's certificate authority: it alone says who is a server, a device or an administrator.
 
 On disk, in the state folder (0700): ca.key and ca.pem, made on first start, and admin/ with an administrator's
 client certificate. Server certificates are made afresh at every start, in memory: none expires on disk, none leaks.
@@ -20,8 +20,12 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from isthmus.split.errors import BadRequest, WrongState
 from isthmus.split.tls import (
+    ADMIN,
+    COORDINATOR,
+    DEVICE,
     ENROLMENT_NAME,
     SERVER_NAME,
+    STAGE,
     Credentials,
     check_name,
     join_address,
@@ -110,32 +114,32 @@ class Authority:
             raise BadRequest("the certificate request is not signed by its own key")
         if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
             raise BadRequest("the key of the certificate request has to be ECDSA P-256")
-        certificate = self._sign(key, check_name(name), "device", client=True)
+        certificate = self._sign(key, check_name(name), DEVICE, client=True)
         return certificate.public_bytes(serialization.Encoding.PEM), f"{certificate.serial_number:x}"
 
     def issue_server(self) -> tuple[bytes, bytes]:
         """A fresh server certificate and key (PEM), for this process or for a stage actor elsewhere."""
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = self._sign(key.public_key(), SERVER_NAME, "coordinator", client=False)
+        certificate = self._sign(key.public_key(), SERVER_NAME, COORDINATOR, client=False)
         return certificate.public_bytes(serialization.Encoding.PEM), _pem(key)
 
-    def issue_user(self, name: str) -> Credentials:
-        """A client certificate for the person or program that submits jobs."""
+    def issue_admin(self, name: str) -> Credentials:
+        """A client certificate for the person or program that submits jobs and manages devices."""
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = self._sign(key.public_key(), check_name(name), "user", client=True)
+        certificate = self._sign(key.public_key(), check_name(name), ADMIN, client=True)
         return Credentials(self.ca_pem, certificate.public_bytes(serialization.Encoding.PEM), _pem(key))
 
     def issue_stage(self, job: str) -> tuple[bytes, bytes]:
         """A client certificate and key (PEM) for the actors that hold blocks of a served model."""
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = self._sign(key.public_key(), check_name(job), "stage", client=True)
+        certificate = self._sign(key.public_key(), check_name(job), STAGE, client=True)
         return certificate.public_bytes(serialization.Encoding.PEM), _pem(key)
 
     def write_admin(self, host: str, port: int) -> Path:
         """Make sure of <state>/admin (a certificate with a month left) and say in it where the coordinator is."""
         folder = self.state / "admin"
         if not self._is_good(folder):
-            self.issue_user("admin").save(folder)
+            self.issue_admin("admin").save(folder)
         address = {"host": host, "port": port, "address": join_address(host, port)}
         write_private(folder / "address.json", json.dumps(address).encode())
         return folder

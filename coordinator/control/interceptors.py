@@ -12,7 +12,7 @@ import grpc.aio
 
 from isthmus.split.errors import IsthmusError, NotAllowed, NotEnrolled
 from isthmus.split.printable import printable
-from isthmus.split.tls import Peer, peer_of
+from isthmus.split.tls import ADMIN, DEVICE, Peer, peer_of
 
 log = logging.getLogger(__name__)
 
@@ -94,15 +94,15 @@ class Certificates(Protocol):
 
 
 def caller(context: grpc.aio.ServicerContext[Any, Any], certificates: Certificates, role: str | None = None) -> Peer:
-    """Who calls, after all checks. role: device or user, if only they may make this call.
+    """Who calls, after all checks. role: `DEVICE` or `ADMIN` where only that role may make this call.
 
     Raises NotEnrolled (no certificate, an old or a revoked one) or NotAllowed (another role).
     """
     peer = peer_of(context.auth_context())
-    if peer.role == "device":
+    if peer.role == DEVICE:
         certificates.check_certificate(peer.name, peer.serial)
-    elif peer.role != "user":
+    elif peer.role != ADMIN:
         raise NotEnrolled(f"a certificate of the role {peer.role!r} cannot call")
     if role is not None and peer.role != role:
-        raise NotAllowed(f"{peer.role} {peer.name} may not make this call: it is for a {role}'s certificate")
+        raise NotAllowed(f"{peer.role} {peer.name} may not make this call: it needs a certificate of the role {role}")
     return peer

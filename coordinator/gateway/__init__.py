@@ -2,6 +2,6 @@
 
 from isthmus.coordinator.gateway.api import make_app
 from isthmus.coordinator.gateway.models import ServedModel
-from isthmus.coordinator.gateway.server import Serving, serve
+from isthmus.coordinator.gateway.server import HttpServer, serve
 
-__all__ = ["ServedModel", "Serving", "make_app", "serve"]
+__all__ = ["HttpServer", "ServedModel", "make_app", "serve"]

@@ -27,7 +27,7 @@ from isthmus.coordinator.stages.stage_actor import ServingOptions
 from isthmus.protos.v1 import chain_pb2_grpc
 from isthmus.split.errors import IsthmusError
 from isthmus.split.inference.chain import Recovery, Span
-from isthmus.split.inference.drafts import Drafter
+from isthmus.split.inference.drafters import Drafter
 from isthmus.split.inference.ends import Ends
 from isthmus.split.inference.engine import Engine
 from isthmus.split.inference.exits import parse_exit
@@ -36,7 +36,7 @@ from isthmus.split.inference.serving import CLOUD, ServingConfig, SpanConfig
 from isthmus.split.models.source import ModelFolder, end_tokens, open_model
 from isthmus.split.printable import log_to_stderr
 from isthmus.split.runtime.choose import RuntimeChoice
-from isthmus.split.tls import SERVER_OPTIONS, Peer, bind_one_of, join_address, server_credentials
+from isthmus.split.tls import DEVICE, SERVER_OPTIONS, STAGE, Peer, bind_one_of, join_address, server_credentials
 
 log = logging.getLogger(__name__)
 
@@ -183,9 +183,9 @@ class GatewayActor:
         return ray.util.get_node_ip_address() if everywhere else self._options.host
 
     def _allowed(self, peer: Peer) -> bool:
-        if peer.role == "stage":
+        if peer.role == STAGE:
             return peer.name == self._task.job
-        return peer.role == "device" and self._devices.get(peer.name) == peer.serial
+        return peer.role == DEVICE and self._devices.get(peer.name) == peer.serial
 
     async def _hold(self, span: SpanConfig, number: int, port: int) -> None:
         """Keeps one holder actor alive."""

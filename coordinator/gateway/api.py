@@ -13,12 +13,12 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from isthmus.coordinator.gateway import errors
-from isthmus.coordinator.gateway.choices import Choice, Job
+from isthmus.coordinator.gateway.choices import Choice, ChoiceSet
 from isthmus.coordinator.gateway.errors import ApiError
+from isthmus.coordinator.gateway.formats import ChatFormat, CompletionFormat
 from isthmus.coordinator.gateway.models import ServedModel, answer_length, check_ids, encode, encode_chat
 from isthmus.coordinator.gateway.respond import Generated
 from isthmus.coordinator.gateway.schemas import ChatRequest, CompletionRequest
-from isthmus.coordinator.gateway.shapes import ChatShape, CompletionShape
 from isthmus.split.inference import request as engine
 from isthmus.split.inference.text import TextStream
 
@@ -72,14 +72,14 @@ def make_app(
     async def completions(request: Request) -> Response:
         asked = CompletionRequest.model_validate_json(await read_body(request, max_body, body_timeout))
         model = find(asked.model)
-        shape = CompletionShape(model.tokenizer, asked.logprobs is not None)
+        shape = CompletionFormat(model.tokenizer, asked.logprobs is not None)
         return respond(asked, await completion_job(model, asked, client_of(request, asked)), shape)
 
     @v1.post("/chat/completions")
     async def chat(request: Request) -> Response:
         asked = ChatRequest.model_validate_json(await read_body(request, max_body, body_timeout))
         model = find(asked.model)
-        shape = ChatShape(model.tokenizer, bool(asked.logprobs))
+        shape = ChatFormat(model.tokenizer, bool(asked.logprobs))
         return respond(asked, await chat_job(model, asked, client_of(request, asked), chat_template), shape)
 
     app.include_router(v1)
@@ -133,7 +133,7 @@ async def read_body(request: Request, limit: int, timeout: float) -> bytes:
     return bytes(body)
 
 
-def respond(asked: CompletionRequest | ChatRequest, job: Job, shape: CompletionShape | ChatShape) -> Response:
+def respond(asked: CompletionRequest | ChatRequest, job: ChoiceSet, shape: CompletionFormat | ChatFormat) -> Response:
     if asked.stream_options is not None and not asked.stream:
         raise ApiError(400, "stream_options: only for a stream", param="stream_options")
     return Generated(job, shape, asked.model, stream=bool(asked.stream), include_usage=asked.include_usage)
@@ -145,7 +145,7 @@ def client_of(request: Request, asked: CompletionRequest | ChatRequest) -> str:
     return f"{address}/{asked.user}" if isinstance(asked.user, str) else address
 
 
-async def completion_job(model: ServedModel, asked: CompletionRequest, client: str) -> Job:
+async def completion_job(model: ServedModel, asked: CompletionRequest, client: str) -> ChoiceSet:
     n = asked.n or 1
     if asked.best_of not in (None, n):
         raise ApiError(400, "best_of: only the same as n", param="best_of", code="unsupported_parameter")
@@ -162,10 +162,10 @@ async def completion_job(model: ServedModel, asked: CompletionRequest, client: s
             echo = prompt if isinstance(prompt, str) else text_of(model, ids)
         for request in requests_of(model, asked, client, ids, length, asked.logprobs, bool(asked.echo), alone):
             choices.append(Choice(request, asked.stops, echo))  # noqa: PERF401
-    return Job(model, choices, n)
+    return ChoiceSet(model, choices, n)
 
 
-async def chat_job(model: ServedModel, asked: ChatRequest, client: str, chat_template: str | None) -> Job:
+async def chat_job(model: ServedModel, asked: ChatRequest, client: str, chat_template: str | None) -> ChoiceSet:
     n = asked.n or 1
     check_count(model, n)
     if asked.top_logprobs is not None and not asked.logprobs:
@@ -174,7 +174,7 @@ async def chat_job(model: ServedModel, asked: ChatRequest, client: str, chat_tem
     length = answer_length(model, ids, asked.max_completion_tokens or asked.max_tokens, None, "messages")
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
     requests = requests_of(model, asked, client, ids, length, logprobs, False, n == 1)
-    return Job(model, [Choice(request, asked.stops, continues=False) for request in requests], n)
+    return ChoiceSet(model, [Choice(request, asked.stops, continues=False) for request in requests], n)
 
 
 def check_count(model: ServedModel, choices: int) -> None:

@@ -37,7 +37,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Delta:
+class ChoiceDelta:
     """What is new of a choice. finish: `stop` or `length` in the last one."""
 
     text: str = ""
@@ -63,7 +63,7 @@ class Usage:
 
 
 @dataclass
-class Job:
+class ChoiceSet:
     """All choices: n for each prompt, those of a prompt beside each other."""
 
     model: ServedModel
@@ -71,7 +71,7 @@ class Job:
     n: int
     usage: Usage = field(default_factory=Usage)
 
-    async def run(self) -> AsyncGenerator[tuple[int, Delta]]:
+    async def run(self) -> AsyncGenerator[tuple[int, ChoiceDelta]]:
         """Each choice's deltas in their order, with its index. However this ends, no answer goes on after it."""
         answers: list[Answer] = []
         self.usage.prompt = sum(len(choice.request.prompt) for choice in self.choices[:: self.n])
@@ -87,14 +87,14 @@ class Job:
             for answer in answers:
                 answer.cancel()
 
-    async def _deltas(self, choice: Choice, answer: Answer) -> AsyncIterator[Delta]:
+    async def _deltas(self, choice: Choice, answer: Answer) -> AsyncIterator[ChoiceDelta]:
         request = choice.request
         text = TextStream(self.model.tokenizer, choice.stop, after=request.prompt if choice.continues else ())
         begin = 0
         if choice.echo is not None:
             begin = len(choice.echo)
             scored = await answer.prompt_logprobs() if request.prompt_logprobs else None
-            yield Delta(choice.echo, self._prompt_tokens(request, scored, begin) if scored else ())
+            yield ChoiceDelta(choice.echo, self._prompt_tokens(request, scored, begin) if scored else ())
         end = begin  # of the text that was given out
         waiting: list[Scored] = []  # tokens of which nothing was given out yet
         finish: str | None = None
@@ -111,13 +111,13 @@ class Job:
             ready = [scored for scored in waiting if everything or scored.offset < end]
             waiting = waiting[len(ready) :]
             if new or ready or finish:
-                yield Delta(new, tuple(ready), finish)
+                yield ChoiceDelta(new, tuple(ready), finish)
             if finish:
                 answer.cancel()
                 return
         if request.max_tokens:
             raise IsthmusError("the answer broke off; try again")
-        yield Delta(finish="length")
+        yield ChoiceDelta(finish="length")
 
     def _prompt_tokens(self, request: Request, scored: Sequence[Logprob | None], end: int) -> tuple[Scored, ...]:
         text = TextStream(self.model.tokenizer)
@@ -128,11 +128,11 @@ class Job:
         return tuple(tokens)
 
 
-async def merge(streams: Sequence[AsyncIterator[Delta]]) -> AsyncGenerator[tuple[int, Delta]]:
+async def merge(streams: Sequence[AsyncIterator[ChoiceDelta]]) -> AsyncGenerator[tuple[int, ChoiceDelta]]:
     """What any of the streams gives, as soon as it does; an error in one ends all."""
-    arrived: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
+    arrived: asyncio.Queue[tuple[int, ChoiceDelta | Exception | None]] = asyncio.Queue()
 
-    async def pump(index: int, stream: AsyncIterator[Delta]) -> None:
+    async def pump(index: int, stream: AsyncIterator[ChoiceDelta]) -> None:
         try:
             async for delta in stream:
                 arrived.put_nowait((index, delta))

@@ -13,9 +13,9 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from isthmus.coordinator.gateway.choices import Delta, Job
+from isthmus.coordinator.gateway.choices import ChoiceDelta, ChoiceSet
 from isthmus.coordinator.gateway.errors import api_error
-from isthmus.coordinator.gateway.shapes import Shape
+from isthmus.coordinator.gateway.formats import AnswerFormat
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -27,7 +27,7 @@ _HEADERS = [
 class Generated(Response):
     """The work is done while this is being sent, so that nothing can be left over when it ends, in any way."""
 
-    def __init__(self, job: Job, shape: Shape, model: str, *, stream: bool, include_usage: bool) -> None:
+    def __init__(self, job: ChoiceSet, shape: AnswerFormat, model: str, *, stream: bool, include_usage: bool) -> None:
         super().__init__()
         self._job = job
         self._shape = shape
@@ -40,7 +40,7 @@ class Generated(Response):
         await while_connected(receive, work)
 
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        parts: list[list[Delta]] = [[] for _ in self._job.choices]
+        parts: list[list[ChoiceDelta]] = [[] for _ in self._job.choices]
         async with aclosing(self._job.run()) as deltas:
             async for index, delta in deltas:
                 parts[index].append(delta)
@@ -96,9 +96,9 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> 
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _joined(deltas: list[Delta]) -> Delta:
+def _joined(deltas: list[ChoiceDelta]) -> ChoiceDelta:
     tokens = tuple(token for delta in deltas for token in delta.tokens)
-    return Delta("".join(delta.text for delta in deltas), tokens, deltas[-1].finish)
+    return ChoiceDelta("".join(delta.text for delta in deltas), tokens, deltas[-1].finish)
 
 
 def _event(body: dict[str, Any]) -> bytes:

@@ -31,7 +31,7 @@ class _Server(uvicorn.Server):
 
 
 @dataclass(frozen=True)
-class Serving:
+class HttpServer:
     """A server that is up. port: the one it has, also where any was asked for."""
 
     port: int
@@ -50,8 +50,8 @@ class Serving:
 
 async def serve(
     app: ASGIApp, host: str, port: int, *, grace: float = 5.0, certificate: str = "", key: str = ""
-) -> Serving:
-    """Returns when requests are answered. port 0: any free one. grace: see Serving.close.
+) -> HttpServer:
+    """Returns when requests are answered. port 0: any free one. grace: see HttpServer.close.
 
     certificate, key: files in PEM form, for TLS; empty: none. Raises BadRequest.
     """
@@ -86,4 +86,4 @@ async def serve(
         listener.close()
         task.result()
         raise IsthmusError("the HTTP server ended as it began; the log says why")
-    return Serving(listener.getsockname()[1], server, task)
+    return HttpServer(listener.getsockname()[1], server, task)

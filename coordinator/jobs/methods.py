@@ -36,7 +36,7 @@ from isthmus.split.models.source import ModelFolder, open_model
 from isthmus.split.models.stage import StageSpec
 from isthmus.split.plan.costs import Costs
 from isthmus.split.plan.parts import parts_of
-from isthmus.split.plan.shapes import Able, check_memory, choose_shapes
+from isthmus.split.plan.shapes import Capabilities, check_memory, choose_shapes
 from isthmus.split.training.checkpoint import CheckpointFolder
 
 DLORA = "dlora"
@@ -113,8 +113,8 @@ class Training:
         check_named(self.config, profiles)
         told: dict[str, dict[str, Any]] = {}
         if self.automatic and not kept.keys() >= profiles.keys():
-            able = {name: Able(one.training_flops, _memory(one), _link(one)) for name, one in profiles.items()}
-            choices = choose_shapes(costs, able, Able(server_flops), kept)
+            able = {name: Capabilities(one.training_flops, _memory(one), _link(one)) for name, one in profiles.items()}
+            choices = choose_shapes(costs, able, Capabilities(server_flops), kept)
             shapes = {name: choice.shape for name, choice in choices.items()}
             told = {name: choice.data(name) for name, choice in choices.items()}
         elif self.automatic:

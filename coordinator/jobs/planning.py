@@ -13,7 +13,7 @@ from isthmus.split.errors import BadRequest, UnsupportedModel
 from isthmus.split.inference.serving import CLOUD, ServingConfig, SpanConfig, cache_bytes, format_stages, weight_bytes
 from isthmus.split.link.profile import LinkProfile
 from isthmus.split.models.source import TensorSource
-from isthmus.split.plan.serving import Node, Part, Served, best_chain, best_single, token_seconds
+from isthmus.split.plan.serving_speed import Node, Placement, ServedSizes, best_chain, best_single, token_seconds
 from isthmus.split.runtime.choose import AUTO, ONNX
 from isthmus.split.runtime.speed import BYTES, Speed, speeds_of
 
@@ -42,7 +42,7 @@ def plan_serving(
     if serving.spans:
         spans = serving.spans
         away = {name: Node(name, math.inf, None) for name in serving.devices}
-        chain = [Part((away | nodes)[one.holders[0]], one.last - one.first) for one in spans]
+        chain = [Placement((away | nodes)[one.holders[0]], one.last - one.first) for one in spans]
     else:
         chain = _choose(order, served, serving)
         spans = _spans(chain)
@@ -51,10 +51,10 @@ def plan_serving(
     return Plan(spans, _comparison(format_stages(spans), chain, order, served))
 
 
-def _choose(nodes: Sequence[Node], served: Served, serving: ServingConfig) -> list[Part]:
+def _choose(nodes: Sequence[Node], served: ServedSizes, serving: ServingConfig) -> list[Placement]:
     here = nodes[0]
     if served.room(here) == served.blocks:  # hidden states go to devices because somebody asked for it, or needs them
-        return [Part(here, served.blocks)]
+        return [Placement(here, served.blocks)]
     chain = best_chain(nodes, served)
     if chain is None:
         needed = served.blocks * (served.block_bytes + served.cache_bytes)
@@ -69,7 +69,7 @@ def _choose(nodes: Sequence[Node], served: Served, serving: ServingConfig) -> li
     return chain
 
 
-def _spans(chain: Sequence[Part]) -> tuple[SpanConfig, ...]:
+def _spans(chain: Sequence[Placement]) -> tuple[SpanConfig, ...]:
     spans: list[SpanConfig] = []
     for part in chain:
         first = spans[-1].last if spans else 0
@@ -77,7 +77,7 @@ def _spans(chain: Sequence[Part]) -> tuple[SpanConfig, ...]:
     return tuple(spans)
 
 
-def _comparison(stages: str, chain: Sequence[Part], nodes: Sequence[Node], served: Served) -> dict[str, Any]:
+def _comparison(stages: str, chain: Sequence[Placement], nodes: Sequence[Node], served: ServedSizes) -> dict[str, Any]:
     """Of a chain with the best single node. Tokens a second of one answer, None: not known."""
     single = best_single(nodes, served)
     unknown = sorted({part.node.name for part in chain if not part.node.rate})
@@ -120,13 +120,13 @@ def _node(name: str, profile: pb.Profile, source: TensorSource, serving: Serving
     return Node(name, memory, speed.bytes_per_second, speed.block_seconds, speed.batch_seconds, link)
 
 
-def _served(source: TensorSource, serving: ServingConfig, here: pb.Profile, adapter_bytes: float) -> Served:
+def _served(source: TensorSource, serving: ServingConfig, here: pb.Profile, adapter_bytes: float) -> ServedSizes:
     config = source.config
     one = SpanConfig(0, 1, (CLOUD,))
     values = config.vocab_size * config.hidden_size
     weights = _head_weights(serving)
     head = _speed(here, source, serving, weights)
-    return Served(
+    return ServedSizes(
         blocks=config.num_hidden_layers,
         block_bytes=weight_bytes(source, one, serving) + adapter_bytes,
         cache_bytes=cache_bytes(source, one, serving),

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from isthmus.protos.v1 import coordinator_pb2 as pb
-from isthmus.split.plan.probing import measure_link
+from isthmus.split.plan.link_probe import measure_link
 from isthmus.split.runtime.speed import accelerator_bytes, measure_speeds, speed_to_proto
 from isthmus.split.runtime.training_speed import measure_training
 from isthmus.split.tls import Credentials, channel

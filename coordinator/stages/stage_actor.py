@@ -33,8 +33,8 @@ from isthmus.split.lora.sites import layout_of
 from isthmus.split.models.precision import pick_device, pick_precision
 from isthmus.split.models.source import open_model
 from isthmus.split.plan.costs import Costs
-from isthmus.split.plan.moving import Mover
-from isthmus.split.plan.parts import Parts, merging_of, parts_of, server_stages
+from isthmus.split.plan.cut_mover import CutMover
+from isthmus.split.plan.parts import Parts, merger_of, parts_of, server_stages
 from isthmus.split.printable import log_to_stderr
 from isthmus.split.resources.ledger import Ledger, Traffic
 from isthmus.split.tls import SERVER_OPTIONS, Peer, bind_one_of, server_credentials
@@ -167,7 +167,7 @@ class StageActor:
             self._result = lambda: self._result_of_devices(personal, parts, lora)
             host: Host = personal
         else:
-            merging = merging_of(source.config, config, shapes)
+            merging = merger_of(source.config, config, shapes)
             moves = merging is not None and asked(config)[0].automatic
             split = StageHost(
                 ServerTrainer(
@@ -176,7 +176,7 @@ class StageActor:
                 config,
                 set(self._task.devices),
                 merging=merging,
-                mover=Mover(Costs(source.config, config), self._task.memory) if moves else None,
+                mover=CutMover(Costs(source.config, config), self._task.memory) if moves else None,
                 segments=lambda shapes: server_stages(source, config, shapes, device),
                 **common,
             )

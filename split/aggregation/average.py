@@ -9,13 +9,13 @@ import torch
 
 from isthmus.split.aggregation.base import Aggregation
 from isthmus.split.job.shapes import AVERAGE
-from isthmus.split.lora.factors import Factors, Part
+from isthmus.split.lora.factors import Factors, WeightedFactors
 
 
 class Average(Aggregation):
     name = AVERAGE
 
-    def merge(self, parts: Sequence[Part], rank: int) -> Factors:
+    def merge(self, parts: Sequence[WeightedFactors], rank: int) -> Factors:
         return Factors(
             torch.stack([factors.a * weight for factors, weight in parts]).sum(0),
             torch.stack([factors.b * weight for factors, weight in parts]).sum(0),

@@ -1,19 +1,20 @@
-"""What an aggregation of LoRA adapters is: products B A of several ranks made one. One method a file, by name."""
+"""The interface of aggregations: products B A of several ranks become one. Each method has a file of its own."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from isthmus.split.lora.factors import Factors, Part
+from isthmus.split.lora.factors import Factors, WeightedFactors
 
 
 class Aggregation(ABC):
-    """name: as the user chooses it. exact: whether the result's product is the average of the products.
+    """A way to make one adapter of several.
 
-    completes: whether a holder's part has to come with what its rank leaves out of the last result (see Merging).
+    name: as `--aggregation` has it.
+    completes: whether a device's product has to be completed by what its rank leaves out of the last result.
     starts_anew: whether the result becomes a frozen part of the model, and training begins at zero again.
-    turns: whether the result is in another basis than what was merged, so that a holder's copy is turned to its own.
+    turns: whether the result is in another basis than what was merged, so that each device's copy is turned to its own.
     """
 
     name: str
@@ -22,5 +23,9 @@ class Aggregation(ABC):
     turns = False
 
     @abstractmethod
-    def merge(self, parts: Sequence[Part], rank: int) -> Factors:
-        """The result for one module. rank: of the job; the result has it, or any other where it starts anew."""
+    def merge(self, parts: Sequence[WeightedFactors], rank: int) -> Factors:
+        """Merge what the devices have of one module.
+
+        parts: factors and their weights, which add up to 1. rank: the job's, which the result has, or any where it
+        starts anew.
+        """

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from isthmus.split.aggregation.average import Average
 from isthmus.split.aggregation.base import Aggregation
 from isthmus.split.job.shapes import PADDING
-from isthmus.split.lora.factors import Factors, Part
+from isthmus.split.lora.factors import Factors, WeightedFactors
 
 
 class Padding(Aggregation):
     name = PADDING
 
-    def merge(self, parts: Sequence[Part], rank: int) -> Factors:
+    def merge(self, parts: Sequence[WeightedFactors], rank: int) -> Factors:
         return Average().merge([(factors.padded(rank), weight) for factors, weight in parts], rank)

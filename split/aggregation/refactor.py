@@ -17,7 +17,7 @@ from torch import Tensor
 
 from isthmus.split.aggregation.base import Aggregation
 from isthmus.split.job.shapes import SVD
-from isthmus.split.lora.factors import Factors, Part, core_of, stacked
+from isthmus.split.lora.factors import Factors, WeightedFactors, core_of, stacked
 
 _ROW_NORM = 1 / math.sqrt(3)  # of a row of A as LoRA draws it: uniform within 1 / sqrt(in), in of them
 
@@ -27,7 +27,7 @@ class Refactor(Aggregation):
     completes = True
     turns = True
 
-    def merge(self, parts: Sequence[Part], rank: int) -> Factors:
+    def merge(self, parts: Sequence[WeightedFactors], rank: int) -> Factors:
         return refactored(stacked(parts), rank)
 
 

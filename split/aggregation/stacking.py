@@ -6,25 +6,34 @@ would pass the rank that a matrix of its shape can have, it is factorised anew w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from isthmus.split.aggregation.base import Aggregation
 from isthmus.split.aggregation.refactor import refactored
 from isthmus.split.job.shapes import STACKING
-from isthmus.split.lora.factors import Factors, Part, stacked
+from isthmus.split.lora.factors import Factors, WeightedFactors, stacked
 
 
 class Stacking(Aggregation):
     name = STACKING
     starts_anew = True
 
-    def merge(self, parts: Sequence[Part], rank: int) -> Factors:
+    def merge(self, parts: Sequence[WeightedFactors], rank: int) -> Factors:
         return stacked(parts)
 
 
 def grown(frozen: Factors | None, stack: Factors) -> tuple[Factors, bool]:
-    """The frozen part with one round's stack; whether it was factorised anew."""
+    """Add one round's stack to a module's frozen part. Returns it, and whether it was factorised anew."""
     both = stack if frozen is None else stacked([(frozen, 1.0), (stack, 1.0)])
     if both.rank <= both.full_rank:
         return both, False
     return refactored(both, both.full_rank), True
+
+
+def grow(frozen: dict[str, Factors], stacks: Mapping[str, Factors]) -> bool:
+    """Add a round's stacks, by module, to the frozen parts. True if one was factorised anew: then all must be sent."""
+    remade = False
+    for module, stack in stacks.items():
+        frozen[module], anew = grown(frozen.get(module), stack)
+        remade |= anew
+    return remade

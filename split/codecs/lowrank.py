@@ -23,7 +23,7 @@ _MORE = 8  # columns beyond the rank while looking for the best ones
 
 
 @dataclass(frozen=True)
-class Factors(ABC):
+class FactorQuantiser(ABC):
     """What both have in common: everything but how the factors are found."""
 
     exact: ClassVar[bool] = False
@@ -49,7 +49,7 @@ class Factors(ABC):
 
 
 @dataclass(frozen=True)
-class PowerSgd(Factors):
+class PowerSgd(FactorQuantiser):
     """One power iteration from the last tensor's right factor (Vogels et al. 2019, arXiv 1905.13727): for gradients of
     weights and other tensors that change little from one to the next.
 
@@ -73,7 +73,7 @@ class PowerSgd(Factors):
 
 
 @dataclass(frozen=True)
-class LowRank(Factors):
+class LowRank(FactorQuantiser):
     """Nearly the best of this rank for each tensor on its own: two randomised subspace iterations with 8 columns to
     spare (Halko et al. 2011, arXiv 0909.4061), then the best of these. For hidden states, which change at every step.
     """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isthmus.split.codecs.base import Codec, CodecState, Keys
-from isthmus.split.codecs.lowrank import Factors
+from isthmus.split.codecs.lowrank import FactorQuantiser
 from isthmus.split.codecs.payload import Reader, Writer
 from isthmus.split.errors import CodecError
 
@@ -76,6 +76,6 @@ def for_matrices(codec: Codec, shapes: Sequence[Sequence[int]]) -> AnyCodec:
 
     Other codecs lose nothing by the vector's being cut into rows of 256, and code it in one go.
     """
-    if not isinstance(codec.quantiser, Factors) or not shapes:
+    if not isinstance(codec.quantiser, FactorQuantiser) or not shapes:
         return codec
     return Matrices(codec, tuple(tuple(shape) for shape in shapes))

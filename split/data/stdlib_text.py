@@ -29,7 +29,7 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True)
-class Document:
+class StdlibDocument:
     """One module's docstrings and comments, or one topic of the language reference."""
 
     name: str
@@ -41,7 +41,7 @@ def stdlib_folder() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def training_documents() -> list[Document]:
+def training_documents() -> list[StdlibDocument]:
     """The training text, in an order that depends on names only; repeated passages are kept once."""
     seen: set[str] = set()
     documents = [*_module_documents(stdlib_folder(), seen), *_topic_documents(stdlib_folder())]
@@ -53,7 +53,7 @@ def training_text() -> str:
     return "\n\n".join(document.text for document in training_documents())
 
 
-def text_digest(documents: Iterable[Document]) -> str:
+def text_digest(documents: Iterable[StdlibDocument]) -> str:
     """sha256 over names and texts: says whether another machine has the very same training text."""
     digest = hashlib.sha256()
     for document in documents:
@@ -88,7 +88,7 @@ def _sources_of(name: str) -> list[Path]:
     return [source]
 
 
-def _module_documents(root: Path, seen: set[str]) -> Iterator[Document]:
+def _module_documents(root: Path, seen: set[str]) -> Iterator[StdlibDocument]:
     for relative in _all_sources(root):
         module = ".".join(relative.with_suffix("").parts)
         if _starts_with_module(module, (*PRIVATE_MODULES, *_RELATED_TO_PRIVATE)):
@@ -102,7 +102,7 @@ def _module_documents(root: Path, seen: set[str]) -> Iterator[Document]:
         new = [passage for passage in dict.fromkeys(passages) if passage not in seen]
         seen.update(new)
         if new:
-            yield Document(module, f"# {module}\n\n" + "\n\n".join(new) + "\n")
+            yield StdlibDocument(module, f"# {module}\n\n" + "\n\n".join(new) + "\n")
 
 
 def _all_sources(root: Path) -> list[Path]:
@@ -115,7 +115,7 @@ def _all_sources(root: Path) -> list[Path]:
     return sorted((path for path in relative if not _is_excluded(path)), key=lambda path: path.parts)
 
 
-def _topic_documents(root: Path) -> Iterator[Document]:
+def _topic_documents(root: Path) -> Iterator[StdlibDocument]:
     """The language reference behind `help("for")`: a dict literal, read without importing it."""
     path = root / "pydoc_data" / "topics.py"
     if not path.is_file():
@@ -124,7 +124,7 @@ def _topic_documents(root: Path) -> Iterator[Document]:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             topics: dict[str, str] = ast.literal_eval(node.value)
             for name in sorted(topics):
-                yield Document(f"topics/{name}", topics[name])
+                yield StdlibDocument(f"topics/{name}", topics[name])
 
 
 def _is_excluded(relative: Path) -> bool:

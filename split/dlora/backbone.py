@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from isthmus.split.lora.sites import Layout, Module, Site
+from isthmus.split.lora.sites import Layout, LoraModule, Site
 from isthmus.split.models.precision import autocast
 from isthmus.split.models.stage import Stage
 from isthmus.split.resources.ledger import Ledger
@@ -90,7 +90,7 @@ class Pass:
         assert x is self._input, "modules of a site were given different inputs"
         return self._added.pop(number)
 
-    def _asked_of(self, site: Site) -> list[Module]:
+    def _asked_of(self, site: Site) -> list[LoraModule]:
         return site.among(self.active.applied)
 
     def ask_outputs(self, site: Site, x: Tensor) -> tuple[Tensor, ...]:

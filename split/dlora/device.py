@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from isthmus.protos.v1 import stage_pb2
 from isthmus.split.codecs import FAMILIES
 from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices, micro_batch_slices
-from isthmus.split.dlora.killing import Killing
+from isthmus.split.dlora.module_selector import ModuleSelector
 from isthmus.split.dlora.modules import ActiveSet, RemoteModules, asked_site
 from isthmus.split.errors import BadTensor
 from isthmus.split.job.config import TrainingConfig
@@ -108,7 +108,7 @@ class DloraTrainer:
         self.remote = RemoteModules(self.layout, config.seed, self._device)
         self.parameters = dict(sorted({**lora_parameters(stages), **self.remote.parameters}.items()))
         self.active = ActiveSet(self.layout, self.parameters, self.front, config.dlora.killed)
-        self.killing = Killing(self.layout, self.parameters, config, ledger.traffic)
+        self.killing = ModuleSelector(self.layout, self.parameters, config, ledger.traffic)
         self.stepper = Stepper(self.parameters, config)
         self.step = 0  # steps done
         self._chosen_for = -1  # the step that it was last decided for what trains

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from isthmus.protos.v1 import stage_pb2
-from isthmus.split.aggregation.averaging import Averager
+from isthmus.split.aggregation.averager import Averager
 from isthmus.split.codecs.finite import DIVERGED, can_be_used
 from isthmus.split.dlora.backbone import Active, Backbone
 from isthmus.split.dlora.passes import Passing
@@ -29,7 +29,7 @@ from isthmus.split.link.protocol import EVALUATIONS_AHEAD
 from isthmus.split.link.session import ENDS, Deliver, Frame, Phase
 from isthmus.split.lora.lora import shapes_of
 from isthmus.split.lora.sites import Layout, adapter_of
-from isthmus.split.plan.choose import Planner, View
+from isthmus.split.plan.choose import DeviceView, Planner
 from isthmus.split.training.checkpoint import Checkpoint, CheckpointFolder
 from isthmus.split.training.device import tensor_of
 from isthmus.split.training.host import Tell
@@ -196,7 +196,7 @@ class BackboneHost:
                 self._open(device, member)
 
     def _open(self, device: str, member: _Member) -> None:
-        view = View.of(member.families, member.measured, member.plan)
+        view = DeviceView.of(member.families, member.measured, member.plan)
         plans, sentences = self._planner.plans({device: view}, {})
         for sentence in sentences:
             self.tell("log", "", {"message": sentence})

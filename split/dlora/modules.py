@@ -13,7 +13,7 @@ from isthmus.split.errors import BadTensor
 from isthmus.split.job.groups import DROP, KEEP, MERGE
 from isthmus.split.link.session import Frame
 from isthmus.split.lora.lora import flatten, initial_adapter
-from isthmus.split.lora.sites import Layout, Module, Site
+from isthmus.split.lora.sites import Layout, LoraModule, Site
 from isthmus.split.models.stage import Stage
 
 _Place = tuple[int, int]  # micro-batch, site
@@ -32,7 +32,7 @@ class RemoteModules:
         self.parameters = {name: nn.Parameter(value.to(device)) for name, value in initial_adapter(empty, seed).items()}
         self._under_way: dict[_Place, tuple[Tensor, Tensor]] = {}
 
-    def pair(self, module: Module) -> tuple[nn.Parameter, nn.Parameter]:
+    def pair(self, module: LoraModule) -> tuple[nn.Parameter, nn.Parameter]:
         return tuple(self.parameters[name] for name in module.shapes(0))  # type: ignore[return-value]
 
     def outputs(self, site: Site, applied: frozenset[int], inputs: Tensor, *, keep_as: int | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from isthmus.split.errors import BadRequest
 from isthmus.split.inference.chain import LocalHolder, Span
-from isthmus.split.inference.drafts import Drafter, Lookup, ModelDrafter
+from isthmus.split.inference.drafters import Drafter, Lookup, ModelDrafter
 from isthmus.split.inference.ends import Ends
 from isthmus.split.inference.engine import Engine
 from isthmus.split.inference.exits import ExitRule

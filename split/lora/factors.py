@@ -45,10 +45,10 @@ class Factors:
         return Factors(pad(self.a, (0, 0, 0, rank - self.rank)), pad(self.b, (0, rank - self.rank)))
 
 
-Part = tuple[Factors, float]  # what one holder has, and its weight; weights add up to 1
+WeightedFactors = tuple[Factors, float]  # what one holder has, and its weight; weights add up to 1
 
 
-def stacked(parts: Sequence[Part]) -> Factors:
+def stacked(parts: Sequence[WeightedFactors]) -> Factors:
     """Exactly the weighted average of the products: side by side, so the ranks add up."""
     return Factors(
         torch.cat([factors.a for factors, _ in parts]),

@@ -24,6 +24,7 @@ from transformers import PretrainedConfig
 
 from isthmus.split.errors import BadRequest, BadTensor
 from isthmus.split.job.config import TrainingConfig
+from isthmus.split.lora.factors import Factors
 from isthmus.split.models.architectures import architecture_of
 from isthmus.split.models.stage import Stage
 
@@ -129,6 +130,19 @@ def unflatten(like: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
         raise BadTensor(f"an adapter of {values.numel()} values; this one has {total}")
     parts = torch.split(values, [value.numel() for value in like.values()]) if like else ()
     return {name: part.reshape(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
+
+
+def factors_of(values: Mapping[str, Tensor], module: str) -> Factors:
+    """One module's A and B out of an adapter's values by name, as float32 on the CPU."""
+    a, b = values[module + A], values[module + B]
+    return Factors(a.detach().to("cpu", torch.float32), b.detach().to("cpu", torch.float32))
+
+
+def named_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """The adapter's values by name, from its factors by module."""
+    return {
+        name: value for module, one in factors.items() for name, value in ((module + A, one.a), (module + B, one.b))
+    }
 
 
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig, base_model: str) -> None:

@@ -26,7 +26,7 @@ _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
-class Module:
+class LoraModule:
     """A linear module that has LoRA: y = W x + scale * B (A x). name: in the whole model."""
 
     number: int
@@ -48,7 +48,7 @@ class Site:
     """Modules of one block that read the same input."""
 
     number: int
-    modules: tuple[Module, ...]
+    modules: tuple[LoraModule, ...]
 
     @property
     def name(self) -> str:
@@ -63,7 +63,7 @@ class Site:
     def inputs(self) -> int:
         return self.modules[0].inputs
 
-    def among(self, numbers: Container[int]) -> list[Module]:
+    def among(self, numbers: Container[int]) -> list[LoraModule]:
         """Those of its modules that have one of these numbers."""
         return [module for module in self.modules if module.number in numbers]
 
@@ -76,7 +76,7 @@ class Site:
 class Layout:
     """All LoRA modules and their sites, as one device has them: those in blocks below its cut are in front."""
 
-    modules: tuple[Module, ...]
+    modules: tuple[LoraModule, ...]
     sites: tuple[Site, ...]
     cut: int
     rank: int
@@ -88,7 +88,7 @@ class Layout:
         return replace(self, modules=modules, sites=sites, cut=cut, rank=rank)
 
     @cached_property
-    def by_name(self) -> Mapping[str, Module]:
+    def by_name(self) -> Mapping[str, LoraModule]:
         return {module.name: module for module in self.modules}
 
     @cached_property
@@ -142,15 +142,15 @@ def layout_of(config: PreTrainedConfig, training: TrainingConfig) -> Layout:
     model = skeleton(config, spec)
     stage = Stage(spec, model, architecture_of(config))
     layers = architecture_of(config).layers
-    modules: list[Module] = []
-    groups: dict[tuple[str, str], list[Module]] = {}  # parent, kind of input -> modules
+    modules: list[LoraModule] = []
+    groups: dict[tuple[str, str], list[LoraModule]] = {}  # parent, kind of input -> modules
     for name, module in model.named_modules():
         parent, _, kind = name.rpartition(".")
         if kind not in targets or not name.startswith(f"{layers}."):
             continue
         block = int(name.removeprefix(f"{layers}.").partition(".")[0])
         inputs, outputs = widths(module)
-        modules.append(Module(len(modules), stage.global_name(name), block, inputs, outputs))
+        modules.append(LoraModule(len(modules), stage.global_name(name), block, inputs, outputs))
         shared = next((group[0] for group in _SHARED_INPUTS if kind in group), kind)
         groups.setdefault((parent, shared), []).append(modules[-1])
     sites = tuple(Site(number, tuple(group)) for number, group in enumerate(groups.values(), start=1))

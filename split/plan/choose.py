@@ -36,7 +36,7 @@ _LONGEST = 3600.0  # seconds that a device may say that something takes
 
 
 @dataclass(frozen=True)
-class View:
+class DeviceView:
     """What the stage knows of a device that it makes a plan for."""
 
     families: frozenset[str]
@@ -46,7 +46,7 @@ class View:
     plan: Plan
 
     @classmethod
-    def of(cls, families: frozenset[str], measured: stage_pb2.Measured, plan: Plan) -> View:
+    def of(cls, families: frozenset[str], measured: stage_pb2.Measured, plan: Plan) -> DeviceView:
         """From what a device says that it has measured; what cannot be is left out, or bounded."""
         coding, computing = (
             {name: min(seconds, _LONGEST) for name, seconds in told.items() if seconds >= 0}
@@ -90,7 +90,7 @@ class Planner:
             self.bits[stream, name] = bits if known is None else (known + bits) / 2
 
     def plans(
-        self, views: Mapping[str, View], stage_seconds: Mapping[str, float], micro_batches: int | None = None
+        self, views: Mapping[str, DeviceView], stage_seconds: Mapping[str, float], micro_batches: int | None = None
     ) -> tuple[dict[str, Plan], list[str]]:
         """A plan for each device, and a sentence for each that changes what it had.
 
@@ -129,7 +129,7 @@ class Planner:
     def exact_adapters(self) -> bool:
         return parse(self._choices["adapters_up"]).exact
 
-    def expected(self, view: View, stage_seconds: Mapping[str, float], slower: float) -> StepCosts:
+    def expected(self, view: DeviceView, stage_seconds: Mapping[str, float], slower: float) -> StepCosts:
         """Of a device before anything has crossed: with the plan that it would have. slower: than this machine."""
         view = replace(view, codec_seconds={name: slower * seconds for name, seconds in self._seconds.items()})
         _, plan = min(
@@ -137,7 +137,7 @@ class Planner:
         )
         return self._costs_of(view, stage_seconds, plan)
 
-    def _counts(self, views: Iterable[View], measured: bool) -> list[int]:
+    def _counts(self, views: Iterable[DeviceView], measured: bool) -> list[int]:
         if self.config.link.micro_batches:
             return [self.config.link.micro_batches]
         most = min(_MOST_MICRO_BATCHES, self.config.batch_size)
@@ -146,7 +146,7 @@ class Planner:
             return [min(4, most) if slow else 1]
         return [count for count in (1, 2, 4, 8) if count <= most]
 
-    def _best(self, view: View, stage_seconds: Mapping[str, float], count: int) -> tuple[float, Plan]:
+    def _best(self, view: DeviceView, stage_seconds: Mapping[str, float], count: int) -> tuple[float, Plan]:
         tried = []
         for levels in product(self._levels("hidden", view), self._levels("gradients", view)):
             level = dict(zip(("hidden", "gradients"), levels, strict=True))
@@ -165,7 +165,7 @@ class Planner:
                 return seconds, shallow
         return seconds, plan
 
-    def _levels(self, kind: str, view: View) -> list[int]:
+    def _levels(self, kind: str, view: DeviceView) -> list[int]:
         """Places on the ladders of a kind that the device can follow; one where there is nothing to choose."""
         automatic = [stream for stream in TRAINING if kind_of(stream) == kind and self._choices[stream] == AUTO]
         if not automatic:
@@ -173,10 +173,10 @@ class Planner:
         names = self._ladders[automatic[0]]
         return [level for level, name in enumerate(names) if parse(name).families <= view.families]
 
-    def _seconds_of(self, view: View, stage_seconds: Mapping[str, float], plan: Plan) -> float:
+    def _seconds_of(self, view: DeviceView, stage_seconds: Mapping[str, float], plan: Plan) -> float:
         return step_seconds(self._costs_of(view, stage_seconds, plan), plan.micro_batches, plan.depth)
 
-    def _costs_of(self, view: View, stage_seconds: Mapping[str, float], plan: Plan) -> StepCosts:
+    def _costs_of(self, view: DeviceView, stage_seconds: Mapping[str, float], plan: Plan) -> StepCosts:
         values = self.config.batch_size * self.config.text.sequence_length * self.hidden_size
 
         def coding(stream: str) -> float:
@@ -212,7 +212,7 @@ class Planner:
         """Of a value in each training stream: only to compare plans with."""
         return sum(self._bits_of(stream, plan.codec_of(stream)) for stream in TRAINING)
 
-    def _sentence(self, name: str, view: View, plan: Plan, seconds: float, before: float, measured: bool) -> str:
+    def _sentence(self, name: str, view: DeviceView, plan: Plan, seconds: float, before: float, measured: bool) -> str:
         expected = f"; about {seconds:.2g} s a step expected, {before:.2g} s as it was" if measured else ""
         return (
             f"{name}: hidden states by {_both(plan, 'hidden')}, gradients by {_both(plan, 'gradients')}, "

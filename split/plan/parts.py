@@ -12,7 +12,8 @@ from peft import inject_adapter_in_model
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from isthmus.split.aggregation.merging import Merging
+from isthmus.split.aggregation.adapter_layout import AdapterLayout
+from isthmus.split.aggregation.merger import Merger
 from isthmus.split.errors import BadRequest
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import AVERAGE, Shape, aggregation_of, asked
@@ -121,7 +122,7 @@ def server_stages(
     return segments
 
 
-def merging_of(config: PretrainedConfig, training: TrainingConfig, shapes: Mapping[str, Shape]) -> Merging | None:
+def merger_of(config: PretrainedConfig, training: TrainingConfig, shapes: Mapping[str, Shape]) -> Merger | None:
     """What merges the adapters of devices that differ; None where all are alike and A and B are averaged."""
     alike = len(set(shapes.values())) == 1 and all(shape.rank == training.lora.rank for shape in shapes.values())
     moves = asked(training)[0].automatic
@@ -132,7 +133,7 @@ def merging_of(config: PretrainedConfig, training: TrainingConfig, shapes: Mappi
     prefix = architecture_of(config).layers + "."
     modules = [name.removesuffix(A) for name in adapter if name.endswith(A)]
     blocks = {module: int(module.removeprefix(prefix).partition(".")[0]) for module in modules}
-    return Merging(training, blocks, adapter, dict(shapes))
+    return Merger(training, AdapterLayout(blocks, adapter), dict(shapes))
 
 
 def adapter_of(config: PretrainedConfig, training: TrainingConfig, front: StageSpec, rank: int) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from isthmus.split.codecs import FAMILIES
 from isthmus.split.errors import BadRequest
 from isthmus.split.job.shapes import ByName, Shape, asked
 from isthmus.split.link.profile import LinkProfile
-from isthmus.split.plan.choose import FRONT, FRONT_BACKWARD, TAIL, Planner, View
+from isthmus.split.plan.choose import FRONT, FRONT_BACKWARD, TAIL, DeviceView, Planner
 from isthmus.split.plan.costs import Costs
 from isthmus.split.plan.pipeline import StepCosts, step_seconds
 
@@ -37,7 +37,7 @@ _ADAPTER_BYTES = {True: 4.0, False: 5 / 8}  # of a value, each way, by whether a
 
 
 @dataclass(frozen=True)
-class Able:
+class Capabilities:
     """What a device, or the server, can do. flops: a second, in training; memory: bytes, 0: not told."""
 
     flops: float
@@ -46,7 +46,7 @@ class Able:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ShapeChoice:
     """A device's shape, and why: the step expected of it, the job's deadline (seconds), and the memory (bytes)."""
 
     shape: Shape
@@ -71,15 +71,17 @@ class Choice:
 
 
 def choose_shapes(
-    costs: Costs, devices: Mapping[str, Able], server: Able, kept: Mapping[str, Shape] | None = None
-) -> dict[str, Choice]:
+    costs: Costs, devices: Mapping[str, Capabilities], server: Capabilities, kept: Mapping[str, Shape] | None = None
+) -> dict[str, ShapeChoice]:
     """Deterministic. kept: of devices that have their shapes already.
 
     Raises BadRequest for a device whose memory is not enough for the smallest share it may have."""
     cuts, ranks = asked(costs.training)
     for name, shape in (kept or {}).items():
         cuts, ranks = cuts.but(name, shape.cut), ranks.but(name, shape.rank)
-    job = _Job(costs, server, {n: _Device(costs, n, able, server, cuts, ranks) for n, able in sorted(devices.items())})
+    job = _Solver(
+        costs, server, {n: _Device(costs, n, able, server, cuts, ranks) for n, able in sorted(devices.items())}
+    )
     best = min((job.smallest(), job.fitting(math.inf)), key=job.slowest)
     least, greatest = 0.0, job.slowest(best)
     while greatest > _NEAR * least and greatest > 1e-6:
@@ -93,17 +95,21 @@ def choose_shapes(
     best = job.with_ranks(job.lowered(best, _CUT_SLACK * greatest), _RANK_SLACK * greatest)
     server_seconds = job.server_seconds(best)
     return {
-        name: Choice(
+        name: ShapeChoice(
             best[name], one.seconds(best[name], server_seconds), greatest, costs.memory(best[name].cut, best[name].rank)
         )
         for name, one in job.devices.items()
     }
 
 
-def expected_step(costs: Costs, devices: Mapping[str, Able], server: Able, shapes: Mapping[str, Shape]) -> float:
+def expected_step(
+    costs: Costs, devices: Mapping[str, Capabilities], server: Capabilities, shapes: Mapping[str, Shape]
+) -> float:
     """Seconds, with these shapes. costs: of a job that has them."""
     cuts, ranks = asked(costs.training)
-    job = _Job(costs, server, {n: _Device(costs, n, able, server, cuts, ranks) for n, able in sorted(devices.items())})
+    job = _Solver(
+        costs, server, {n: _Device(costs, n, able, server, cuts, ranks) for n, able in sorted(devices.items())}
+    )
     return job.slowest(shapes)
 
 
@@ -119,9 +125,9 @@ def check_memory(costs: Costs, device: str, shape: Shape, memory: float, share: 
 
 
 @dataclass
-class _Job:
+class _Solver:
     costs: Costs
-    server: Able
+    server: Capabilities
     devices: dict[str, _Device]
 
     def smallest(self) -> dict[str, Shape]:
@@ -181,7 +187,9 @@ class _Job:
 class _Device:
     """One device's choices and times."""
 
-    def __init__(self, costs: Costs, name: str, able: Able, server: Able, cuts: ByName, ranks: ByName) -> None:
+    def __init__(
+        self, costs: Costs, name: str, able: Capabilities, server: Capabilities, cuts: ByName, ranks: ByName
+    ) -> None:
         self._slower = server.flops / able.flops  # at coding, too
         self.costs, self.able = costs, able
         cut, rank = cuts.of(name), ranks.of(name)
@@ -253,5 +261,5 @@ class _Device:
 
     def _step_costs(self, shape: Shape) -> StepCosts:
         """With the codecs that the planner would choose for this device's link: they hardly depend on the cut."""
-        view = View(frozenset(FAMILIES), self.able.link, {}, self.work(shape), self._planner.nothing_yet)
+        view = DeviceView(frozenset(FAMILIES), self.able.link, {}, self.work(shape), self._planner.nothing_yet)
         return self._planner.expected(view, {"forward": 0.1, "backward": 0.1}, self._slower)

@@ -76,9 +76,10 @@ def make_head(source: TensorSource, choice: RuntimeChoice) -> Callable[[Tensor],
     if pick_runtime(source, 0, choice) == TORCH:
         return None
     from isthmus.split.runtime.onnx_head import OnnxHead
+    from isthmus.split.runtime.onnx_session import OnnxOptions
 
     weights = "int8" if choice.weights == "int4" else choice.weights
-    return OnnxHead(source, weights=weights, threads=choice.threads, cache=choice.cache)
+    return OnnxHead(source, OnnxOptions(weights, choice.threads, cache=choice.cache))
 
 
 def pick_runtime(source: TensorSource, block: int, choice: RuntimeChoice) -> str:
@@ -134,15 +135,7 @@ def _onnx(
     adapters: Sequence[Mapping[str, Lora]] = (),
 ) -> Runtime:
     from isthmus.split.runtime.onnx_runtime import OnnxRuntime
+    from isthmus.split.runtime.onnx_session import OnnxOptions
 
-    return OnnxRuntime(
-        source,
-        first,
-        last,
-        sequences=sequences,
-        tokens=tokens,
-        weights=choice.weights,
-        threads=choice.threads,
-        cache=choice.cache,
-        adapters=adapters,
-    )
+    options = OnnxOptions(choice.weights, choice.threads, cache=choice.cache)
+    return OnnxRuntime(source, first, last, sequences=sequences, tokens=tokens, options=options, adapters=adapters)

@@ -48,7 +48,7 @@ def cache_limit() -> int:
     return int(limit * 2**30)
 
 
-class Graph:
+class CachedGraph:
     """A graph that is in use, and is not removed by anybody, for as long as this object lives."""
 
     def __init__(self, folder: Path) -> None:
@@ -60,7 +60,7 @@ class Graph:
 
 def cached_graph(
     cache: Path, source: TensorSource, tensors: Iterable[str], what: object, write: Callable[[Path], None]
-) -> Graph:
+) -> CachedGraph:
     """A graph; `write` is called with an empty folder if there is none yet, or only a damaged one.
 
     what: besides the model's configuration and the named tensors, whatever the graph depends on, as JSON.
@@ -82,7 +82,7 @@ def cached_graph(
                 write(partial)
                 _seal(partial)
                 os.rename(partial, final)
-            graph = Graph(final)
+            graph = CachedGraph(final)
     except OSError as error:
         raise BadRequest(
             f"cannot keep ONNX graphs in {cache}: {error.strerror or error}; choose another folder"

@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from isthmus.split.models.source import TensorSource
 from isthmus.split.runtime.onnx_cache import cached_graph, default_cache
 from isthmus.split.runtime.onnx_graph import head_tensors, write_head
-from isthmus.split.runtime.onnx_session import bind_inputs, bind_outputs, open_session
+from isthmus.split.runtime.onnx_session import OnnxOptions, bind_inputs, bind_outputs, open_session
 
 
 class OnnxHead:
     """Called with the last block's hidden states (tokens, hidden) float32, returns logits (tokens, vocabulary)."""
 
-    def __init__(
-        self,
-        source: TensorSource,
-        *,
-        weights: str = "float32",
-        threads: int = 0,
-        spinning: bool = False,
-        cache: Path | None = None,
-    ) -> None:
-        """weights, threads, spinning, cache: as of OnnxRuntime. Raises UnsupportedModel, BadRequest, BadModelFolder."""
+    def __init__(self, source: TensorSource, options: OnnxOptions | None = None) -> None:
+        """Raises UnsupportedModel, BadRequest, BadModelFolder. source: of the tensors of the last norm and the head."""
+        options = options or OnnxOptions()
         self._graph = cached_graph(
-            cache or default_cache(),
+            options.cache or default_cache(),
             source,
             head_tensors(source.config),
-            ["head", weights],
-            lambda folder: write_head(source, weights, folder),
+            ["head", options.weights],
+            lambda folder: write_head(source, options.weights, folder),
         )
-        self._session = open_session(self._graph.folder, threads, spinning)
+        self._session = open_session(self._graph.folder, options)
         self._vocabulary: int = source.config.vocab_size
 
     @torch.inference_mode()

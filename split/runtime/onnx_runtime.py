@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import onnxruntime
 import torch
@@ -19,7 +18,7 @@ from isthmus.split.runtime.onnx_adapters import adapter_stacks, without_adapters
 from isthmus.split.runtime.onnx_builder import ADAPTER
 from isthmus.split.runtime.onnx_cache import cached_graph, default_cache
 from isthmus.split.runtime.onnx_graph import write_blocks
-from isthmus.split.runtime.onnx_session import bind_inputs, bind_outputs, open_session
+from isthmus.split.runtime.onnx_session import OnnxOptions, bind_inputs, bind_outputs, open_session
 from isthmus.split.runtime.onnx_shape import RotaryTables, shape_of
 
 _TOGETHER = 16
@@ -44,30 +43,26 @@ class OnnxRuntime:
         *,
         sequences: int,
         tokens: int,
-        weights: str = "float32",
-        threads: int = 0,
-        spinning: bool = False,
-        cache: Path | None = None,
+        options: OnnxOptions | None = None,
         adapters: Sequence[Mapping[str, Lora]] = (),
     ) -> None:
-        """Blocks first..last-1 of a model. adapters: each one's part in these blocks.
+        """Load blocks first..last-1 of a model.
 
-        weights: of the linear modules, one of WEIGHTS. threads: 0 takes as many as torch. spinning: whether threads
-        wait for work busily: single tokens are 10 to 20 % faster on a machine that does nothing else, and up to 60 %
-        slower on one that does. cache: where graphs are kept (None: in the user's cache directory).
+        sequences: how many there is room for. tokens: the most of a sequence. adapters: each one's part in the blocks.
         Raises UnsupportedModel for what a graph cannot compute, BadRequest, BadModelFolder.
         """
+        options = options or OnnxOptions()
         self.sequences, self.tokens, self.adapters = sequences, tokens, len(adapters)
         adapted = frozenset(module for adapter in adapters for module in adapter)
         shape = replace(shape_of(source.config, first, last), adapted=adapted)
         self._graph = cached_graph(
-            cache or default_cache(),
+            options.cache or default_cache(),
             source,
             shape.tensors,
-            ["blocks", first, last, weights, *sorted(adapted)],
-            lambda folder: write_blocks(source, shape, weights, folder),
+            ["blocks", first, last, options.weights, *sorted(adapted)],
+            lambda folder: write_blocks(source, shape, options.weights, folder),
         )
-        self._session = open_session(self._graph.folder, threads, spinning)
+        self._session = open_session(self._graph.folder, options)
         self._hidden = shape.hidden
         self._rotary = RotaryTables(source.config, tokens)
         slots = (sequences, shape.kv_heads, tokens, shape.head_size)

@@ -32,7 +32,7 @@ class Checkpoint:
     device_adapter: Tensor | None  # flat, (values,); None before the first aggregation
     losses: list[float]
     stage_digest: str = ""  # of the model files that the devices hold
-    merged: dict[str, Tensor] = field(default_factory=dict)  # of devices that differ: see split/aggregation/merging.py
+    merged: dict[str, Tensor] = field(default_factory=dict)  # of devices that differ: see split/aggregation/merger.py
     shapes: dict[str, list[int]] = field(default_factory=dict)  # of the devices: cut and rank, where they differ
 
     def tensors(self) -> dict[str, Tensor]:

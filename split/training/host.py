@@ -18,8 +18,8 @@ from typing import Any
 from torch import Tensor
 
 from isthmus.protos.v1 import stage_pb2
-from isthmus.split.aggregation.averaging import Share
-from isthmus.split.aggregation.merging import Merging
+from isthmus.split.aggregation.averager import Share
+from isthmus.split.aggregation.merger import Merger
 from isthmus.split.codecs.finite import DIVERGED, is_finite
 from isthmus.split.errors import BadFrame, BadRequest, BadTensor, IsthmusError, LinkLost, WrongState
 from isthmus.split.job.config import TrainingConfig
@@ -27,8 +27,8 @@ from isthmus.split.job.streams import remembers_samples, stream_of
 from isthmus.split.link.coding import Plan
 from isthmus.split.link.profile import LinkProfile
 from isthmus.split.link.session import Deliver, Frame, Phase
-from isthmus.split.plan.choose import Planner, View
-from isthmus.split.plan.moving import Mover
+from isthmus.split.plan.choose import DeviceView, Planner
+from isthmus.split.plan.cut_mover import CutMover
 from isthmus.split.training.checkpoint import Checkpoint, CheckpointFolder
 from isthmus.split.training.device import tensor_of
 from isthmus.split.training.inbox import Inbox
@@ -76,8 +76,8 @@ class StageHost:
         devices: set[str],
         *,
         initial_adapter: Mapping[str, Tensor] = MappingProxyType({}),
-        merging: Merging | None = None,
-        mover: Mover | None = None,
+        merging: Merger | None = None,
+        mover: CutMover | None = None,
         segments: Segments | None = None,
         stage_digest: str | Mapping[int, str] = "",
         checkpoints: CheckpointFolder | None = None,
@@ -224,7 +224,9 @@ class StageHost:
 
     def _plan(self, members: Mapping[str, Member], micro_batches: int | None = None) -> dict[str, Plan]:
         """How each device's tensors cross from now on; watchers are told what changes and why."""
-        views = {device: View.of(member.families, member.measured, member.plan) for device, member in members.items()}
+        views = {
+            device: DeviceView.of(member.families, member.measured, member.plan) for device, member in members.items()
+        }
         for device, member in members.items():
             member.link = views[device].link
         work, steps = self.trainer.ledger.compute_by_work, self._steps_timed

@@ -1,7 +1,7 @@
 """The adapters of a job at its stage: what each device has, how they become one, and who holds which blocks.
 
-Where all devices are alike there is one average, the same bytes for all (averaging.py). Where they differ each one gets
-its own part of what was merged (merging.py), and cuts may move (plan/moving.py). Called in the host's thread.
+Where all devices are alike there is one average, the same bytes for all (averager.py). Where they differ each one gets
+its own part of what was merged (merger.py), and cuts may move (plan/cut_mover.py). Called in the host's thread.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from isthmus.protos.v1 import stage_pb2
-from isthmus.split.aggregation.averaging import Averager, Share
-from isthmus.split.aggregation.merging import Merging
+from isthmus.split.aggregation.averager import Averager, Share
+from isthmus.split.aggregation.merger import Merger
 from isthmus.split.errors import WrongState
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import AVERAGE, Shape, as_plain
@@ -25,7 +25,7 @@ from isthmus.split.lora.frozen import Frozen
 from isthmus.split.lora.lora import A, flatten, shapes_of
 from isthmus.split.models.stage import Stage
 from isthmus.split.plan.choose import RECENT
-from isthmus.split.plan.moving import Mover, Seen
+from isthmus.split.plan.cut_mover import CutMover, MeasuredDevice
 from isthmus.split.training.checkpoint import Checkpoint
 from isthmus.split.training.server import ServerTrainer
 
@@ -41,8 +41,8 @@ class JobAdapters:
         config: TrainingConfig,
         *,
         initial_adapter: Mapping[str, Tensor],
-        merging: Merging | None,
-        mover: Mover | None,
+        merging: Merger | None,
+        mover: CutMover | None,
         segments: Segments | None,
         stage_digest: str | Mapping[int, str],
         tell: Callable[[str, str, dict[str, Any]], None],
@@ -64,13 +64,13 @@ class JobAdapters:
         """Of the matrices of a device's adapter; None where they are the same for all."""
         if self._merging is None or device not in self._merging.shapes:
             return None
-        return shapes_of(self._merging.like_of(self._merging.shapes[device]))
+        return shapes_of(self._merging.layout.like_of(self._merging.shapes[device]))
 
     def problem_with(self, device: str, opened: stage_pb2.Open) -> str:
         """Why a device that opens the job with this adapter and these files cannot take part; empty: it can."""
         shape = self._claimed(device, opened)
         if shape is not None and self._merging is not None:
-            values = sum(value.numel() for value in self._merging.like_of(shape).values())
+            values = sum(value.numel() for value in self._merging.layout.like_of(shape).values())
         else:
             values = self.values_of(device)
         if opened.adapter_values != values:
@@ -141,7 +141,7 @@ class JobAdapters:
         if self._mover is None or self._merging is None or last or steps_timed == before:
             return {}
         seen = {
-            device: Seen(one.compute_seconds.get(RECENT, 0.0), LinkProfile.from_proto(one))
+            device: MeasuredDevice(one.compute_seconds.get(RECENT, 0.0), LinkProfile.from_proto(one))
             for device, one in measured.items()
         }
         shapes = {device: self._merging.shapes[device] for device in sorted(measured)}
@@ -219,7 +219,7 @@ class JobAdapters:
         tensor, frozen = self._merging.start(device)
         return replace(answer, tensor=tensor, frozen=None if frozen is None else frozen.to_proto())
 
-    def _rebuild(self, merging: Merging) -> None:
+    def _rebuild(self, merging: Merger) -> None:
         """The server's segments for the shapes that there are now."""
         cuts = {device: shape.cut for device, shape in merging.shapes.items()}
         if set(cuts.values()) == set(self._trainer.cuts.values()) or self._segments is None:

@@ -24,8 +24,8 @@ from isthmus.split.lora.lora import initial_adapter, unflatten
 from isthmus.split.models.precision import pick_device, pick_precision
 from isthmus.split.models.source import TensorSource
 from isthmus.split.models.stage import Stage
-from isthmus.split.plan.moving import Mover
-from isthmus.split.plan.parts import device_stages, merging_of, parts_of, server_stages
+from isthmus.split.plan.cut_mover import CutMover
+from isthmus.split.plan.parts import device_stages, merger_of, parts_of, server_stages
 from isthmus.split.resources.ledger import Ledger
 from isthmus.split.training.checkpoint import CheckpointFolder, OptimizerRecord
 from isthmus.split.training.device import DeviceTrainer
@@ -102,7 +102,7 @@ def train_split_locally(
     checkpoints: Path | None = None,
     resume: bool = False,
     shapes: Mapping[str, Shape] | None = None,
-    mover: Mover | None = None,
+    mover: CutMover | None = None,
     tell: Callable[[str, str, dict[str, Any]], None] = lambda kind, device, data: None,
 ) -> LocalRun:
     """Trains the devices d0, d1, ... on their texts, each in a thread with stages of its own.
@@ -144,7 +144,7 @@ def train_split_locally(
         config,
         set(devices),
         initial_adapter=initial_adapter(parts.adapter, config.seed),
-        merging=merging_of(source.config, config, shapes),
+        merging=merger_of(source.config, config, shapes),
         mover=mover,
         segments=lambda shapes: server_stages(source, config, shapes, where),
         checkpoints=kept,

@@ -35,10 +35,11 @@ from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1 import coordinator_pb2_grpc as rpc
 from isthmus.split.errors import BadRequest, IsthmusError, LinkLost, NotAllowed, NotEnrolled, WrongState
 from isthmus.split.tls import (
+    ADMIN,
     SERVER_NAME,
     SERVER_OPTIONS,
     Credentials,
-    Token,
+    EnrolmentToken,
     aio_channel,
     bind,
     error_of,
@@ -66,7 +67,7 @@ class Control(rpc.CoordinatorServicer):
         return pb.ListDevicesReply(devices=[pb.Device(name=f"{peer.role}/{peer.name}")])
 
     async def RevokeDevice(self, request: Any, context: Any) -> pb.RevokeDeviceReply:
-        caller(context, self.store, role="user")
+        caller(context, self.store, role=ADMIN)
         return pb.RevokeDeviceReply()
 
 
@@ -80,10 +81,10 @@ class House:
     address: str
     enrolment_port: int
 
-    def token(self, name: str = "edge") -> Token:
-        return Token(self.store.create_token(name)[0], self.authority.pin, self.enrolment_port)
+    def token(self, name: str = "edge") -> EnrolmentToken:
+        return EnrolmentToken(self.store.create_token(name)[0], self.authority.pin, self.enrolment_port)
 
-    async def enrol(self, state: Path, token: Token | str) -> Identity:
+    async def enrol(self, state: Path, token: EnrolmentToken | str) -> Identity:
         text = token if isinstance(token, str) else token.format()
         return await asyncio.to_thread(enrol, state, self.address, text)
 
@@ -135,7 +136,7 @@ def test_a_token_becomes_an_identity_that_the_control_server_knows(
         assert identity.address == it.address
         assert Identity.open(tmp_path / "device") == identity
         assert await whoami(identity.address, identity.credentials) == "device/edge-1"
-        assert await whoami(it.address, it.authority.issue_user("me")) == "user/me"
+        assert await whoami(it.address, it.authority.issue_admin("me")) == "admin/me"
         for secret in (token.secret, identity.credentials.key.decode().splitlines()[1]):
             assert secret not in caplog.text
         assert "device edge-1 enrolled from 127.0.0.1" in caplog.text
@@ -146,10 +147,10 @@ def test_a_token_becomes_an_identity_that_the_control_server_knows(
 def test_the_blocking_channel_works_too(tmp_path: Path) -> None:
     async def story(it: House) -> None:
         def call() -> Any:
-            with sync_channel(it.address, it.authority.issue_user("me")) as channel:
+            with sync_channel(it.address, it.authority.issue_admin("me")) as channel:
                 return rpc.CoordinatorStub(channel).ListDevices(pb.ListDevicesRequest(), timeout=10)
 
-        assert (await asyncio.to_thread(call)).devices[0].name == "user/me"
+        assert (await asyncio.to_thread(call)).devices[0].name == "admin/me"
 
     in_a_house(tmp_path, story)
 
@@ -177,7 +178,7 @@ def test_a_used_an_expired_and_a_made_up_token_are_refused_and_leave_no_identity
         await it.enrol(tmp_path / "first", used)
         expired = it.token()
         it.clock.now += 3600
-        made_up = Token("A" * 32, it.authority.pin, it.enrolment_port)
+        made_up = EnrolmentToken("A" * 32, it.authority.pin, it.enrolment_port)
         for token, message in [(used, "used already"), (expired, "expired"), (made_up, "not known")]:
             with pytest.raises(NotEnrolled, match=message):
                 await it.enrol(tmp_path / "second", token)
@@ -195,7 +196,7 @@ def test_a_token_of_another_coordinator_is_never_shown_to_this_one(tmp_path: Pat
         elsewhere = Authority.open(tmp_path / "elsewhere")
         good = it.token()
         with pytest.raises(NotEnrolled, match="not the coordinator that the token was made for"):
-            await it.enrol(tmp_path / "device", Token(good.secret, elsewhere.pin, good.port))
+            await it.enrol(tmp_path / "device", EnrolmentToken(good.secret, elsewhere.pin, good.port))
         assert it.store.token_name(good.secret) == "edge"  # still unused
 
     in_a_house(tmp_path, story)
@@ -205,7 +206,7 @@ def test_a_failed_enrolment_keeps_the_identity_that_was_there(tmp_path: Path) ->
     async def story(it: House) -> None:
         first = await it.enrol(tmp_path / "device", it.token())
         with pytest.raises(NotEnrolled):
-            await it.enrol(tmp_path / "device", Token("A" * 32, it.authority.pin, it.enrolment_port))
+            await it.enrol(tmp_path / "device", EnrolmentToken("A" * 32, it.authority.pin, it.enrolment_port))
         assert Identity.open(tmp_path / "device") == first
         assert await whoami(it.address, first.credentials) == "device/edge"
 
@@ -215,7 +216,7 @@ def test_a_failed_enrolment_keeps_the_identity_that_was_there(tmp_path: Path) ->
 def test_a_coordinator_that_is_not_there_gives_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    token = Token("A" * 32, b"\0" * 32, port)
+    token = EnrolmentToken("A" * 32, b"\0" * 32, port)
     with pytest.raises(LinkLost, match=r"cannot be reached: Connection refused; is `isthmus up` running"):
         enrol(tmp_path / "device", f"127.0.0.1:{port}", token.format())
 
@@ -276,14 +277,14 @@ def test_a_device_may_not_make_a_users_call(tmp_path: Path) -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await rpc.CoordinatorStub(channel).RevokeDevice(pb.RevokeDeviceRequest(), timeout=10)
         assert isinstance(error_of(caught.value, it.address), NotAllowed)
-        assert "for a user's certificate" in str(caught.value.details())
+        assert "it needs a certificate of the role admin" in str(caught.value.details())
 
     in_a_house(tmp_path, story)
 
 
 def test_the_control_server_wants_a_client_certificate_of_its_own_authority(tmp_path: Path) -> None:
     async def story(it: House) -> None:
-        ca, stranger = it.authority.ca_pem, Authority.open(tmp_path / "elsewhere").issue_user("me")
+        ca, stranger = it.authority.ca_pem, Authority.open(tmp_path / "elsewhere").issue_admin("me")
         server_certificate, server_key = it.authority.issue_server()
         refused = "does not take this certificate"
         with pytest.raises(LinkLost, match=refused):
@@ -380,7 +381,7 @@ def test_guessing_over_the_wire_is_stopped(tmp_path: Path) -> None:
     async def story(it: House) -> None:
         answers = []
         for number in range(MAX_FAILURES + 1):
-            guess = Token(f"{number:032d}", it.authority.pin, it.enrolment_port)
+            guess = EnrolmentToken(f"{number:032d}", it.authority.pin, it.enrolment_port)
             with pytest.raises(IsthmusError) as caught:
                 await it.enrol(tmp_path / "device", guess)
             answers.append(str(caught.value))

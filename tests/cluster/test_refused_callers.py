@@ -91,11 +91,11 @@ def test_each_call_is_for_the_role_that_it_is_for(house: House) -> None:
     for call in (list_devices, create_token, submit_job, export_job, revoke_device):
         error = outcome(house.address, device, call)
         assert isinstance(error, NotAllowed), call
-        assert str(error) == "device d0 may not make this call: it is for a user's certificate"
+        assert str(error) == "device d0 may not make this call: it needs a certificate of the role admin"
     for call in (open_session, measure_link, get_manifest, fetch, find_served):
         error = outcome(house.address, house.user, call)
         assert isinstance(error, NotAllowed), call
-        assert "it is for a device's certificate" in str(error)
+        assert "it needs a certificate of the role device" in str(error)
 
 
 def test_a_job_keeps_out_whoever_has_no_part_in_it_and_goes_on_without_whoever_leaves(
@@ -104,7 +104,7 @@ def test_a_job_keeps_out_whoever_has_no_part_in_it_and_goes_on_without_whoever_l
     stranger = enrol(tmp_path / "stranger", house.address, house.cluster.token("stranger")).credentials
     d1 = house.identity("d1").credentials
     ours = Authority.open(house.cluster.state)
-    another = Authority.open(tmp_path / "another").issue_user("me")
+    another = Authority.open(tmp_path / "another").issue_admin("me")
     forged = Credentials(ours.ca_pem, another.certificate, another.key)  # it trusts us; we do not trust it
     with house.connect() as connection:
         job = house.submit(connection, ENDLESS, ["d0", "d1", "d2"])

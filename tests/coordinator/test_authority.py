@@ -6,6 +6,8 @@ import json
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from cryptography import x509
@@ -14,8 +16,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from isthmus.coordinator.control.authority import Authority
-from isthmus.split.errors import BadRequest, WrongState
-from isthmus.split.tls import SERVER_NAME, Credentials, Peer, peer_of, pin_of
+from isthmus.coordinator.control.interceptors import caller
+from isthmus.split.errors import BadRequest, NotEnrolled, WrongState
+from isthmus.split.tls import ADMIN, DEVICE, SERVER_NAME, Credentials, Peer, peer_of, pin_of
 
 
 def request(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey, name: str = "somebody-else") -> bytes:
@@ -134,12 +137,40 @@ def test_the_administrators_folder_is_made_once_and_says_where_the_coordinator_i
     assert authority.write_admin("127.0.0.1", 7001) == folder == tmp_path / "admin"
     assert Credentials.load(folder) == before
     assert json.loads((folder / "address.json").read_text())["port"] == 7001
-    assert peer_of({"x509_pem_cert": [before.certificate]}).role == "user"
+    assert peer_of({"x509_pem_cert": [before.certificate]}).role == ADMIN
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
 
 
 def test_an_administrators_certificate_of_another_authority_is_replaced(tmp_path: Path) -> None:
-    Authority.open(tmp_path / "other").issue_user("admin").save(tmp_path / "state" / "admin")
+    Authority.open(tmp_path / "other").issue_admin("admin").save(tmp_path / "state" / "admin")
     authority = Authority.open(tmp_path / "state")
     assert Credentials.load(authority.write_admin("h", 1)).ca == authority.ca_pem
+
+
+def test_an_administrators_certificate_of_version_0_1_still_counts_and_no_device_can_ask_for_it(
+    tmp_path: Path,
+) -> None:
+    authority = Authority.open(tmp_path)
+    key = ec.generate_private_key(ec.SECP256R1())
+    old = authority._sign(key.public_key(), "admin", "user", client=True)
+    pem = old.public_bytes(serialization.Encoding.PEM)
+    assert peer_of({"x509_pem_cert": [pem]}) == Peer("admin", ADMIN, f"{old.serial_number:x}")
+    for role in ("user", ADMIN):
+        subject = [
+            x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role),
+            x509.NameAttribute(NameOID.COMMON_NAME, "admin"),
+        ]
+        csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(subject)).sign(key, hashes.SHA256())
+        certificate, serial = authority.sign_device(csr.public_bytes(serialization.Encoding.PEM), "edge")
+        assert peer_of({"x509_pem_cert": [certificate]}) == Peer("edge", DEVICE, serial)
+
+
+def test_a_certificate_of_a_role_that_there_is_not_is_refused_in_one_line(tmp_path: Path) -> None:
+    authority = Authority.open(tmp_path)
+    signed = authority._sign(ec.generate_private_key(ec.SECP256R1()).public_key(), "me", "users", client=True)
+    pem = signed.public_bytes(serialization.Encoding.PEM)
+    context = SimpleNamespace(auth_context=lambda: {"x509_pem_cert": [pem]})
+    for role in (ADMIN, DEVICE, None):
+        with pytest.raises(NotEnrolled, match="a certificate of the role 'users' cannot call"):
+            caller(cast(Any, context), cast(Any, None), role)

@@ -20,7 +20,7 @@ RAISES: dict[bytes, Exception] = {
     b"frame": BadFrame("step 4 after step 2"),
     b"job": NotFound("no job 'x'"),
     b"revoked": NotEnrolled("device edge is revoked"),
-    b"role": NotAllowed("for a user's certificate"),
+    b"role": NotAllowed("for an administrator's certificate"),
     b"state": WrongState("the job has ended"),
     b"link": LinkLost("the stage went away"),
     b"bug": KeyError("a secret of the coordinator"),

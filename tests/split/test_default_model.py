@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from isthmus.split.data.stdlib_text import (
     PRIVATE_MODULES,
-    Document,
+    StdlibDocument,
     private_docstrings,
     private_text,
     text_digest,
@@ -40,7 +40,7 @@ def model() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def documents() -> list[Document]:
+def documents() -> list[StdlibDocument]:
     return training_documents()
 
 
@@ -134,7 +134,7 @@ def test_greedy_generation_is_repeatable_and_makes_text(
     assert len(set(first.tolist())) > 8
 
 
-def test_the_private_modules_are_not_in_the_training_text(documents: list[Document]) -> None:
+def test_the_private_modules_are_not_in_the_training_text(documents: list[StdlibDocument]) -> None:
     names = {document.name.split(".")[0] for document in documents}
     assert not names & set(PRIVATE_MODULES)
     text = "\n".join(" ".join(document.text.split()) for document in documents)
@@ -143,7 +143,7 @@ def test_the_private_modules_are_not_in_the_training_text(documents: list[Docume
     assert [docstring for docstring in long if docstring in text] == []
 
 
-def test_the_training_text_is_the_same_every_time(documents: list[Document]) -> None:
+def test_the_training_text_is_the_same_every_time(documents: list[StdlibDocument]) -> None:
     assert len(documents) > 300
     assert text_digest(documents) == text_digest(training_documents())
     assert len({document.name for document in documents}) == len(documents)

@@ -20,7 +20,7 @@ from isthmus.split.link.coding import Terms
 from isthmus.split.link.session import Frame, LocalLink, Phase
 from isthmus.split.lora.lora import lora_config, lora_parameters, save_adapter
 from isthmus.split.models.source import ModelFolder
-from isthmus.split.plan.parts import device_stages, merging_of, server_stages
+from isthmus.split.plan.parts import device_stages, merger_of, server_stages
 from isthmus.split.resources.ledger import Ledger
 from isthmus.split.training.device import DeviceTrainer
 from isthmus.split.training.host import StageHost
@@ -176,7 +176,7 @@ class Devices(Job):
             config,
             set(names),
             initial_adapter=dict(self.trainers[names[0]].parameters),  # where all are alike after all
-            merging=merging_of(source.config, config, shapes),
+            merging=merger_of(source.config, config, shapes),
             tell=self._tell,
         )
         self.errors = {}

@@ -20,7 +20,7 @@ from isthmus.split.link.session import Frame, LocalLink, Phase
 from isthmus.split.lora.lora import add_lora, lora_config, lora_parameters
 from isthmus.split.models.source import ModelFolder
 from isthmus.split.models.stage import build_stages, cut_in_two, cut_u_shaped
-from isthmus.split.plan.choose import Planner, View
+from isthmus.split.plan.choose import DeviceView, Planner
 from isthmus.split.resources.ledger import Ledger
 from isthmus.split.training.host import StageHost
 from isthmus.split.training.loss import nll
@@ -62,7 +62,7 @@ def deep(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     def plans(
         planner: Planner,
-        views: Mapping[str, View],
+        views: Mapping[str, DeviceView],
         stage_seconds: Mapping[str, float],
         micro_batches: int | None = None,
     ) -> tuple[dict[str, Plan], list[str]]:

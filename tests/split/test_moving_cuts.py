@@ -18,9 +18,9 @@ from isthmus.split.link.profile import LinkProfile
 from isthmus.split.link.session import LocalLink
 from isthmus.split.models.source import ModelFolder
 from isthmus.split.plan.costs import Costs
-from isthmus.split.plan.moving import Mover, Seen
-from isthmus.split.plan.parts import device_stages, merging_of, server_stages
-from isthmus.split.plan.shapes import Able, Choice, choose_shapes
+from isthmus.split.plan.cut_mover import CutMover, MeasuredDevice
+from isthmus.split.plan.parts import device_stages, merger_of, server_stages
+from isthmus.split.plan.shapes import Capabilities, ShapeChoice, choose_shapes
 from isthmus.split.resources.ledger import Ledger
 from isthmus.split.training.checkpoint import CheckpointFolder
 from isthmus.split.training.device import DeviceTrainer
@@ -40,16 +40,18 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("llama"), "llama", layers=4)
 
 
-class Scripted(Mover):
+class Scripted(CutMover):
     """Moves what it is told to, by the number of the aggregation."""
 
     def __init__(self, moves: Mapping[int, Mapping[str, int]]) -> None:
         self.moves, self.number = moves, 0
 
-    def look(self, shapes: Mapping[str, Shape], seen: Mapping[str, Seen], stage_seconds: float) -> dict[str, Choice]:
+    def look(
+        self, shapes: Mapping[str, Shape], seen: Mapping[str, MeasuredDevice], stage_seconds: float
+    ) -> dict[str, ShapeChoice]:
         self.number += 1
         return {
-            device: Choice(dataclasses.replace(shapes[device], cut=cut), 1.0, 1.0, 2.0**30)
+            device: ShapeChoice(dataclasses.replace(shapes[device], cut=cut), 1.0, 1.0, 2.0**30)
             for device, cut in self.moves.get(self.number, {}).items()
         }
 
@@ -126,7 +128,7 @@ def _alone(folder: Path, cut_after: int | None) -> dict[str, torch.Tensor]:
         ),
         config,
         {"a"},
-        merging=merging_of(source.config, config, {"a": shape}),
+        merging=merger_of(source.config, config, {"a": shape}),
         mover=Scripted({1: {"a": 3}, 2: {"a": 2}}),
         segments=lambda shapes: server_stages(source, config, shapes, "cpu"),
         tell=tell,
@@ -157,15 +159,18 @@ COSTS = Costs(MODEL, TrainingConfig.of(cuts="c=2,auto", codec="none", batch_size
 LINK = LinkProfile(0.001, 1e8, 1e8)
 
 
-def _seen(shapes: Mapping[str, Shape], flops: Mapping[str, float]) -> dict[str, Seen]:
-    return {name: Seen(COSTS.device_work(shape.cut, shape.rank) / flops[name], LINK) for name, shape in shapes.items()}
+def _seen(shapes: Mapping[str, Shape], flops: Mapping[str, float]) -> dict[str, MeasuredDevice]:
+    return {
+        name: MeasuredDevice(COSTS.device_work(shape.cut, shape.rank) / flops[name], LINK)
+        for name, shape in shapes.items()
+    }
 
 
 def test_a_cut_moves_only_after_the_device_has_been_slow_for_several_rounds() -> None:
-    mover = Mover(COSTS)
+    mover = CutMover(COSTS)
     usual = {"a": 2e10, "b": 2e10, "c": 2e10}
-    able = {name: Able(flops, link=LINK) for name, flops in usual.items()}
-    shapes = {name: choice.shape for name, choice in choose_shapes(COSTS, able, Able(2e10)).items()}
+    able = {name: Capabilities(flops, link=LINK) for name, flops in usual.items()}
+    shapes = {name: choice.shape for name, choice in choose_shapes(COSTS, able, Capabilities(2e10)).items()}
     even, slow = _seen(shapes, usual), _seen(shapes, {**usual, "a": 2e9})
     stage = COSTS.server_work(shape.cut for shape in shapes.values()) / 2e10
     looks = [mover.look(shapes, seen, stage) for seen in (slow, slow, even, slow, slow)]
@@ -181,7 +186,7 @@ def test_a_cut_moves_only_after_the_device_has_been_slow_for_several_rounds() ->
 
 
 def test_a_device_that_is_fast_again_gets_its_blocks_back() -> None:
-    mover = Mover(COSTS)
+    mover = CutMover(COSTS)
     shapes = {"a": Shape(1, 8), "c": Shape(2, 8)}
     seen = _seen(shapes, {"a": 1e11, "c": 1e11})
     stage = COSTS.server_work(shape.cut for shape in shapes.values()) / 5e9
@@ -192,9 +197,9 @@ def test_a_device_that_is_fast_again_gets_its_blocks_back() -> None:
 
 def test_a_device_without_work_of_its_own_does_not_keep_the_cuts_of_others_from_moving() -> None:
     """One that has only the embedding: its labels, and so its head, are at the server."""
-    mover = Mover(dataclasses.replace(COSTS, training=COSTS.training.but(cuts="c=0,auto", labels="server")))
+    mover = CutMover(dataclasses.replace(COSTS, training=COSTS.training.but(cuts="c=0,auto", labels="server")))
     shapes = {"a": Shape(1, 8), "c": Shape(0, 8)}
-    seen = {"a": Seen(mover.costs.device_work(1, 8) / 1e11, LINK), "c": Seen(0.001, LINK)}
+    seen = {"a": MeasuredDevice(mover.costs.device_work(1, 8) / 1e11, LINK), "c": MeasuredDevice(0.001, LINK)}
     stage = mover.costs.server_work(shape.cut for shape in shapes.values()) / 5e9
     looks = [mover.look(shapes, seen, stage) for _ in range(3)]
     assert looks[:2] == [{}, {}]
@@ -203,7 +208,7 @@ def test_a_device_without_work_of_its_own_does_not_keep_the_cuts_of_others_from_
 
 
 def test_nothing_moves_without_measurements() -> None:
-    mover = Mover(COSTS)
+    mover = CutMover(COSTS)
     shapes = {"a": Shape(5, 8)}
-    assert [mover.look(shapes, {"a": Seen(0.0, LINK)}, 1.0) for _ in range(5)] == [{}] * 5
-    assert [mover.look(shapes, {"a": Seen(100.0, LINK)}, 0.0) for _ in range(5)] == [{}] * 5
+    assert [mover.look(shapes, {"a": MeasuredDevice(0.0, LINK)}, 1.0) for _ in range(5)] == [{}] * 5
+    assert [mover.look(shapes, {"a": MeasuredDevice(100.0, LINK)}, 0.0) for _ in range(5)] == [{}] * 5

@@ -17,7 +17,7 @@ from isthmus.split.link.coding import Plan
 from isthmus.split.link.ladder import candidates, ladder
 from isthmus.split.link.profile import MAX_PROBE_BYTES, LinkProfile, codec_seconds, probe
 from isthmus.split.plan import pipeline
-from isthmus.split.plan.choose import FRONT, FRONT_BACKWARD, TAIL, Planner, View
+from isthmus.split.plan.choose import FRONT, FRONT_BACKWARD, TAIL, DeviceView, Planner
 from isthmus.split.plan.pipeline import StepCosts, step_seconds
 
 TASK = pipeline._A_TASK
@@ -218,11 +218,13 @@ def view(
     config: TrainingConfig = CONFIG,
     slow: float = 0.01,
     work: dict[str, float] | None = None,
-) -> View:
-    return View(families, link, seconds_of(candidates(config), slow), WORK if work is None else work, plan or Plan())
+) -> DeviceView:
+    return DeviceView(
+        families, link, seconds_of(candidates(config), slow), WORK if work is None else work, plan or Plan()
+    )
 
 
-def plan_for(one: View, made: Planner, stage: dict[str, float] | None = None) -> tuple[Plan, list[str]]:
+def plan_for(one: DeviceView, made: Planner, stage: dict[str, float] | None = None) -> tuple[Plan, list[str]]:
     plans, sentences = made.plans({"d": one}, STAGE if stage is None else stage)
     return plans["d"], sentences
 
@@ -252,7 +254,7 @@ def test_on_20_mbit_eight_times_fewer_bytes_cross_than_as_float32(labels: str, s
     assert str(plan.codec_of("hidden_up")) in sentence
 
 
-def step_seconds_of(made: Planner, one: View, plan: Plan) -> float:
+def step_seconds_of(made: Planner, one: DeviceView, plan: Plan) -> float:
     return made._seconds_of(one, STAGE, plan)
 
 

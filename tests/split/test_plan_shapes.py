@@ -19,7 +19,7 @@ from isthmus.split.lora.sites import layout_of
 from isthmus.split.models.source import ModelFolder
 from isthmus.split.models.stage import StageSpec, build_stages
 from isthmus.split.plan.costs import LIBRARIES, Costs
-from isthmus.split.plan.shapes import Able, choose_shapes
+from isthmus.split.plan.shapes import Capabilities, choose_shapes
 from isthmus.split.resources.ledger import Ledger
 from tests.split.tiny_models import ARCHITECTURES, make_model
 
@@ -30,16 +30,16 @@ MODEL = LlamaConfig(
 TRAINING = TrainingConfig.of(cuts="auto", ranks="auto", codec="none", batch_size=8, sequence_length=128, rank=8)
 COSTS = Costs(MODEL, TRAINING)
 FAST = LinkProfile(0.001, 1e9, 1e9)
-SERVER = Able(2e10)
+SERVER = Capabilities(2e10)
 
 
-def _chosen(devices: dict[str, Able], server: Able = SERVER, **changes: object) -> dict[str, Shape]:
+def _chosen(devices: dict[str, Capabilities], server: Capabilities = SERVER, **changes: object) -> dict[str, Shape]:
     costs = Costs(MODEL, TRAINING.but(**changes))
     return {name: choice.shape for name, choice in choose_shapes(costs, devices, server).items()}
 
 
 def test_faster_devices_hold_more_and_no_slower_one_holds_more() -> None:
-    devices = {f"d{speed}": Able(speed * 4e9, link=FAST) for speed in (1, 2, 4, 8)}
+    devices = {f"d{speed}": Capabilities(speed * 4e9, link=FAST) for speed in (1, 2, 4, 8)}
     shapes = _chosen(devices)
     cuts = [shapes[f"d{speed}"].cut for speed in (1, 2, 4, 8)]
     assert cuts == sorted(cuts)
@@ -49,7 +49,7 @@ def test_faster_devices_hold_more_and_no_slower_one_holds_more() -> None:
 
 def test_no_combination_of_cuts_has_a_shorter_step() -> None:
     """Against all there are, for two devices; the solver's deadline is near the best one."""
-    devices = {"a": Able(3e9, link=FAST), "b": Able(2e10, link=LinkProfile(0.02, 5e6, 5e6))}
+    devices = {"a": Capabilities(3e9, link=FAST), "b": Capabilities(2e10, link=LinkProfile(0.02, 5e6, 5e6))}
     costs = Costs(MODEL, TRAINING.but(rank=1, ranks=""))
     chosen = choose_shapes(costs, devices, SERVER)
     best = min(
@@ -61,29 +61,29 @@ def test_no_combination_of_cuts_has_a_shorter_step() -> None:
 
 
 def test_a_slow_server_gives_its_blocks_away_and_a_fast_one_takes_them() -> None:
-    devices = {"a": Able(1e10, link=FAST), "b": Able(1e10, link=FAST)}
-    assert _chosen(devices, Able(1e9))["a"].cut > _chosen(devices, Able(1e12))["a"].cut
+    devices = {"a": Capabilities(1e10, link=FAST), "b": Capabilities(1e10, link=FAST)}
+    assert _chosen(devices, Capabilities(1e9))["a"].cut > _chosen(devices, Capabilities(1e12))["a"].cut
 
 
 def test_a_narrow_link_lowers_the_rank_whose_adapters_have_to_cross_it() -> None:
-    devices = {"wide": Able(1e10, link=FAST), "narrow": Able(1e10, link=LinkProfile(0.1, 2e5, 2e5))}
+    devices = {"wide": Capabilities(1e10, link=FAST), "narrow": Capabilities(1e10, link=LinkProfile(0.1, 2e5, 2e5))}
     shapes = _chosen(devices, aggregate_every=1, cuts="4,")
     assert shapes["wide"].rank == 8
     assert 1 <= shapes["narrow"].rank < 8
 
 
 def test_memory_bounds_the_cut_and_what_is_named_stays() -> None:
-    roomy, tight = (Able(1e11, memory=memory, link=FAST) for memory in (2**36, COSTS.memory(2, 8) / 0.9))
-    shapes = _chosen({"roomy": roomy, "tight": tight}, Able(1e9))
+    roomy, tight = (Capabilities(1e11, memory=memory, link=FAST) for memory in (2**36, COSTS.memory(2, 8) / 0.9))
+    shapes = _chosen({"roomy": roomy, "tight": tight}, Capabilities(1e9))
     assert shapes["roomy"].cut == 7
     assert shapes["tight"].cut == 2
-    assert _chosen({"roomy": roomy, "tight": tight}, Able(1e9), cuts="roomy=3,auto")["roomy"].cut == 3
+    assert _chosen({"roomy": roomy, "tight": tight}, Capabilities(1e9), cuts="roomy=3,auto")["roomy"].cut == 3
     assert _chosen({"roomy": roomy, "tight": tight}, ranks="tight=0,auto")["tight"].rank == 0
 
 
 def test_a_device_without_the_memory_for_the_smallest_share_is_refused_with_the_figures() -> None:
     with pytest.raises(BadRequest) as refused:
-        _chosen({"watch": Able(1e9, memory=2**28, link=FAST)})
+        _chosen({"watch": Capabilities(1e9, memory=2**28, link=FAST)})
     line = str(refused.value)
     assert line.startswith("device watch has 0.23 GiB of memory for a job; its smallest share (cut 1, rank 1, ")
     assert f"takes {COSTS.memory(1, 1) / 2**30:.2f} GiB" in line
@@ -91,9 +91,9 @@ def test_a_device_without_the_memory_for_the_smallest_share_is_refused_with_the_
 
 
 def test_shapes_that_devices_have_already_stay() -> None:
-    devices = {"a": Able(1e10, link=FAST), "b": Able(1e10, link=FAST)}
-    alone = choose_shapes(COSTS, devices, Able(1e12))
-    kept = choose_shapes(COSTS, devices, Able(1e12), {"a": Shape(5, 3), "gone": Shape(2, 2)})
+    devices = {"a": Capabilities(1e10, link=FAST), "b": Capabilities(1e10, link=FAST)}
+    alone = choose_shapes(COSTS, devices, Capabilities(1e12))
+    kept = choose_shapes(COSTS, devices, Capabilities(1e12), {"a": Shape(5, 3), "gone": Shape(2, 2)})
     assert alone["a"].shape != Shape(5, 3)
     assert kept.keys() == {"a", "b"}
     assert kept["a"].shape == Shape(5, 3)

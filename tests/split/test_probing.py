@@ -14,7 +14,7 @@ import pytest
 from isthmus.protos.v1 import coordinator_pb2_grpc, stage_pb2
 from isthmus.split.errors import BadFrame, IsthmusError, LinkLost
 from isthmus.split.link.profile import MAX_PROBE_BYTES
-from isthmus.split.plan.probing import answer, measure_link
+from isthmus.split.plan.link_probe import answer, measure_link
 from isthmus.split.runtime.speed import Stopped
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from isthmus.split.errors import BadRequest, NotEnrolled, NotFound
 from isthmus.split.tls import (
     Credentials,
-    Token,
+    EnrolmentToken,
     check_name,
     join_address,
     peer_of,
@@ -23,13 +23,16 @@ from isthmus.split.tls import (
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 tokens = st.builds(
-    Token, st.text(LETTERS, min_size=32, max_size=32), st.binary(min_size=32, max_size=32), st.integers(1, 65535)
+    EnrolmentToken,
+    st.text(LETTERS, min_size=32, max_size=32),
+    st.binary(min_size=32, max_size=32),
+    st.integers(1, 65535),
 )
 
 
 @given(tokens)
-def test_a_token_is_what_was_printed(token: Token) -> None:
-    assert Token.parse(f"  {token.format()}\n") == token
+def test_a_token_is_what_was_printed(token: EnrolmentToken) -> None:
+    assert EnrolmentToken.parse(f"  {token.format()}\n") == token
 
 
 @given(st.one_of(st.text(max_size=200), st.text(LETTERS + ".", max_size=100).map(lambda text: f"ist1.{text}")))
@@ -39,7 +42,7 @@ def test_a_token_is_what_was_printed(token: Token) -> None:
 def test_any_text_is_a_whole_token_or_a_clear_error(text: str) -> None:
     message: str | None = None
     try:
-        token = Token.parse(text)
+        token = EnrolmentToken.parse(text)
     except BadRequest as error:
         message = str(error)
     else:
@@ -48,16 +51,16 @@ def test_any_text_is_a_whole_token_or_a_clear_error(text: str) -> None:
 
 
 @given(tokens, st.data())
-def test_a_token_cut_short_is_refused_without_repeating_it(token: Token, data: st.DataObject) -> None:
+def test_a_token_cut_short_is_refused_without_repeating_it(token: EnrolmentToken, data: st.DataObject) -> None:
     text = token.format()
     cut = data.draw(st.integers(5, text.rindex(".")))
     with pytest.raises(BadRequest, match="damaged") as caught:
-        Token.parse(text[:cut])
+        EnrolmentToken.parse(text[:cut])
     assert token.secret not in str(caught.value)
 
 
 @given(tokens)
-def test_the_secret_is_not_in_the_representation(token: Token) -> None:
+def test_the_secret_is_not_in_the_representation(token: EnrolmentToken) -> None:
     assert token.secret not in repr(token)
 
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from isthmus.split.dlora.kill_and_revive import Controller, Decision
+from isthmus.split.dlora.kill_and_revive import Decision, KillAndRevive
 from isthmus.split.dlora.kill_policy import KillPolicy
 from isthmus.split.dlora.module_costs import ModuleCost
 from isthmus.split.errors import BadRequest
@@ -39,7 +39,7 @@ def _falling(step: int) -> float:
 
 
 def _run(
-    controller: Controller,
+    controller: KillAndRevive,
     score: Score = _noise,
     loss: Callable[[int], float] = _falling,
     steps: range = range(STEPS),
@@ -57,7 +57,7 @@ def _run(
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.6])
 def test_what_was_spent_never_exceeds_the_budgets_so_far(budget: str, schedule: str, fraction: float) -> None:
     policy = KillPolicy(budget=budget, schedule=schedule, active_fraction=fraction, warmup_steps=20)
-    controller = Controller(_costs(), policy, STEPS)
+    controller = KillAndRevive(_costs(), policy, STEPS)
     spent = allowed = 0.0
     for step in range(STEPS):
         decision = controller.decide(step)
@@ -71,14 +71,14 @@ def test_what_was_spent_never_exceeds_the_budgets_so_far(budget: str, schedule: 
 @pytest.mark.parametrize("budget", ["values", "modules"])
 def test_without_trials_no_step_costs_more_than_its_budget(budget: str) -> None:
     policy = KillPolicy(budget=budget, active_fraction=0.25, probe_share=0.0)
-    controller = Controller(_costs(), policy, STEPS)
+    controller = KillAndRevive(_costs(), policy, STEPS)
     for step, decision in enumerate(_run(controller)):
         assert controller.cost(decision.active) <= controller.budget(step) + 1e-6
 
 
 def test_the_budget_of_a_cosine_goes_down_from_all_to_the_target() -> None:
     policy = KillPolicy(active_fraction=0.2, warmup_steps=10, anneal_steps=50)
-    controller = Controller(_costs(), policy, STEPS)
+    controller = KillAndRevive(_costs(), policy, STEPS)
     budgets = [controller.budget(step) / controller.cost(_costs()) for step in range(STEPS)]
     assert budgets[:10] == [1.0] * 10
     assert all(before >= after for before, after in pairwise(budgets))
@@ -88,7 +88,7 @@ def test_the_budget_of_a_cosine_goes_down_from_all_to_the_target() -> None:
 
 def test_the_budget_follows_the_gain_down() -> None:
     policy = KillPolicy(active_fraction=0.1, schedule="gain", warmup_steps=20)
-    quick, slow = (Controller(_costs(), policy, STEPS) for _ in range(2))
+    quick, slow = (KillAndRevive(_costs(), policy, STEPS) for _ in range(2))
     quick_budgets, slow_budgets = [], []
     for step in range(STEPS):
         for controller, budgets, rate in ((quick, quick_budgets, 0.93), (slow, slow_budgets, 0.985)):
@@ -104,7 +104,7 @@ def test_the_budget_follows_the_gain_down() -> None:
 def test_no_module_comes_back_more_often_than_it_may(hold: int) -> None:
     policy = KillPolicy(active_fraction=0.3, hold_steps=hold, margin=0.0, smoothing=0.0, interval=5, probe_interval=5)
     revived: dict[str, list[int]] = {}
-    for step, decision in enumerate(_run(Controller(_costs(), policy, STEPS))):
+    for step, decision in enumerate(_run(KillAndRevive(_costs(), policy, STEPS))):
         for name in decision.revived:
             revived.setdefault(name, []).append(step)
     assert any(len(steps) > 1 for steps in revived.values())
@@ -117,7 +117,7 @@ def test_a_small_lead_changes_nothing() -> None:
         return 1.0 + (0.1 if name.endswith("q") == (step // 50 % 2 == 0) else 0.0)
 
     policy = KillPolicy(budget="modules", active_fraction=0.5, schedule="step", probe_share=0.0, margin=0.3)
-    decisions = _run(Controller(_costs(), policy, STEPS), close)
+    decisions = _run(KillAndRevive(_costs(), policy, STEPS), close)
     assert sum(bool(decision.killed or decision.revived) for decision in decisions) == 1
 
 
@@ -126,7 +126,7 @@ def test_a_module_whose_responsiveness_rises_comes_back() -> None:
         return (5.0 if step > 100 else 0.1) if name == "3.v" else _noise(step, name)
 
     policy = KillPolicy(active_fraction=0.3, schedule="step", warmup_steps=20)
-    decisions = _run(Controller(_costs(), policy, STEPS), rising)
+    decisions = _run(KillAndRevive(_costs(), policy, STEPS), rising)
     assert "3.v" not in decisions[60].active
     assert all("3.v" in decision.active for decision in decisions[-50:])
 
@@ -135,7 +135,7 @@ def test_a_stalled_loss_starts_trials_before_their_time() -> None:
     policy = KillPolicy(active_fraction=0.3, schedule="step", probe_interval=10_000, stall_steps=30)
 
     def trials(loss: Callable[[int], float]) -> list[int]:
-        decisions = _run(Controller(_costs(), policy, STEPS), loss=loss)
+        decisions = _run(KillAndRevive(_costs(), policy, STEPS), loss=loss)
         return [step for step, decision in enumerate(decisions) if "loss stalled" in decision.reason]
 
     assert trials(lambda step: 4.0 - 0.01 * step) == []
@@ -148,14 +148,14 @@ def test_every_killed_module_has_its_turn_however_dear_it_is() -> None:
     policy = KillPolicy(
         active_fraction=0.1, warmup_steps=1, schedule="step", probe_share=0.8, probe_steps=10, probe_interval=5
     )
-    decisions = _run(Controller(_costs(), policy, 600), lambda step, name: 1.0, steps=range(600))
+    decisions = _run(KillAndRevive(_costs(), policy, 600), lambda step, name: 1.0, steps=range(600))
     assert {name for decision in decisions[1:] for name in decision.revived} >= {
         name for name in _costs() if not name.startswith("0.") and name not in decisions[1].active
     }
 
 
 def test_the_same_observations_give_the_same_decisions() -> None:
-    first, second = (_run(Controller(_costs(), KillPolicy(), STEPS)) for _ in range(2))
+    first, second = (_run(KillAndRevive(_costs(), KillPolicy(), STEPS)) for _ in range(2))
     assert first == second
     assert any(decision.revived for decision in first)
 
@@ -164,21 +164,21 @@ def test_the_same_observations_give_the_same_decisions() -> None:
 @pytest.mark.parametrize("schedule", ["cosine", "gain"])
 def test_a_state_taken_up_in_the_middle_goes_on_as_if_nothing_had_happened(stop: int, schedule: str) -> None:
     policy = KillPolicy(active_fraction=0.3, schedule=schedule)
-    whole = _run(Controller(_costs(), policy, STEPS))
-    first = Controller(_costs(), policy, STEPS)
+    whole = _run(KillAndRevive(_costs(), policy, STEPS))
+    first = KillAndRevive(_costs(), policy, STEPS)
     before = _run(first, steps=range(stop))
-    second = Controller(_costs(), policy, STEPS)
+    second = KillAndRevive(_costs(), policy, STEPS)
     second.load_state(json.loads(json.dumps(first.state())))
     assert before + _run(second, steps=range(stop, STEPS)) == whole
     assert second.scores() == pytest.approx(second.scores())
 
 
 def test_the_state_of_other_modules_or_of_another_policy_is_refused() -> None:
-    state = Controller(_costs(), KillPolicy(), STEPS).state()
+    state = KillAndRevive(_costs(), KillPolicy(), STEPS).state()
     with pytest.raises(BadRequest, match="other modules"):
-        Controller(_costs(5), KillPolicy(), STEPS).load_state(state)
+        KillAndRevive(_costs(5), KillPolicy(), STEPS).load_state(state)
     with pytest.raises(BadRequest, match="another policy"):
-        Controller(_costs(), KillPolicy(interval=3), STEPS).load_state(state)
+        KillAndRevive(_costs(), KillPolicy(interval=3), STEPS).load_state(state)
 
 
 def test_modules_that_do_not_respond_are_not_chosen() -> None:
@@ -186,22 +186,22 @@ def test_modules_that_do_not_respond_are_not_chosen() -> None:
         return 0.0 if name in ("1.q", "2.v") else 1.0
 
     policy = KillPolicy(active_fraction=0.9, schedule="step", probe_share=0.0)
-    last = _run(Controller(_costs(), policy, STEPS), some)[-1]
+    last = _run(KillAndRevive(_costs(), policy, STEPS), some)[-1]
     assert not {"1.q", "2.v"} & last.active
     everything = replace(policy, active_fraction=1.0)
-    assert len(_run(Controller(_costs(), everything, STEPS), some)[-1].active) == len(_costs())
+    assert len(_run(KillAndRevive(_costs(), everything, STEPS), some)[-1].active) == len(_costs())
 
 
 def test_modules_that_do_harm_are_killed_though_there_is_room_for_them() -> None:
     policy = KillPolicy(active_fraction=0.9, schedule="step", probe_share=0.0)
-    last = _run(Controller(_costs(), policy, STEPS), lambda step, name: -1.0 if name == "2.v" else 1.0)[-1]
+    last = _run(KillAndRevive(_costs(), policy, STEPS), lambda step, name: -1.0 if name == "2.v" else 1.0)[-1]
     assert "2.v" not in last.active
     assert {"1.v", "3.v"} <= last.active
 
 
 def test_all_modules_can_be_dead() -> None:
     policy = KillPolicy(budget="modules", active_fraction=0.0, schedule="step", warmup_steps=10)
-    decisions = _run(Controller(_costs(), policy, STEPS))
+    decisions = _run(KillAndRevive(_costs(), policy, STEPS))
     assert decisions[10].active == frozenset()
     assert decisions[10].killed == tuple(_costs())
     assert decisions[-1].active == frozenset()
@@ -216,7 +216,7 @@ def test_a_budget_above_zero_always_leaves_something_active(fraction: float, ste
     turn = min(40, steps // 10)
     turns = {"probe_share": 0.8, "probe_steps": turn, "hold_steps": turn, "probe_interval": 10}
     policy = KillPolicy(active_fraction=fraction, warmup_steps=steps // 10, anneal_steps=steps // 3, **turns)
-    controller = Controller(costs, policy, steps)
+    controller = KillAndRevive(costs, policy, steps)
     weights = {name: random.Random(f"{seed}/{name}").lognormvariate(0, 1) for name in costs}
     decisions = _run(controller, lambda step, name: weights[name] * _noise(step, name), steps=range(steps))
     assert all(decision.active for decision in decisions)
@@ -228,31 +228,31 @@ def test_a_budget_above_zero_always_leaves_something_active(fraction: float, ste
 def test_modules_take_turns_where_one_at_a_time_is_all_that_there_may_be() -> None:
     costs = {name: replace(cost, remote=True) for name, cost in _costs().items()}
     policy = KillPolicy(budget="modules", active_fraction=0.01, schedule="step", hold_steps=5)
-    decisions = _run(Controller(costs, policy, STEPS), lambda step, name: 1.0)[policy.warmup_steps :]
+    decisions = _run(KillAndRevive(costs, policy, STEPS), lambda step, name: 1.0)[policy.warmup_steps :]
     assert all(len(decision.active) == 1 for decision in decisions)
     assert set(costs) == {name for decision in decisions for name in decision.active}
 
 
 def test_no_modules_at_all_are_no_error() -> None:
-    assert _run(Controller({}, KillPolicy(), STEPS))[-1] == Decision(frozenset())
+    assert _run(KillAndRevive({}, KillPolicy(), STEPS))[-1] == Decision(frozenset())
 
 
 def test_a_budget_of_values_costs_modules_of_the_devices_own_blocks_nothing() -> None:
     policy = KillPolicy(active_fraction=0.0, schedule="step", probe_share=0.0)
-    assert _run(Controller(_costs(), policy, STEPS))[-1].active == {"0.q", "0.v", "0.down"}
+    assert _run(KillAndRevive(_costs(), policy, STEPS))[-1].active == {"0.q", "0.v", "0.down"}
 
 
 def test_with_a_budget_of_values_cheap_modules_stay_where_all_respond_alike() -> None:
     policy = KillPolicy(active_fraction=0.15, schedule="step", probe_share=0.0)
-    last = _run(Controller(_costs(), policy, STEPS), lambda step, name: 1.0)[-1]
+    last = _run(KillAndRevive(_costs(), policy, STEPS), lambda step, name: 1.0)[-1]
     assert {name for name in last.active if not name.startswith("0.")} == {"1.v", "1.q"}  # q shares v's input
     policy = replace(policy, budget="modules", active_fraction=0.5)
-    last = _run(Controller(_costs(), policy, STEPS), lambda step, name: 3.0 if name.endswith("down") else 1.0)[-1]
+    last = _run(KillAndRevive(_costs(), policy, STEPS), lambda step, name: 3.0 if name.endswith("down") else 1.0)[-1]
     assert {"1.down", "2.down", "3.down"} <= last.active
 
 
 def test_what_is_not_finite_or_not_known_is_left_out() -> None:
-    controller = Controller(_costs(), KillPolicy(), STEPS)
+    controller = KillAndRevive(_costs(), KillPolicy(), STEPS)
     controller.decide(0)
     controller.observe(0, float("nan"), {"0.q": float("inf"), "elsewhere": 1.0, "1.q": 2.0})
     assert controller.scores() == {"1.q": 2.0}

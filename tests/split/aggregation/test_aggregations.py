@@ -9,13 +9,13 @@ from torch import Tensor
 from isthmus.split.aggregation import REGISTRY
 from isthmus.split.aggregation.refactor import refactored, turned_to
 from isthmus.split.aggregation.stacking import grown
-from isthmus.split.lora.factors import Factors, Part, difference_squared, norm_squared, stacked
+from isthmus.split.lora.factors import Factors, WeightedFactors, difference_squared, norm_squared, stacked
 
 OUT, IN = 12, 10
 WEIGHTS = (0.5, 0.3, 0.2)
 
 
-def _parts(ranks: tuple[int, ...]) -> list[Part]:
+def _parts(ranks: tuple[int, ...]) -> list[WeightedFactors]:
     generator = torch.Generator().manual_seed(sum(ranks))
 
     def drawn(*shape: int) -> Tensor:
@@ -24,7 +24,7 @@ def _parts(ranks: tuple[int, ...]) -> list[Part]:
     return [(Factors(drawn(rank, IN), drawn(OUT, rank)), weight) for rank, weight in zip(ranks, WEIGHTS, strict=True)]
 
 
-def _dense(parts: list[Part]) -> Tensor:
+def _dense(parts: list[WeightedFactors]) -> Tensor:
     return torch.stack([weight * factors.b @ factors.a for factors, weight in parts]).sum(0)
 
 

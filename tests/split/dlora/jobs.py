@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices
-from isthmus.split.dlora.killing import Killing
 from isthmus.split.dlora.local import DloraRun, train_dlora_locally
+from isthmus.split.dlora.module_selector import ModuleSelector
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.lora.lora import draw_initial_values, lora_config
 from isthmus.split.models.source import ModelFolder
@@ -65,10 +65,10 @@ def dlora_run(
 def scripted(monkeypatch: pytest.MonkeyPatch, trained: Trained) -> None:
     """What trains when is what the test says, and not what the controller says."""
 
-    def decide(self: Killing, step: int) -> frozenset[int]:
+    def decide(self: ModuleSelector, step: int) -> frozenset[int]:
         return frozenset(module.number for module in self._layout.modules if trained(step, module.name))
 
-    monkeypatch.setattr(Killing, "decide", decide)
+    monkeypatch.setattr(ModuleSelector, "decide", decide)
 
 
 def unsplit_run(

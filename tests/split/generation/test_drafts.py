@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from isthmus.split.errors import BadRequest
+from isthmus.split.inference.answer_state import AnswerState
 from isthmus.split.inference.chain import LocalHolder
-from isthmus.split.inference.drafting import Drafting
-from isthmus.split.inference.drafts import Ask, ModelDrafter, look_up
+from isthmus.split.inference.draft_scheduler import DraftScheduler
+from isthmus.split.inference.drafters import DraftRequest, ModelDrafter, look_up
 from isthmus.split.inference.ends import Ends
 from isthmus.split.inference.engine import Engine
 from isthmus.split.inference.local import EARLY, LOOKUP, local_engine
 from isthmus.split.inference.pace import Mean, Pace
 from isthmus.split.inference.request import Request, Sampling, Timing
 from isthmus.split.inference.sampling import Chooser, probabilities
-from isthmus.split.inference.stream import Stream
 from isthmus.split.models.source import open_model
 from isthmus.split.runtime.choose import TORCH, RuntimeChoice, make_runtime
 from tests.split.generation.whole import (
@@ -70,10 +70,10 @@ def similar(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many drafts as may be, whether they are worth it or not."""
 
-    def choose(self: Drafting, batch: Sequence[Stream]) -> tuple[list[Stream], int]:
+    def choose(self: DraftScheduler, batch: Sequence[AnswerState]) -> tuple[list[AnswerState], int]:
         return [stream for stream in batch if self._most(stream) > 0], 10
 
-    monkeypatch.setattr(Drafting, "_choose", choose)
+    monkeypatch.setattr(DraftScheduler, "_choose", choose)
 
 
 def engine_of(folder: Path, **options: Any) -> Callable[[], Any]:
@@ -222,7 +222,7 @@ def test_a_model_drafts_what_it_would_say_itself_and_forgets_what_was_wrong(llam
     one, other = (list(prompt) for prompt in prompts([9, 5]))
 
     async def propose(tokens: Sequence[int], count: int, chooser: Chooser = choose) -> list[int]:
-        (found,) = await drafter.propose([Ask(1, tokens, 0, count, chooser)])
+        (found,) = await drafter.propose([DraftRequest(1, tokens, 0, count, chooser)])
         return found
 
     async def work() -> None:
@@ -234,11 +234,11 @@ def test_a_model_drafts_what_it_would_say_itself_and_forgets_what_was_wrong(llam
         wrong = [*one, line[0], (line[1] + 1) % VOCABULARY]
         assert await propose(wrong, 3) == greedy(model, wrong, 3)
         assert await propose(other, 3, Chooser(GREEDY)) == greedy(model, other, 3)  # another answer in its place
-        asks = [Ask(0, one, 0, 5, Chooser(GREEDY)), Ask(1, other, 0, 2, Chooser(GREEDY))]
+        asks = [DraftRequest(0, one, 0, 5, Chooser(GREEDY)), DraftRequest(1, other, 0, 2, Chooser(GREEDY))]
         assert await drafter.propose(asks) == [line[:5], greedy(model, other, 2)]
         assert await propose(one, 55) == greedy(model, one, 51)  # as many as there is room for
         assert await propose([*one, VOCABULARY], 2) == []  # a token that it does not know
-        (none,) = await drafter.propose([Ask(0, other, 0, 5, choose)], lambda: True)
+        (none,) = await drafter.propose([DraftRequest(0, other, 0, 5, choose)], lambda: True)
         assert none == []
 
     asyncio.run(work())
@@ -278,10 +278,12 @@ class Timed:
         self._read: dict[int, int] = {}
         self._generator = torch.Generator().manual_seed(0)
 
-    def unread(self, ask: Ask) -> int:
+    def unread(self, ask: DraftRequest) -> int:
         return len(ask.tokens) - self._read.get(ask.sequence, 0)
 
-    async def propose(self, asks: Sequence[Ask], enough: Callable[[], bool] = lambda: False) -> list[list[int]]:
+    async def propose(
+        self, asks: Sequence[DraftRequest], enough: Callable[[], bool] = lambda: False
+    ) -> list[list[int]]:
         self.clock += self.reading_seconds * sum(map(self.unread, asks)) + self.seconds * max(ask.count for ask in asks)
         self._read |= {ask.sequence: len(ask.tokens) for ask in asks}
         chances = [torch.rand(ask.count, generator=self._generator) for ask in asks]
@@ -316,10 +318,10 @@ async def simulate(
     """
     drafter = Timed(right, draft, read)
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr("isthmus.split.inference.drafting.time.perf_counter", lambda: drafter.clock)
+    monkeypatch.setattr("isthmus.split.inference.draft_scheduler.time.perf_counter", lambda: drafter.clock)
     generator = torch.Generator().manual_seed(1)
     ends: Any = SimpleNamespace(vocabulary=2, rotary_boundary=None)
-    drafting = Drafting(drafter, ends, lambda: 0.0)
+    drafting = DraftScheduler(drafter, ends, lambda: 0.0)
     plain = 0.0
     for _ in range(times):
         running = [Text(number, tokens, Pace(Mean(0.6, 0.03)), [0] * 100) for number in range(answers)]
@@ -379,7 +381,7 @@ def test_drafting_begins_again_when_the_text_becomes_easy(read: float) -> None:
     async def work() -> None:
         drafter = Timed(0.0, 0.002, read)
         ends: Any = SimpleNamespace(vocabulary=2, rotary_boundary=None)
-        drafting = Drafting(drafter, ends, lambda: 0.0)
+        drafting = DraftScheduler(drafter, ends, lambda: 0.0)
         text: Any = Text(0, 10_000, Pace(Mean(0.6, 0.03)), [0] * 100)
         drafting.begin(text)
         drafted: list[int] = []

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from isthmus.split.errors import BadRequest
+from isthmus.split.inference.answer_state import AnswerState
 from isthmus.split.inference.chain import Span
 from isthmus.split.inference.engine import Engine
 from isthmus.split.inference.local import local_engine
 from isthmus.split.inference.request import Busy, Request, Sampling
-from isthmus.split.inference.stream import Stream
 from isthmus.split.models.source import open_model
 from isthmus.split.runtime.base import Row
 from tests.split.generation.whole import answers, greedy, ids_of, prompts, run, tokens_of, whole_model
@@ -193,7 +193,7 @@ def test_no_more_batches_are_under_way_than_are_faster(llama: Path, monkeypatch:
     under_way, most, sizes = 0, 0, set()
     advance = Engine._advance
 
-    async def counted(engine: Engine, batch: list[Stream]) -> None:
+    async def counted(engine: Engine, batch: list[AnswerState]) -> None:
         nonlocal under_way, most
         decodes = not batch[0].prefilling
         sizes.update({len(batch)} if decodes else ())
@@ -248,7 +248,7 @@ def test_refused_requests_leave_nothing_behind(llama: Path) -> None:
         for number in range(100):
             with pytest.raises(Busy):
                 engine.submit(Request(text, 20, GREEDY, client=f"refused {number}"))
-        assert len(engine._turns) == 4
+        assert len(engine._queue._turns) == 4
         await asyncio.gather(*map(ids_of, taken))
 
     run(engine_of(llama, sequences=2, queue=2), work)

@@ -17,6 +17,7 @@ from isthmus.split.runtime import Row
 from isthmus.split.runtime.onnx_cache import LIMIT, default_cache
 from isthmus.split.runtime.onnx_graph import write_blocks
 from isthmus.split.runtime.onnx_runtime import OnnxRuntime
+from isthmus.split.runtime.onnx_session import OnnxOptions
 from isthmus.split.runtime.onnx_weights import BITS, quantise
 from tests.split.tiny_models import make_model
 
@@ -42,8 +43,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def compute(source: TensorSource, cache: Path | None, **settings: Any) -> torch.Tensor:
-    runtime = OnnxRuntime(source, 0, 2, sequences=1, tokens=8, threads=1, cache=cache, **settings)
-    return runtime.compute([Row(0, 0, 3)], torch.ones(3, HIDDEN))
+    return held(source, cache, **settings).compute([Row(0, 0, 3)], torch.ones(3, HIDDEN))
 
 
 def entries(cache: Path) -> list[Path]:
@@ -120,8 +120,8 @@ def test_a_cache_that_cannot_be_written_is_an_error(folder: Path, tmp_path: Path
         compute(open_model(str(folder)), tmp_path / "file")
 
 
-def held(source: TensorSource, cache: Path, weights: str = "float32") -> OnnxRuntime:
-    return OnnxRuntime(source, 0, 2, sequences=1, tokens=8, threads=1, cache=cache, weights=weights)
+def held(source: TensorSource, cache: Path | None, weights: str = "float32") -> OnnxRuntime:
+    return OnnxRuntime(source, 0, 2, sequences=1, tokens=8, options=OnnxOptions(weights, threads=1, cache=cache))
 
 
 def test_the_longest_unused_graphs_go_when_there_is_no_room(
@@ -165,8 +165,8 @@ def test_a_graph_that_another_process_uses_stays(folder: Path, tmp_path: Path, m
     compute(source, cache)
     (entry,) = entries(cache)
     program = (
-        f"import sys; from pathlib import Path; from isthmus.split.runtime.onnx_cache import Graph; "
-        f"graph = Graph(Path({str(entry)!r})); print('here', flush=True); sys.stdin.read()"
+        f"import sys; from pathlib import Path; from isthmus.split.runtime.onnx_cache import CachedGraph; "
+        f"graph = CachedGraph(Path({str(entry)!r})); print('here', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program]
     monkeypatch.setenv(LIMIT, "0")

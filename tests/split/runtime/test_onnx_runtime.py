@@ -16,6 +16,7 @@ from isthmus.split.models.stage import StageSpec, build_stages
 from isthmus.split.runtime import BadPosition, Row
 from isthmus.split.runtime.onnx_head import OnnxHead
 from isthmus.split.runtime.onnx_runtime import OnnxRuntime
+from isthmus.split.runtime.onnx_session import OnnxOptions
 from isthmus.split.runtime.onnx_shape import SUPPORTED
 from tests.split.runtime.stages import alone, blocks, states_of
 from tests.split.tiny_models import VOCABULARY, change_config, make_model
@@ -51,9 +52,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: make_model(tmp_path_factory.mktemp(name), name, hidden=HIDDEN) for name in SUPPORTED}
 
 
-def start(folder: Path, cache: Path, first: int = 1, last: int = 4, **settings: Any) -> OnnxRuntime:
-    settings = {"sequences": 2, "tokens": 40, "threads": 1, **settings}
-    return OnnxRuntime(open_model(str(folder)), first, last, cache=cache, **settings)
+def start(
+    folder: Path, cache: Path, first: int = 1, last: int = 4, weights: str = "float32", **settings: Any
+) -> OnnxRuntime:
+    settings = {"sequences": 2, "tokens": 40, "options": OnnxOptions(weights, threads=1, cache=cache), **settings}
+    return OnnxRuntime(open_model(str(folder)), first, last, **settings)
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
@@ -256,7 +259,7 @@ def test_the_head_gives_the_logits(tmp_path: Path, name: str, tied: bool) -> Non
     source = open_model(str(make_model(tmp_path / "model", name, layers=1, hidden=HIDDEN, tied=tied)))
     tail = build_stages(source, [StageSpec(1, 1, embeds=False, head=True)])[0]
     hidden = states(3, 8)
-    logits = OnnxHead(source, cache=tmp_path, threads=1)(hidden)
+    logits = OnnxHead(source, OnnxOptions(cache=tmp_path, threads=1))(hidden)
     assert logits.shape == (3, VOCABULARY)
     torch.testing.assert_close(logits, alone(tail, hidden), **CLOSE)
 
@@ -266,7 +269,7 @@ def test_what_a_graph_cannot_compute_is_refused(tmp_path: Path, folders: dict[st
     with pytest.raises(UnsupportedModel, match="no ONNX graph for gpt2; there is one for llama"):
         start(gpt2, tmp_path, 0, 2)
     with pytest.raises(UnsupportedModel, match="no ONNX graph for gpt2"):
-        OnnxHead(open_model(str(gpt2)), cache=tmp_path)
+        OnnxHead(open_model(str(gpt2)), OnnxOptions(cache=tmp_path))
     small = make_model(tmp_path / "small", "llama", layers=2, hidden=32)
     with pytest.raises(UnsupportedModel, match="heads of 8"):
         start(small, tmp_path, 0, 2)

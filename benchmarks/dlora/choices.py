@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
-from isthmus.split.dlora.kill_and_revive import Controller, Decision
+from isthmus.split.dlora.kill_and_revive import Decision, KillAndRevive
 from isthmus.split.dlora.kill_policy import KillPolicy
 from isthmus.split.dlora.module_costs import ModuleCost
 
@@ -22,7 +22,7 @@ class Choice(Protocol):
     def scores(self) -> dict[str, float]: ...
 
 
-class Random(Controller):
+class Random(KillAndRevive):
     """The same budgets and times, and scores that are drawn anew for every decision."""
 
     def __init__(self, costs: Mapping[str, ModuleCost], policy: KillPolicy, total_steps: int, seed: int) -> None:
@@ -68,4 +68,4 @@ def chooser(
         policy = replace(policy, active_fraction=1.0)
     elif choice == "fixed":
         policy = replace(policy, probe_share=0.0, margin=1e9, hold_steps=0)
-    return Controller(costs, policy, steps)
+    return KillAndRevive(costs, policy, steps)

@@ -14,11 +14,11 @@ from typing import Protocol
 
 import torch
 
+from isthmus.split.inference.answer_state import in_common
 from isthmus.split.inference.chain import Holder
 from isthmus.split.inference.ends import Ends
 from isthmus.split.inference.pace import Mean
 from isthmus.split.inference.sampling import Chooser
-from isthmus.split.inference.stream import in_common
 from isthmus.split.runtime.base import Row
 
 _LONGEST, _SHORTEST = 4, 1  # tokens of the text's end that are looked for further up
@@ -27,7 +27,7 @@ _WINDOW = 2048  # tokens of the text that are looked through
 
 
 @dataclass(frozen=True)
-class Ask:
+class DraftRequest:
     """For `count` guesses at what follows `tokens`. place: which token of the answer the first of them would be.
 
     adapter, long: as in Row, of the model that answers.
@@ -56,10 +56,12 @@ class Drafter(Protocol):
     def reading_seconds(self) -> float:
         """That a token of the text takes which is new to it, lately."""
 
-    def unread(self, ask: Ask) -> int:
+    def unread(self, ask: DraftRequest) -> int:
         """Tokens of the ask that are new to it."""
 
-    async def propose(self, asks: Sequence[Ask], enough: Callable[[], bool] = lambda: False) -> list[list[int]]:
+    async def propose(
+        self, asks: Sequence[DraftRequest], enough: Callable[[], bool] = lambda: False
+    ) -> list[list[int]]:
         """As many guesses as asked for, or fewer. enough: asked now and then; True: they are not wanted any more."""
 
     def forget(self, sequence: int) -> None: ...
@@ -71,10 +73,12 @@ class Lookup:
     seconds = math.inf  # there is nothing to be gained by guessing in advance
     reading_seconds = 0.0
 
-    def unread(self, ask: Ask) -> int:
+    def unread(self, ask: DraftRequest) -> int:
         return 0
 
-    async def propose(self, asks: Sequence[Ask], enough: Callable[[], bool] = lambda: False) -> list[list[int]]:
+    async def propose(
+        self, asks: Sequence[DraftRequest], enough: Callable[[], bool] = lambda: False
+    ) -> list[list[int]]:
         return [look_up(ask.tokens, ask.count) for ask in asks]
 
     def forget(self, sequence: int) -> None:
@@ -136,13 +140,15 @@ class ModelDrafter:
     def reading_seconds(self) -> float:
         return self._reading.value
 
-    def unread(self, ask: Ask) -> int:
+    def unread(self, ask: DraftRequest) -> int:
         line = self._lines.get(ask.sequence)
         if line is None or line.kind != ask.kind:
             return len(ask.tokens)
         return len(ask.tokens) - min(line.fed, in_common(line.tokens, ask.tokens))
 
-    async def propose(self, asks: Sequence[Ask], enough: Callable[[], bool] = lambda: False) -> list[list[int]]:
+    async def propose(
+        self, asks: Sequence[DraftRequest], enough: Callable[[], bool] = lambda: False
+    ) -> list[list[int]]:
         """Goes on from what it has guessed already where that begins with the tokens of the ask."""
         asks = [replace(ask, count=min(ask.count, self._context - len(ask.tokens))) for ask in asks]
         due = [(ask, self._line(ask)) for ask in asks if ask.count > 0 and max(ask.tokens) < self._ends.vocabulary]
@@ -157,7 +163,7 @@ class ModelDrafter:
         if self._lines.pop(sequence, None) is not None:
             self._blocks.forget([self._first + sequence])
 
-    def _line(self, ask: Ask) -> _Line:
+    def _line(self, ask: DraftRequest) -> _Line:
         line = self._lines.get(ask.sequence)
         if line is None or line.kind != ask.kind:
             line = self._lines[ask.sequence] = _Line(ask.choose, [], ask.kind)
@@ -168,7 +174,7 @@ class ModelDrafter:
             line.tokens = list(ask.tokens)
         return line
 
-    async def _step(self, due: Sequence[tuple[Ask, _Line]]) -> None:
+    async def _step(self, due: Sequence[tuple[DraftRequest, _Line]]) -> None:
         """One more token of each, or one more piece of what comes before it."""
         rows: list[Row] = []
         ids: list[int] = []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from isthmus.split.dlora.kill_and_revive import Controller, Decision
+from isthmus.split.dlora.kill_and_revive import Decision, KillAndRevive
 from isthmus.split.dlora.kill_policy import KillPolicy
 from isthmus.split.dlora.module_costs import costs_of
 from isthmus.split.job.config import TrainingConfig
@@ -26,7 +26,7 @@ _OF_MODULES = ("forward modules", "backward modules")
 _OF_STEPS = (*_OF_MODULES, "forward", "backward", "step")  # kinds of messages
 
 
-class Killing:
+class ModuleSelector:
     """Which modules train, by number. `decide(step)` before a step, `observe` after its gradients are there."""
 
     def __init__(
@@ -39,7 +39,7 @@ class Killing:
         self._layout, self._parameters, self._config, self._traffic = layout, parameters, config, traffic
         self._costs = costs_of(layout)
         self._all = frozenset(module.number for module in layout.modules)
-        self._controller: Controller | None = None
+        self._controller: KillAndRevive | None = None
         self._began: tuple[int, int, int] | None = None  # this run's first step; bytes of modules, and in all, by then
         if not config.dlora.kills:
             return
@@ -58,7 +58,7 @@ class Killing:
             hold_steps=turn,
             probe_interval=interval,
         )
-        self._controller = Controller(self._costs, policy, config.steps)
+        self._controller = KillAndRevive(self._costs, policy, config.steps)
 
     def decide(self, step: int) -> frozenset[int]:
         """What trains at this step; the empty set: nothing does any more."""
@@ -87,7 +87,7 @@ class Killing:
         """What `state` gave. Nothing (a device that comes without its record) leaves the controller as it is."""
         if self._controller is not None and state:
             policy = KillPolicy(**state["policy"])
-            self._controller = Controller(self._costs, policy, self._config.steps)
+            self._controller = KillAndRevive(self._costs, policy, self._config.steps)
             self._controller.load_state(state)
 
     def _norm(self, name: str) -> float:

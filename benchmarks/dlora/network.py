@@ -11,31 +11,39 @@ one thread. Each job has a device of its own, since a process's peak memory is t
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from benchmarks.common import JsonFile, command, console, describe, machine, start_job, table, write_json
+from benchmarks.harness import (
+    ALL_LINEAR,
+    E2E_FILE,
+    ONE_THREAD,
+    DataFile,
+    JsonFile,
+    begin,
+    bench_cluster,
+    columns_of,
+    command,
+    console,
+    in_own_process,
+    start_job,
+    table,
+    write_json,
+)
 from isthmus.coordinator.cli.common import human_bytes
 from isthmus.coordinator.emulation import LinkSpec
 from isthmus.coordinator.emulation.local_cluster import LocalCluster, events_of, wait_for_job
-from isthmus.split.errors import BadData, IsthmusError
 from isthmus.split.job.config import TrainingConfig
+from isthmus.split.training.centralised import train_centralised
 
 LOCAL, SPLITLORA, DLORA, KILLING = "local", "splitlora", "dlora", "killing"
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _DATASET = "text"
-_SHARED = Path(__file__).parents[2] / "shared" / "data"
 _ALLOWED = "splitlora,dlora,labels-leave,modules-leave"
 
 
@@ -85,44 +93,18 @@ def over_the_link(cluster: LocalCluster, name: str, model: str, training: Traini
 
 
 def on_the_device(text: Path, model: str, training: TrainingConfig, folder: Path) -> Row:
-    """In a process of its own, with one thread."""
-    call = [sys.executable, "-m", "isthmus.coordinator.cli.main", "finetune", "--method", "centralised", "--json"]
-    call += ["--model", model, "--data", str(text), "--out", str(folder / "local")]
-    for key, value in asdict(training).items():
-        if key in (
-            "rank",
-            "steps",
-            "batch_size",
-            "sequence_length",
-            "learning_rate",
-            "warmup_steps",
-            "seed",
-            "precision",
-        ):
-            call.append(f"--{key.replace('_', '-')}={value}")
-    call.append(f"--target-modules={','.join(training.lora.target_modules)}")
-    if training.text.prompt_column and training.text.completion_column:
-        call += ["--prompt-column", training.text.prompt_column, "--completion-column", training.text.completion_column]
-    report, _ = _run(call)
-    _, seconds = _run([*call, f"--out={folder / 'timed'}", "--validation-fraction=0"])
-    resources = report["resources"]
+    """Train once to measure the result and the memory, and once more without evaluations for the speed."""
+    report = in_own_process(train_centralised, model, [text], folder / "local", training, threads=1)
+    bare = training.but(validation_fraction=0)
+    timed = in_own_process(train_centralised, model, [text], folder / "timed", bare, threads=1)
     return Row(
         method=LOCAL,
-        perplexity=report["perplexity_after"],
-        steps_per_second=training.steps / seconds,
-        flops_a_step=resources["flops"] / training.steps,
+        perplexity=report.perplexity_after,
+        steps_per_second=training.steps / timed.resources["compute_seconds"],
+        flops_a_step=report.resources["flops"] / training.steps,
         bytes_a_step=0.0,
-        peak_bytes=int(resources["peak_bytes"]),
+        peak_bytes=int(report.resources["peak_bytes"]),
     )
-
-
-def _run(call: Sequence[str]) -> tuple[dict[str, Any], float]:
-    """Its report, and the seconds that it computed."""
-    done = subprocess.run(call, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise IsthmusError(f"the local run failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    report: dict[str, Any] = json.loads(done.stdout)
-    return report, report["resources"]["compute_seconds"]
 
 
 def show(link: str, rows: Sequence[Row]) -> None:
@@ -143,7 +125,6 @@ def show(link: str, rows: Sequence[Row]) -> None:
 
 def base_training(data: Path, steps: int, codec: str) -> TrainingConfig:
     """Of SplitLoRA and local; the other methods' differ as `training_of` says."""
-    columns = {"prompt_column": "mr", "completion_column": "ref"} if data.suffix == ".csv" else {}
     return TrainingConfig.of(
         steps=steps,
         batch_size=4,
@@ -152,33 +133,31 @@ def base_training(data: Path, steps: int, codec: str) -> TrainingConfig:
         warmup_steps=min(10, steps // 2),
         precision="float32",
         codec=codec,
-        target_modules=MODULES,
-        **columns,  # type: ignore[arg-type]
+        target_modules=ALL_LINEAR,
+        **columns_of(data),
     )
 
 
 def measure(data: Path, model: str, base: TrainingConfig, link: LinkSpec) -> list[Row]:
     """The jobs one after the other."""
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as temporary:
-        folder = Path(temporary)
+    with bench_cluster(coordinator_threads=1) as cluster:
         with console.status(LOCAL):
-            rows.append(on_the_device(data, model, base, folder))
-        with LocalCluster(folder, coordinator_threads=1) as cluster:
-            with console.status("starting the coordinator"):
-                cluster.start_coordinator(stage_ports=2)
-            for method in (SPLITLORA, DLORA, KILLING):
-                with console.status(method):
-                    arguments = ["--threads", "1", "--allow", _ALLOWED]
-                    cluster.start_device(method, {_DATASET: data}, link=link, arguments=arguments)
-                    cluster.wait_connected([method])
-                    rows.append(over_the_link(cluster, method, model, training_of(method, base)))
-                    cluster.kill(method)
+            rows.append(on_the_device(data, model, base, cluster.folder))
+        with console.status("starting the coordinator"):
+            cluster.start_coordinator(stage_ports=2)
+        for method in (SPLITLORA, DLORA, KILLING):
+            with console.status(method):
+                arguments = [*ONE_THREAD, "--allow", _ALLOWED]
+                cluster.start_device(method, {_DATASET: data}, link=link, arguments=arguments)
+                cluster.wait_connected([method])
+                rows.append(over_the_link(cluster, method, model, training_of(method, base)))
+                cluster.kill(method)
     return rows
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="E2E's devset.csv, or a text.")] = _SHARED / "e2e" / "devset.csv",
+    data: DataFile = E2E_FILE,
     model: Annotated[str, typer.Option(help="Folder in hub format, or default.")] = "default",
     link: Annotated[str, typer.Option(help="RATE,ROUND-TRIP.")] = "20mbit,40ms",
     steps: Annotated[int, typer.Option(help="Of each job.", min=8)] = 60,
@@ -187,13 +166,10 @@ def main(
 ) -> None:
     """Perplexity, FLOPs, memory, bytes and speed of a device: local LoRA, SplitLoRA, DLoRA with and without killing.
 
-    Example: python -m benchmarks.dlora_network --link 20mbit,40ms --json dlora_network.json
+    Example: python -m benchmarks.dlora.network --link 20mbit,40ms --json dlora_network.json
     """
-    if not data.is_file():
-        raise BadData(f"no text at {data}: name E2E's devset.csv or a .txt file with --data")
     base, spec = base_training(data, steps, codec), LinkSpec.parse_short(link)
-    result: dict[str, Any] = {"machine": machine(), "training": asdict(base), "model": model, "link": link}
-    console.print(describe(result["machine"]))
+    result = begin(training=asdict(base), model=model, link=link)
     rows = measure(data, model, base, spec)
     show(link, rows)
     result["rows"] = [asdict(row) for row in rows]

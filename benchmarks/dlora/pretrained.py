@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from benchmarks.common import console
-from benchmarks.split_training import write_random_llama
+from benchmarks.harness import console
+from benchmarks.random_llama import write_random_llama
 from isthmus.split.data.documents import Document, read_documents
 from isthmus.split.data.sequences import batch_indices, build_sequences
 from isthmus.split.data.stdlib_text import training_documents

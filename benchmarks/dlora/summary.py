@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks.dlora_runs import Outcome
+from benchmarks.dlora.runs import Outcome
 
 BYTES_A_VALUE = 4  # float32
 ALL, CONTROLLER = "all", "controller"

@@ -8,43 +8,43 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from isthmus.coordinator.gateway.choices import Delta, Scored
+from isthmus.coordinator.gateway.choices import ChoiceDelta, Scored
 from isthmus.split.inference.text import Vocabulary, vocabulary_of
 
 _LEAST = -9999.0  # JSON has no infinity
 
 
-class Shape(Protocol):
+class AnswerFormat(Protocol):
     """prefix: of the answer's id. object, chunk: what the API calls a whole answer, and a chunk of one."""
 
     prefix: str
     object: str
     chunk: str
 
-    def whole(self, delta: Delta) -> dict[str, Any]:
+    def whole(self, delta: ChoiceDelta) -> dict[str, Any]:
         """Of a choice of which the delta is everything."""
 
     def opening(self) -> dict[str, Any] | None:
         """A choice's first chunk, before there is any text."""
 
-    def chunks(self, delta: Delta) -> Iterable[dict[str, Any]]: ...
+    def chunks(self, delta: ChoiceDelta) -> Iterable[dict[str, Any]]: ...
 
 
-class CompletionShape:
+class CompletionFormat:
     prefix, object, chunk = "cmpl-", "text_completion", "text_completion"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, logprobs: bool) -> None:
         self._vocabulary = vocabulary_of(tokenizer)
         self._logprobs = logprobs
 
-    def whole(self, delta: Delta) -> dict[str, Any]:
+    def whole(self, delta: ChoiceDelta) -> dict[str, Any]:
         told = self._told(delta.tokens) if self._logprobs else None
         return {"text": delta.text, "logprobs": told, "finish_reason": delta.finish}
 
     def opening(self) -> None:
         return None
 
-    def chunks(self, delta: Delta) -> Iterable[dict[str, Any]]:
+    def chunks(self, delta: ChoiceDelta) -> Iterable[dict[str, Any]]:
         return [self.whole(delta)]
 
     def _told(self, tokens: Sequence[Scored]) -> dict[str, Any]:
@@ -66,21 +66,21 @@ class CompletionShape:
         return top
 
 
-class ChatShape:
+class ChatFormat:
     prefix, object, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, logprobs: bool) -> None:
         self._vocabulary = vocabulary_of(tokenizer)
         self._logprobs = logprobs
 
-    def whole(self, delta: Delta) -> dict[str, Any]:
+    def whole(self, delta: ChoiceDelta) -> dict[str, Any]:
         message = {"role": "assistant", "content": delta.text, "refusal": None}
         return {"message": message, "logprobs": self._told(delta.tokens), "finish_reason": delta.finish}
 
     def opening(self) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
-    def chunks(self, delta: Delta) -> Iterable[dict[str, Any]]:
+    def chunks(self, delta: ChoiceDelta) -> Iterable[dict[str, Any]]:
         """The end is a chunk of its own, as OpenAI's."""
         if delta.text or delta.tokens:
             yield {"delta": {"content": delta.text}, "logprobs": self._told(delta.tokens), "finish_reason": None}

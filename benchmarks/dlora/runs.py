@@ -18,10 +18,9 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from benchmarks.common import quieten
-from benchmarks.dlora_choices import chooser
-from benchmarks.dlora_costs import Costs, Spent
-from benchmarks.dlora_wires import Wires
+from benchmarks.dlora.choices import chooser
+from benchmarks.dlora.costs import Costs, Spent
+from benchmarks.dlora.wires import Wires
 from isthmus.split.data.documents import Document, read_documents, split_documents
 from isthmus.split.data.sequences import Sequences, batch_indices, build_sequences
 from isthmus.split.dlora.kill_policy import KillPolicy
@@ -129,9 +128,7 @@ class Modules:
 
 
 def run(case: Case, training: TrainingConfig, path: Path, model: str, held_out_rows: int, evaluations: int) -> Outcome:
-    """In a process of its own, with one thread. held_out_rows: at most so many on the way; at the end all."""
-    quieten()
-    torch.set_num_threads(1)
+    """Train once. held_out_rows: at most so many on the way; at the end all."""
     source = open_model(model)
     texts = Texts(path, training, model, case.documents)
     wrapped = get_peft_model(load_model(str(source.path), model), lora_config(training, source.config)).eval()

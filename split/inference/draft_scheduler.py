@@ -13,10 +13,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import takewhile
 
-from isthmus.split.inference.drafts import Ask, Drafter
+from isthmus.split.inference.answer_state import AnswerState
+from isthmus.split.inference.drafters import Drafter, DraftRequest
 from isthmus.split.inference.ends import Ends
 from isthmus.split.inference.pace import BatchCost, Mean, Pace, shared_mean
-from isthmus.split.inference.stream import Stream
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ _TRIAL_SHARE = 0.03  # of the time of the rest before it that a try may take
 _CAUGHT_UP = 16  # tokens: a drafter that has more to read is not timed
 
 
-class Drafting:
+class DraftScheduler:
     """Of one engine. waiting: seconds of a batch lately in which nobody computed."""
 
     def __init__(self, drafter: Drafter, ends: Ends, waiting: Callable[[], float]) -> None:
@@ -40,8 +40,8 @@ class Drafting:
         self._rest = _FIRST_REST
         self._without = 0  # batches since there were drafts
 
-    def begin(self, stream: Stream) -> None:
-        stream.pace = Pace(self._shared)
+    def begin(self, answer: AnswerState) -> None:
+        answer.pace = Pace(self._shared)
 
     def forget(self, sequence: int) -> None:
         if self._drafter is not None:
@@ -51,31 +51,31 @@ class Drafting:
         """A batch of answers."""
         self._cost.add(tokens, seconds)
 
-    async def prepare(self, batch: Sequence[Stream]) -> None:
+    async def prepare(self, batch: Sequence[AnswerState]) -> None:
         """Gives the answers of the next batch their drafts."""
         chosen, count = self._choose(batch)
         if not chosen or not count:
             return
-        asks = [_ask(stream, min(count, self._most(stream))) for stream in chosen]
+        asks = [_ask(answer, min(count, self._most(answer))) for answer in chosen]
         unread = 0 if self._drafter is None else max(map(self._drafter.unread, asks))
         started = time.perf_counter()
         proposed = await self._propose(asks, lambda: False)
         seconds = time.perf_counter() - started
-        for stream, drafts in zip(chosen, proposed, strict=True):
+        for answer, drafts in zip(chosen, proposed, strict=True):
             # Two models' tables may be padded differently: what this one has not cannot be fed to it.
-            stream.drafts = list(takewhile(lambda token: token < self._ends.vocabulary, drafts))
-            stream.pace.proposed(len(drafts))
+            answer.drafts = list(takewhile(lambda token: token < self._ends.vocabulary, drafts))
+            answer.pace.proposed(len(drafts))
         longest = max(map(len, proposed))
         if longest and unread <= _CAUGHT_UP:
             self._per_draft.add(seconds / longest)
 
     @contextlib.asynccontextmanager
-    async def going_on(self, batch: Sequence[Stream]) -> AsyncIterator[None]:
+    async def going_on(self, batch: Sequence[AnswerState]) -> AsyncIterator[None]:
         """Meanwhile what follows is guessed, as if the drafts under way were right, if there is time for it."""
         asks = [
-            _ask(stream, count)
-            for stream in batch
-            if stream.drafts and (count := min(len(stream.drafts) + 1, self._most(stream) - len(stream.drafts))) > 0
+            _ask(answer, count)
+            for answer in batch
+            if answer.drafts and (count := min(len(answer.drafts) + 1, self._most(answer) - len(answer.drafts))) > 0
         ]
         if self._drafter is None or not asks or self._waiting() < self._drafter.seconds:
             yield
@@ -88,7 +88,7 @@ class Drafting:
             enough.set()
             await asyncio.gather(task, return_exceptions=True)
 
-    async def _propose(self, asks: Sequence[Ask], enough: Callable[[], bool]) -> list[list[int]]:
+    async def _propose(self, asks: Sequence[DraftRequest], enough: Callable[[], bool]) -> list[list[int]]:
         """Without a drafter, or with one that fails, there are no drafts: answers do not depend on them."""
         try:
             return [[] for _ in asks] if self._drafter is None else await self._drafter.propose(asks, enough)
@@ -97,27 +97,27 @@ class Drafting:
             self._drafter = None
             return [[] for _ in asks]
 
-    def _most(self, stream: Stream) -> int:
+    def _most(self, answer: AnswerState) -> int:
         """Drafts that this answer may have now. No row may cross the place where rotary tables change."""
-        most = stream.left - 1
+        most = answer.left - 1
         boundary = self._ends.rotary_boundary
-        if boundary is not None and len(stream.tokens) <= boundary:
-            most = min(most, boundary - len(stream.tokens))
-        return min(most, _MOST + len(stream.drafts))
+        if boundary is not None and len(answer.tokens) <= boundary:
+            most = min(most, boundary - len(answer.tokens))
+        return min(most, _MOST + len(answer.drafts))
 
-    def _choose(self, batch: Sequence[Stream]) -> tuple[list[Stream], int]:
+    def _choose(self, batch: Sequence[AnswerState]) -> tuple[list[AnswerState], int]:
         """Which answers get drafts, and how many each."""
-        able = [stream for stream in batch if not stream.pace.pauses() and self._most(stream) > 0]
+        able = [answer for answer in batch if not answer.pace.pauses() and self._most(answer) > 0]
         if self._drafter is None or not able:
             return [], 0
         if not self._cost.known:  # every other batch, until it is known what drafts cost
             self._without ^= 1
-            ready = [stream for stream in able if stream.left >= _LEAST_LEFT or stream.timing.drafted]
+            ready = [answer for answer in able if answer.left >= _LEAST_LEFT or answer.timing.drafted]
             return ready, self._without * _TRIAL
         counts = range(1 + max(map(self._most, able)))
         best = max(counts, key=lambda count: self._rate(able, len(batch), count))
         if best and self._rate(able, len(batch), best) >= _WORTH * self._rate(able, len(batch), 0):
-            worth = [stream for stream in able if self._gain(stream, len(batch), best) > self._reading(stream)]
+            worth = [answer for answer in able if self._gain(answer, len(batch), best) > self._reading(answer)]
             if worth:
                 self._rest, self._without = _FIRST_REST, 0
                 return worth, best
@@ -135,28 +135,28 @@ class Drafting:
         )
         return ([one], _TRIAL) if extra <= _TRIAL_SHARE * spent else ([], 0)
 
-    def _rate(self, able: Sequence[Stream], size: int, count: int) -> float:
+    def _rate(self, able: Sequence[AnswerState], size: int, count: int) -> float:
         """Expected tokens a second of a batch of so many answers, of which some have so many drafts."""
-        tokens = size - len(able) + sum(stream.pace.expected(min(count, self._most(stream))) for stream in able)
+        tokens = size - len(able) + sum(answer.pace.expected(min(count, self._most(answer))) for answer in able)
         return tokens / self._seconds(size, len(able), count)
 
-    def _gain(self, stream: Stream, size: int, count: int) -> float:
+    def _gain(self, answer: AnswerState, size: int, count: int) -> float:
         """Seconds that such drafts will have spared the answer by its end."""
-        with_drafts = self._seconds(size, size, count) / stream.pace.expected(count)
-        return stream.left * (self._cost(size) - with_drafts)
+        with_drafts = self._seconds(size, size, count) / answer.pace.expected(count)
+        return answer.left * (self._cost(size) - with_drafts)
 
     def _seconds(self, size: int, drafted: int, count: int) -> float:
         return max(1e-9, self._cost(size + drafted * count) + count * self._per_draft.value)
 
-    def _reading(self, stream: Stream) -> float:
+    def _reading(self, answer: AnswerState) -> float:
         """Seconds until the drafter knows what there is of this answer."""
         if self._drafter is None or not self._drafter.reading_seconds:
             return 0.0
-        return self._drafter.reading_seconds * self._drafter.unread(_ask(stream, 1))
+        return self._drafter.reading_seconds * self._drafter.unread(_ask(answer, 1))
 
 
-def _ask(stream: Stream, count: int) -> Ask:
+def _ask(answer: AnswerState, count: int) -> DraftRequest:
     """For what follows, if the drafts that it has already are right."""
-    place = stream.place + len(stream.drafts)
-    tokens = [*stream.tokens, *stream.drafts]
-    return Ask(stream.sequence, tokens, place, count, stream.choose, stream.request.adapter, stream.long)
+    place = answer.place + len(answer.drafts)
+    tokens = [*answer.tokens, *answer.drafts]
+    return DraftRequest(answer.sequence, tokens, place, count, answer.choose, answer.request.adapter, answer.long)

@@ -14,7 +14,7 @@ from isthmus.split.inference.request import Logprob, Request, Timing, Token
 from isthmus.split.inference.sampling import Chooser, logprob_of
 
 
-class Stream:
+class AnswerState:
     """Made by the engine; for whoever asked it is an Answer."""
 
     def __init__(self, request: Request) -> None:

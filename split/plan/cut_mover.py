@@ -14,14 +14,14 @@ from dataclasses import dataclass, field, replace
 from isthmus.split.job.shapes import AUTO, Shape, asked
 from isthmus.split.link.profile import LinkProfile
 from isthmus.split.plan.costs import Costs
-from isthmus.split.plan.shapes import Able, Choice, choose_shapes, expected_step
+from isthmus.split.plan.shapes import Capabilities, ShapeChoice, choose_shapes, expected_step
 
 ROUNDS = 3  # aggregations
 WORTH = 0.85  # of the present step that the new one may take at most
 
 
 @dataclass(frozen=True)
-class Seen:
+class MeasuredDevice:
     """Of a device since the last aggregation: seconds of computing a step, and its link."""
 
     compute_seconds: float
@@ -29,7 +29,7 @@ class Seen:
 
 
 @dataclass
-class Mover:
+class CutMover:
     """Of one job. memory: of the devices, as they told it before the job."""
 
     costs: Costs
@@ -37,7 +37,9 @@ class Mover:
     rounds: int = ROUNDS
     _wished: dict[str, tuple[bool, int]] = field(default_factory=dict)  # by device: upward, for how many rounds
 
-    def look(self, shapes: Mapping[str, Shape], seen: Mapping[str, Seen], stage_seconds: float) -> dict[str, Choice]:
+    def look(
+        self, shapes: Mapping[str, Shape], seen: Mapping[str, MeasuredDevice], stage_seconds: float
+    ) -> dict[str, ShapeChoice]:
         """The devices whose cuts are to move now. shapes: of all that are at work; stage_seconds: of a step there."""
         wishes = self._wishes(shapes, seen, stage_seconds)
         counts = {}
@@ -51,7 +53,9 @@ class Mover:
         self._wished = {}  # what is so then has to show first
         return {device: wishes[device] for device, (_, rounds) in counts.items() if rounds >= self.rounds}
 
-    def _wishes(self, shapes: Mapping[str, Shape], seen: Mapping[str, Seen], stage_seconds: float) -> dict[str, Choice]:
+    def _wishes(
+        self, shapes: Mapping[str, Shape], seen: Mapping[str, MeasuredDevice], stage_seconds: float
+    ) -> dict[str, ShapeChoice]:
         """Devices that would better have another cut, if that is worth it."""
         cuts = asked(self.costs.training)[0]
         if stage_seconds <= 0 or any(one.compute_seconds <= 0 for one in seen.values()):
@@ -61,8 +65,8 @@ class Mover:
         for device, one in seen.items():
             work = costs.device_work(shapes[device].cut, shapes[device].rank)
             flops = work / one.compute_seconds if work else math.inf  # without blocks and a head its speed is no matter
-            able[device] = Able(flops, self.memory.get(device, 0.0), one.link)
-        server = Able(costs.server_work(shape.cut for shape in shapes.values()) / stage_seconds)
+            able[device] = Capabilities(flops, self.memory.get(device, 0.0), one.link)
+        server = Capabilities(costs.server_work(shape.cut for shape in shapes.values()) / stage_seconds)
         chosen = choose_shapes(costs, able, server)
         now = expected_step(self._with(shapes, {d: shape.cut for d, shape in shapes.items()}), able, server, shapes)
         then = max(choice.step_seconds for choice in chosen.values())

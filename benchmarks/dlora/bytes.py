@@ -7,24 +7,32 @@ device and the real backbone, in this process, through the codecs of both ends.
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from benchmarks.common import JsonFile, command, console, describe, machine, table, write_json
+from benchmarks.harness import (
+    ALL_LINEAR,
+    E2E_FILE,
+    DataFile,
+    JsonFile,
+    begin,
+    columns_of,
+    command,
+    console,
+    table,
+    write_json,
+)
 from isthmus.coordinator.cli.common import human_bytes
 from isthmus.split.data.documents import read_documents
 from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices, build_sequences
-from isthmus.split.dlora.device import seen_positions
 from isthmus.split.dlora.local import train_dlora_locally
-from isthmus.split.errors import BadData
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.lora.sites import Layout, layout_of
 from isthmus.split.models.source import open_model
 from isthmus.split.resources.ledger import Ledger
+from isthmus.split.training.device import seen_positions
 
-_SHARED = Path(__file__).parents[2] / "shared" / "data"
 _STEPS = 8
 _CODECS = ("int8", "hadamard,uniform:step=0.25,zstd")
 
@@ -58,7 +66,7 @@ def _of_modules(ledger: Ledger) -> int:
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="E2E's devset.csv, or a text.")] = _SHARED / "e2e" / "devset.csv",
+    data: DataFile = E2E_FILE,
     model: Annotated[str, typer.Option(help="Folder in hub format, or default.")] = "default",
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     sequence_length: Annotated[int, typer.Option(min=8)] = 128,
@@ -66,11 +74,9 @@ def main(
 ) -> None:
     """The bytes of a step's modules after each saving.
 
-    Example: python -m benchmarks.dlora_bytes --json dlora_bytes.json
+    Example: python -m benchmarks.dlora.bytes --json dlora_bytes.json
     """
-    if not data.is_file():
-        raise BadData(f"no text at {data}: name E2E's devset.csv or a .txt file with --data")
-    columns = {"prompt_column": "mr", "completion_column": "ref"} if data.suffix == ".csv" else {}
+    columns = columns_of(data)
     training = TrainingConfig.of(
         method="dlora",
         cut_layer=0,
@@ -81,9 +87,9 @@ def main(
         codec="none",
         micro_batches=1,
         packing="padded" if columns else "packed",
-        target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        target_modules=ALL_LINEAR,
         validation_fraction=0,
-        **columns,  # type: ignore[arg-type]
+        **columns,
     )
     folder = open_model(model)
     text = build_sequences(read_documents(data, training.text), folder.tokenizer(), training.text, keep_last=False)
@@ -98,8 +104,7 @@ def main(
         for codec in _CODECS:
             share = measured(model, several.but(codec=codec), text) / exact
             found[f"{codec}, its share over {_STEPS} steps"] = int(share * found["measured, float32"])
-    result: dict[str, Any] = {"machine": machine(), "training": asdict(training), "model": model, "bytes": found}
-    console.print(describe(result["machine"]))
+    result = begin(training=asdict(training), model=model, bytes=found)
     first = next(iter(found.values()))
     lines = [(name, human_bytes(size), f"{size / first:.3f}") for name, size in found.items()]
     title = f"modules of a step, {of_use} of {batch_size * sequence_length} rows of use"

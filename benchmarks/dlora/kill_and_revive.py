@@ -3,27 +3,40 @@
 The frozen backbone is in the cloud; the device has the embedding, the first block, the norm, the head, the text and all
 LoRA modules (Gao and Zhang 2024). Runs are unsplit training with the same modules active at the same steps; bytes and
 FLOPs are counted. Each is held against the run of the same seed in which every module trains at every step. Then jobs
-over a real link, for speed and memory (dlora_network.py).
+over a real link, for speed and memory (network.py).
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import Progress
 
-from benchmarks import dlora_network
-from benchmarks.common import JsonFile, command, console, describe, machine, table, write_json
-from benchmarks.dlora_runs import Case, Outcome, run
-from benchmarks.dlora_start import pretrain, random_llama
-from benchmarks.dlora_summary import keys, summarise
+from benchmarks.dlora import network
+from benchmarks.dlora.pretrained import pretrain, random_llama
+from benchmarks.dlora.runs import Case, Outcome, run
+from benchmarks.dlora.summary import keys, summarise
+from benchmarks.harness import (
+    ALL_LINEAR,
+    E2E_COLUMNS,
+    E2E_FILE,
+    SHAKESPEARE_FILE,
+    DataNames,
+    E2eFile,
+    JsonFile,
+    ShakespeareFile,
+    begin,
+    console,
+    data_named,
+    in_processes,
+    names_in,
+    table,
+    write_json,
+)
 from isthmus.coordinator.emulation import LinkSpec
 from isthmus.coordinator.jobs.heat_map import heat_map
 from isthmus.split.dlora.kill_policy import KillPolicy
@@ -32,7 +45,6 @@ from isthmus.split.errors import BadData, BadRequest
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.models.source import open_model
 
-_SHARED = Path(__file__).parents[2] / "shared" / "data"
 _POLICY = KillPolicy(  # chosen on validation text: few modules at a time, for many steps, all of them in turn
     warmup_steps=1, schedule="step", probe_share=0.8, probe_steps=40, probe_interval=5, hold_steps=40
 )
@@ -52,9 +64,9 @@ def training_of(case: Case) -> TrainingConfig:
         precision="float32",
         codec="none",
         seed=case.seed,
-        target_modules=dlora_network.MODULES,
+        target_modules=ALL_LINEAR,
     )
-    return training.but(prompt_column="mr", completion_column="ref") if case.data == "e2e" else training
+    return training.but(**E2E_COLUMNS) if case.data == "e2e" else training
 
 
 def cases_of(
@@ -92,16 +104,6 @@ def cases_of(
     return cases
 
 
-def run_all(cases: Sequence[Case], files: Mapping[str, Path], model: str, workers: int) -> Iterable[Outcome]:
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    with pool, Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("runs", total=len(cases))
-        started = [pool.submit(run, case, training_of(case), files[case.data], model, 64, 6) for case in cases]
-        for done in as_completed(started):
-            bar.advance(task)
-            yield done.result()
-
-
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     lines = []
     for row in rows:
@@ -136,9 +138,9 @@ def draw(path: Path, outcome: Outcome, model: str) -> None:
 
 
 def main(
-    e2e: Annotated[Path, typer.Option(help="E2E's devset.csv.")] = _SHARED / "e2e" / "devset.csv",
-    shakespeare: Annotated[Path, typer.Option(help="A text.")] = _SHARED / "shakespeare" / "input.txt",
-    data: Annotated[str, typer.Option(help="Which of the two, by commas.")] = "e2e,shakespeare",
+    e2e: E2eFile = E2E_FILE,
+    shakespeare: ShakespeareFile = SHAKESPEARE_FILE,
+    data: DataNames = "e2e,shakespeare",
     documents: Annotated[int, typer.Option(help="That the device has: rows, or paragraphs.", min=1)] = 500,
     model: Annotated[
         str, typer.Option(help="default, large (97.5 million random parameters), or a folder in hub format.")
@@ -185,10 +187,7 @@ def main(
     if quick:
         steps, documents, seeds, fractions = 8, 20, 1, "0.1"
         policy = replace(policy, warmup_steps=2, anneal_steps=2, interval=1)
-    which = _chosen("data", data, files)
-    for name in which:
-        if not files[name].is_file():
-            raise BadData(f"no {name} data at {files[name]}: name it with --{name}")
+    which = data_named(data, files)
     base = Case(data="", choice="", steps=steps, seed=0, learning_rate=learning_rate, documents=documents)
     cases = cases_of(
         which,
@@ -196,19 +195,18 @@ def main(
         stretch,
         seeds,
         _numbers(fractions),
-        _chosen("choices", choices, _CHOICES),
+        names_in("choices", choices, _CHOICES),
         policy,
         base,
         codecs,
         only or (),
     )
-    result: dict[str, Any] = {"machine": machine(), "model": model, "policy": asdict(policy)}
-    result["training"] = asdict(training_of(cases[0]))
-    console.print(describe(result["machine"]))
+    result = begin(model=model, policy=asdict(policy), training=asdict(training_of(cases[0])))
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as temporary:
         start = _start(model, pretrain_steps, pretrain_text, Path(temporary))
-        for done in run_all(cases, files, start, workers):
+        calls = [(case, training_of(case), files[case.data], start, 64, 6) for case in cases]
+        for done in in_processes(run, calls, workers):
             outcomes = sorted([*outcomes, done], key=lambda outcome: cases.index(outcome.case))
             result |= report(outcomes, steps)
             write_json(json_file, result, tell=False)  # after each run: what has ended is kept when it is stopped
@@ -220,12 +218,13 @@ def main(
         if map_file is not None and mine:
             draw(map_file, mine[0], start)
             console.print(f"heat map in {map_file}")
-        for name in which if spec else ():
-            training = dlora_network.base_training(files[name], network_steps, "auto")
-            rows = dlora_network.measure(files[name], start, training, spec)
-            dlora_network.show(f"{name}, {link}", rows)
-            result.setdefault("network", {})[name] = [asdict(row) for row in rows]
-            write_json(json_file, result, tell=False)
+        if spec is not None:
+            for name in which:
+                training = network.base_training(files[name], network_steps, "auto")
+                rows = network.measure(files[name], start, training, spec)
+                network.show(f"{name}, {link}", rows)
+                result.setdefault("network", {})[name] = [asdict(row) for row in rows]
+                write_json(json_file, result, tell=False)
     write_json(json_file, result)
 
 
@@ -238,20 +237,8 @@ def _start(model: str, steps: int | None, text: Path | None, folder: Path) -> st
     return str(pretrain(model, text, steps, folder / "start")) if steps else model
 
 
-def _chosen(option: str, text: str, known: Iterable[str]) -> list[str]:
-    chosen, known = [name.strip() for name in text.split(",") if name.strip()], list(known)
-    for name in chosen:
-        if name not in known:
-            raise BadRequest(f"--{option} {name!r}: choose from {', '.join(known)}")
-    return chosen
-
-
 def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise BadRequest(f"--fractions {text!r}: write numbers from 0 to 1 with commas between them") from None
-
-
-if __name__ == "__main__":
-    command(main)

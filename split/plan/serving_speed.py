@@ -34,7 +34,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedSizes:
     """A model as it is served. Bytes: of a block's weights, of its keys and values for all sequences, and of one
     token's hidden states on the way. gateway_seconds: of a token at both ends of the model."""
 
@@ -50,21 +50,21 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Part:
+class Placement:
     """So many blocks at a node."""
 
     node: Node
     blocks: int
 
 
-def token_seconds(chain: Sequence[Part], served: Served) -> float:
+def token_seconds(chain: Sequence[Placement], served: ServedSizes) -> float:
     """Of one answer's next token. infinity: a node's speed is not known."""
     return served.gateway_seconds + sum(_span_seconds(part.node, part.blocks, served) for part in chain)
 
 
-def best_single(nodes: Sequence[Node], served: Served) -> Part | None:
+def best_single(nodes: Sequence[Node], served: ServedSizes) -> Placement | None:
     """All blocks at the fastest node that has the memory; None: no node has, or of none that has is the speed known."""
-    able = [Part(node, served.blocks) for node in nodes if node.rate and served.room(node) == served.blocks]
+    able = [Placement(node, served.blocks) for node in nodes if node.rate and served.room(node) == served.blocks]
     if not able:
         return None
     fastest = min(able, key=lambda part: token_seconds([part], served))
@@ -74,7 +74,7 @@ def best_single(nodes: Sequence[Node], served: Served) -> Part | None:
     return fastest
 
 
-def best_chain(nodes: Sequence[Node], served: Served) -> list[Part] | None:
+def best_chain(nodes: Sequence[Node], served: ServedSizes) -> list[Placement] | None:
     """The best single node, or else the fastest split, in the order of the nodes; None: together they lack the memory.
 
     Nodes whose speed is not known are left out.
@@ -95,10 +95,10 @@ def best_chain(nodes: Sequence[Node], served: Served) -> list[Part] | None:
         best = longer
     if served.blocks not in best:
         return None
-    return [Part(node, count) for node, count in zip(known, best[served.blocks][1], strict=True) if count]
+    return [Placement(node, count) for node, count in zip(known, best[served.blocks][1], strict=True) if count]
 
 
-def _span_seconds(node: Node, blocks: int, served: Served) -> float:
+def _span_seconds(node: Node, blocks: int, served: ServedSizes) -> float:
     if not blocks:
         return 0.0
     if not node.rate:
