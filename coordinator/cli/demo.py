@@ -198,7 +198,7 @@ def _result(
 def _messages(connection: Connection, job: str) -> list[str]:
     """What the job said, such as how tensors were to cross and why."""
     events = connection.stub.WatchJob(pb.WatchJobRequest(id=job))
-    return [json.loads(event.data)["message"] for event in events if event.kind == "log"]
+    return [event.log.message for event in events if event.HasField("log")]
 
 
 def _reduction(traffic: list[dict[str, Any]], training: TrainingConfig) -> float:

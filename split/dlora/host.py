@@ -16,11 +16,25 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from isthmus.protos.v1 import stage_pb2
+from isthmus.protos.v1.events_pb2 import (
+    Aggregated,
+    CheckpointSaved,
+    DeviceJoined,
+    DeviceLeft,
+    Evaluated,
+    Event,
+    JobFailed,
+    JobFinished,
+    ModulesChanged,
+    StepDone,
+    TrainingStarted,
+)
 from isthmus.split.aggregation.averaging import Averager
 from isthmus.split.dlora.backbone import Active, Backbone
 from isthmus.split.dlora.passes import Passing
 from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost, WrongState
 from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.events import Tell, log_line, tell_nobody
 from isthmus.split.job.groups import MERGE
 from isthmus.split.job.shapes import AVERAGE
 from isthmus.split.link.coding import Plan
@@ -31,7 +45,7 @@ from isthmus.split.lora.sites import Layout, adapter_of
 from isthmus.split.plan.choose import Planner, View
 from isthmus.split.training.checkpoint import Checkpoint, CheckpointFolder
 from isthmus.split.training.device import tensor_of
-from isthmus.split.training.host import PATIENCE, Tell
+from isthmus.split.training.host import PATIENCE
 from isthmus.split.training.inbox import Inbox
 from isthmus.split.training.members import problem_with_open
 from isthmus.split.training.perplexity import perplexity
@@ -58,8 +72,7 @@ class _Member:
 
 
 class BackboneHost:
-    """tell(kind, device, data) is called in the host's thread, with kind one of: joined, left, started, step, modules,
-    evaluation, aggregation, checkpoint, log, finished, failed."""
+    """tell(event) is called in the host's thread."""
 
     def __init__(
         self,
@@ -72,7 +85,7 @@ class BackboneHost:
         checkpoints: CheckpointFolder | None = None,
         resume: Checkpoint | None = None,
         patience: float = PATIENCE,
-        tell: Tell = lambda kind, device, data: None,
+        tell: Tell = tell_nobody,
     ) -> None:
         """layouts: of the job's devices, by name. initial_adapter: what an average begins with, where one is asked for.
         stage_digest: of what devices hold; by device where they differ."""
@@ -164,7 +177,8 @@ class BackboneHost:
         self._members[device] = _Member(
             deliver, opened.samples, frozenset(opened.codecs), measured, int(opened.last_step)
         )
-        self.tell("joined", device, {"samples": opened.samples, "last_step": opened.last_step})
+        joined = DeviceJoined(samples=opened.samples, last_step=opened.last_step)
+        self.tell(Event(device=device, joined=joined))
         self._admit()
 
     def _problem_with(self, device: str, opened: stage_pb2.Open | None) -> str:
@@ -186,7 +200,7 @@ class BackboneHost:
             if self.config.dlora.aggregate and not self._awaited <= self._members.keys():
                 return
             self._started = True
-            self.tell("started", "", {"step": self._point.step})
+            self.tell(Event(started=TrainingStarted(step=self._point.step)))
         for device, member in sorted(self._members.items()):
             if not member.admitted:
                 self._open(device, member)
@@ -195,7 +209,7 @@ class BackboneHost:
         view = View.of(member.families, member.measured, member.plan)
         plans, sentences = self._planner.plans({device: view}, {})
         for sentence in sentences:
-            self.tell("log", "", {"message": sentence})
+            self.tell(log_line(sentence))
         member.plan = plans[device]
         tensor = None
         if self.config.dlora.aggregate:
@@ -301,8 +315,14 @@ class BackboneHost:
         if killed or revived:
             of = f"{len(trained)} of {len(layout.modules)} active"
             message = f"{len(killed)} modules killed, {len(revived)} revived; {of}"
-            names = {"killed": layout.names(killed), "revived": layout.names(revived)}
-            self.tell("modules", device, {"step": step, "message": message, **names, "active": layout.names(trained)})
+            changed = ModulesChanged(
+                step=step,
+                killed=layout.names(killed),
+                revived=layout.names(revived),
+                active=layout.names(trained),
+                message=message,
+            )
+            self.tell(Event(device=device, modules=changed))
 
     def _merge(self, device: str, member: _Member, frame: Frame) -> None:
         if not self._between_steps(member) or frame.step != member.step or self.config.dlora.killed != MERGE:
@@ -344,7 +364,7 @@ class BackboneHost:
             line = f"{device}: after step {member.step} no module is left that trains: its training has ended"
             if self._steps[device] < self.config.steps:  # else it is told again, over another link
                 self._tell_modules(device, member.step, frozenset())
-                self.tell("log", device, {"message": line})
+                self.tell(log_line(line, device))
             member.step = self._steps[device] = self.config.steps
             return
         if frame.step != member.step or member.ended < member.plan.micro_batches:
@@ -353,14 +373,14 @@ class BackboneHost:
         member.begun = member.ended = 0
         self._steps[device] = member.step
         values = frame.values
-        told = {
-            "step": min(self._steps.values()),
-            "device_step": member.step,
-            "loss": values["nll"] / max(values["tokens"], 1),
-            "tokens": int(values["tokens"]),
-            "devices": [device],
-        }
-        self.tell("step", device, told)
+        done = StepDone(
+            step=min(self._steps.values()),
+            device_step=member.step,
+            loss=values["nll"] / max(values["tokens"], 1),
+            tokens=int(values["tokens"]),
+            devices=[device],
+        )
+        self.tell(Event(device=device, step=done))
 
     def _aggregate(self, device: str, member: _Member, frame: Frame) -> None:
         due = self._owes_adapter(member) and member.aggregate is None and not member.passes
@@ -379,11 +399,11 @@ class BackboneHost:
         error = self._averager.error(shares, self._point.device_adapter)
         average, encoded = self._averager.average(shares, self._point.device_adapter)
         done = max(member.step for member in members.values())
-        self.tell("aggregation", "", {"step": done, "method": AVERAGE, "aggregation_error": error})
+        self.tell(Event(aggregation=Aggregated(step=done, method=AVERAGE, aggregation_error=error)))
         self._point = self._average_of(done, average)
         if self.config.checkpoints_after(done) and self._checkpoints:
             self._checkpoints.save(self._point)  # before anyone has it
-            self.tell("checkpoint", "", {"step": done})
+            self.tell(Event(checkpoint=CheckpointSaved(step=done)))
         for device, frame in frames.items():
             members[device].aggregate = None
             members[device].deliver(Frame(Phase.AGGREGATE, frame.step, encoded=encoded))
@@ -417,8 +437,8 @@ class BackboneHost:
                 continue
             self._evaluated.add(step)
             each = {name: perplexity(loss, count) for name, (loss, count) in sums.items() if count}
-            data = {"step": step, "perplexity": perplexity(total, tokens), "tokens": tokens, "devices": each}
-            self.tell("evaluation", "", data)
+            evaluation = Evaluated(step=step, perplexity=perplexity(total, tokens), tokens=tokens, devices=each)
+            self.tell(Event(evaluation=evaluation))
 
     def _leave(self, device: str, deliver: Deliver) -> None:
         member = self._members.get(device)
@@ -426,14 +446,14 @@ class BackboneHost:
             return
         del self._members[device]
         _end_passes(member)
-        self.tell("left", device, {"step": member.step, "done": device in self._done})
+        self.tell(Event(device=device, left=DeviceLeft(step=member.step, done=device in self._done)))
         self._average_if_complete()
         self._finish_if_done()
 
     def _finish_if_done(self) -> None:
         if not self._finished and self._done and not self._members and self._awaited <= self._done:
             self._finished = True
-            self.tell("finished", "", {"step": self.config.steps})
+            self.tell(Event(finished=JobFinished(step=self.config.steps)))
 
     def _drop_silent(self) -> None:
         """Goes on without a device that owes a frame for too long: a pass, or another device, waits for it."""
@@ -449,7 +469,7 @@ class BackboneHost:
             member.deliver(error)
             _end_passes(member)
         self._members.clear()
-        self.tell("failed", "", {"message": str(error)})
+        self.tell(Event(failed=JobFailed(message=str(error))))
 
 
 def _end_passes(member: _Member) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.dlora.backbone import _in_one_thread
 from isthmus.split.dlora.device import DloraTrainer
 from isthmus.split.dlora.host import BackboneHost
@@ -46,7 +47,7 @@ class Job:
 
     def __init__(self, folder: Path, config: TrainingConfig, devices: int = 1, records: Path | None = None) -> None:
         self.source, self.config, self.records = ModelFolder(folder), config, records
-        self.events: list[tuple[str, str, dict[str, Any]]] = []
+        self.events: list[Event] = []
         self.finished = threading.Event()
         kept = CheckpointFolder(records / "server") if records else None
         self.host = BackboneHost(
@@ -59,9 +60,9 @@ class Job:
             tell=self._tell,
         )
 
-    def _tell(self, kind: str, device: str, data: dict[str, Any]) -> None:
-        self.events.append((kind, device, data))
-        if kind in ("finished", "failed"):
+    def _tell(self, event: Event) -> None:
+        self.events.append(event)
+        if event.HasField("finished") or event.HasField("failed"):
             self.finished.set()
 
     def trainer(self, number: int = 0) -> DloraTrainer:
@@ -71,8 +72,9 @@ class Job:
     def link(self, trainer: DloraTrainer, number: int = 0, frames: int = -1) -> LocalLink:
         return CutLink(self.host, f"d{number}", trainer, frames)
 
-    def told(self, kind: str) -> list[dict[str, Any]]:
-        return [data for which, _, data in self.events if which == kind]
+    def told(self, kind: str) -> list[Any]:
+        """The messages of a kind."""
+        return [getattr(event, kind) for event in self.events if event.HasField(kind)]
 
 
 class CutLink(LocalLink):
@@ -120,8 +122,8 @@ def test_a_link_that_breaks_at_any_frame_costs_no_step_and_counts_none_twice(lla
         job.host.close()
         assert_same(trainer.adapter(), adapters["d0"])
         steps = job.told("step")
-        assert [data["device_step"] for data in steps] == [1, 2, 3, 4], cut
-        assert [data["loss"] for data in steps] == pytest.approx(losses, rel=1e-5)
+        assert [data.device_step for data in steps] == [1, 2, 3, 4], cut
+        assert [data.loss for data in steps] == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.parametrize("cut", [30, 60, 75])
@@ -137,7 +139,7 @@ def test_a_device_that_is_restarted_goes_on_from_its_record(llama: Path, tmp_pat
     assert job.finished.wait(60)
     job.host.close()
     assert_same(again.adapter(), adapters["d0"])
-    assert job.told("step")[-1]["device_step"] == SMALL.steps
+    assert job.told("step")[-1].device_step == SMALL.steps
 
 
 def test_decisions_are_made_once_for_each_step_whatever_breaks(llama: Path, tmp_path: Path) -> None:
@@ -149,7 +151,7 @@ def test_decisions_are_made_once_for_each_step_whatever_breaks(llama: Path, tmp_
     run(trainer, quiet.link(trainer))
     assert quiet.finished.wait(60)
     quiet.host.close()
-    decided = [(data["step"], data["active"]) for data in quiet.told("modules")]
+    decided = [(data.step, data.active) for data in quiet.told("modules")]
     assert len(decided) > 2
     job = Job(llama, config, records=tmp_path)
     disturbed = job.trainer()
@@ -162,7 +164,7 @@ def test_decisions_are_made_once_for_each_step_whatever_breaks(llama: Path, tmp_
     job.host.close()
     assert any(not float(value.abs().max()) for name, value in trainer.adapter().items() if "lora_B" in name)  # dropped
     assert_same(job.trainer().adapter(), trainer.adapter())  # and after a restart, from the record
-    assert {data["step"]: data["active"] for data in job.told("modules")}.items() <= dict(decided).items()
+    assert {data.step: data.active for data in job.told("modules")}.items() <= dict(decided).items()
     assert_same(disturbed.adapter(), trainer.adapter())
 
 
@@ -187,8 +189,8 @@ def test_a_step_on_the_disk_that_nobody_has_heard_of_counts_after_a_restart(llam
     assert job.finished.wait(60)
     job.host.close()
     steps = job.told("step")
-    assert [data["device_step"] for data in steps] == [1, 2, 3, 4]
-    assert [data["loss"] for data in steps] == pytest.approx(losses, rel=1e-5)
+    assert [data.device_step for data in steps] == [1, 2, 3, 4]
+    assert [data.loss for data in steps] == pytest.approx(losses, rel=1e-5)
 
 
 def test_a_job_that_is_resumed_after_the_coordinators_death_is_the_undisturbed_one(llama: Path, tmp_path: Path) -> None:
@@ -206,7 +208,7 @@ def test_a_job_that_is_resumed_after_the_coordinators_death_is_the_undisturbed_o
         assert_same(trainer.adapter(), adapters[f"d{number}"])
     assert resumed.finished.wait(60)
     resumed.host.close()
-    assert {data["devices"][0] for data in resumed.told("step")} == {"d1"}  # the other had nothing left to do
+    assert {data.devices[0] for data in resumed.told("step")} == {"d1"}  # the other had nothing left to do
 
 
 @pytest.mark.parametrize("cut", [10, 45, 70, 81])
@@ -226,7 +228,7 @@ def test_with_averages_a_device_that_comes_back_goes_on_from_the_last_one(
     assert job.finished.wait(60)
     job.host.close()
     assert_same(trainers[0].adapter(), trainers[1].adapter(), 0)
-    points = [data["step"] for data in job.told("checkpoint")]
+    points = [data.step for data in job.told("checkpoint")]
     assert points == [2, 4]
     assert expected.average is not None
     assert job.host.average is not None
@@ -280,13 +282,13 @@ def test_a_job_in_which_no_module_is_left_ends_with_a_line(llama: Path) -> None:
     run(trainer, job.link(trainer))
     assert job.finished.wait(60)
     job.host.close()
-    assert [data["device_step"] for data in job.told("step")] == [1, 2, 3]
-    assert [data["message"] for data in job.told("log")][-1] == (
+    assert [data.device_step for data in job.told("step")] == [1, 2, 3]
+    assert [data.message for data in job.told("log")][-1] == (
         "d0: after step 3 no module is left that trains: its training has ended"
     )
-    assert job.told("modules")[-1]["step"] == 3  # where the picture of what was trained ends
-    assert job.told("modules")[-1]["active"] == []
-    assert [data["step"] for data in job.told("evaluation")] == [0, 30]
+    assert job.told("modules")[-1].step == 3  # where the picture of what was trained ends
+    assert job.told("modules")[-1].active == []
+    assert [data.step for data in job.told("evaluation")] == [0, 30]
     assert trainer.step == 3
 
 
@@ -316,9 +318,9 @@ def test_an_early_end_that_a_broken_link_has_lost_is_told_again_and_is_on_the_di
             run(again, job.link(again))
             assert job.finished.wait(60)
             job.host.close()
-            assert [data["loss"] for data in job.told("step")] == pytest.approx(losses, rel=1e-5)
-            assert ["no module is left" in data["message"] for data in job.told("log")].count(True) == 1
-            assert job.told("evaluation")[-1]["step"] == 30
+            assert [data.loss for data in job.told("step")] == pytest.approx(losses, rel=1e-5)
+            assert ["no module is left" in data.message for data in job.told("log")].count(True) == 1
+            assert job.told("evaluation")[-1].step == 30
 
 
 Change = Callable[[Frame], Frame]
