@@ -155,7 +155,7 @@ def _whole_model_peak(folder: Path, text: Path, training: TrainingConfig) -> int
 
 def _libraries_peak() -> int:
     """Peak memory of a process that has imported what a device imports, and has no model."""
-    program = "import isthmus.client.runner, isthmus.split.resources.ledger; print(split.ledger.peak_bytes())"
+    program = "import isthmus.client.runner; from isthmus.split.resources.memory import peak_bytes; print(peak_bytes())"
     return int(_output_of([sys.executable, "-c", program], "importing the device's libraries"))
 
 

@@ -36,7 +36,8 @@ from isthmus.split.models.source import open_model
 from isthmus.split.plan.costs import Costs
 from isthmus.split.plan.moving import Mover
 from isthmus.split.plan.parts import Parts, merging_of, parts_of, server_stages
-from isthmus.split.resources.ledger import Ledger, Traffic
+from isthmus.split.resources.ledger import Ledger
+from isthmus.split.resources.traffic import Traffic
 from isthmus.split.tls import SERVER_OPTIONS, Peer, bind_one_of, server_credentials
 from isthmus.split.training.checkpoint import CheckpointFolder
 from isthmus.split.training.host import StageHost
