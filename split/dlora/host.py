@@ -16,12 +16,26 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from isthmus.protos.v1 import stage_pb2
+from isthmus.protos.v1.events_pb2 import (
+    Aggregated,
+    CheckpointSaved,
+    DeviceJoined,
+    DeviceLeft,
+    Evaluated,
+    Event,
+    JobFailed,
+    JobFinished,
+    ModulesChanged,
+    StepDone,
+    TrainingStarted,
+)
 from isthmus.split.aggregation.averager import Averager
 from isthmus.split.codecs.finite import DIVERGED, can_be_used
 from isthmus.split.dlora.backbone import Active, Backbone
 from isthmus.split.dlora.passes import Passing
 from isthmus.split.errors import BadFrame, BadRequest, BadTensor, IsthmusError, LinkLost, WrongState
 from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.events import Tell, log_line, tell_nobody
 from isthmus.split.job.groups import MERGE
 from isthmus.split.job.shapes import AVERAGE
 from isthmus.split.link.coding import Plan
@@ -32,7 +46,6 @@ from isthmus.split.lora.sites import Layout, adapter_of
 from isthmus.split.plan.choose import DeviceView, Planner
 from isthmus.split.training.checkpoint import Checkpoint, CheckpointFolder
 from isthmus.split.training.device import tensor_of
-from isthmus.split.training.host import Tell
 from isthmus.split.training.inbox import Inbox
 from isthmus.split.training.members import problem_with_open
 from isthmus.split.training.patience import Patience
@@ -60,8 +73,7 @@ class _Member:
 
 
 class BackboneHost:
-    """tell(kind, device, data) is called in the host's thread, with kind one of: joined, left, started, step, modules,
-    evaluation, aggregation, checkpoint, log, finished, failed."""
+    """tell(event) is called in the host's thread."""
 
     def __init__(
         self,
@@ -74,7 +86,7 @@ class BackboneHost:
         checkpoints: CheckpointFolder | None = None,
         resume: Checkpoint | None = None,
         patience: Patience | None = None,
-        tell: Tell = lambda kind, device, data: None,
+        tell: Tell = tell_nobody,
     ) -> None:
         """layouts: of the job's devices, by name. initial_adapter: what an average begins with, where one is asked for.
         stage_digest: of what devices hold; by device where they differ."""
@@ -168,7 +180,8 @@ class BackboneHost:
         self._members[device] = _Member(
             deliver, opened.samples, frozenset(opened.codecs), measured, int(opened.last_step)
         )
-        self.tell("joined", device, {"samples": opened.samples, "last_step": opened.last_step})
+        joined = DeviceJoined(samples=opened.samples, last_step=opened.last_step)
+        self.tell(Event(device=device, joined=joined))
         self._admit()
 
     def _problem_with(self, device: str, opened: stage_pb2.Open | None) -> str:
@@ -190,7 +203,7 @@ class BackboneHost:
             if self.config.dlora.aggregate and not self._awaited <= self._members.keys():
                 return
             self._started = True
-            self.tell("started", "", {"step": self._point.step})
+            self.tell(Event(started=TrainingStarted(step=self._point.step)))
         for device, member in sorted(self._members.items()):
             if not member.admitted:
                 self._open(device, member)
@@ -199,7 +212,7 @@ class BackboneHost:
         view = DeviceView.of(member.families, member.measured, member.plan)
         plans, sentences = self._planner.plans({device: view}, {})
         for sentence in sentences:
-            self.tell("log", "", {"message": sentence})
+            self.tell(log_line(sentence))
         member.plan = plans[device]
         tensor = None
         if self.config.dlora.aggregate:
@@ -305,8 +318,14 @@ class BackboneHost:
         if killed or revived:
             of = f"{len(trained)} of {len(layout.modules)} active"
             message = f"{len(killed)} modules killed, {len(revived)} revived; {of}"
-            names = {"killed": layout.names(killed), "revived": layout.names(revived)}
-            self.tell("modules", device, {"step": step, "message": message, **names, "active": layout.names(trained)})
+            changed = ModulesChanged(
+                step=step,
+                killed=layout.names(killed),
+                revived=layout.names(revived),
+                active=layout.names(trained),
+                message=message,
+            )
+            self.tell(Event(device=device, modules=changed))
 
     def _merge(self, device: str, member: _Member, frame: Frame) -> None:
         if not self._between_steps(member) or frame.step != member.step or self.config.dlora.killed != MERGE:
@@ -351,7 +370,7 @@ class BackboneHost:
             line = f"{device}: after step {member.step} no module is left that trains: its training has ended"
             if self._steps[device] < self.config.steps:  # else it is told again, over another link
                 self._tell_modules(device, member.step, frozenset())
-                self.tell("log", device, {"message": line})
+                self.tell(log_line(line, device))
             member.step = self._steps[device] = self.config.steps
             return
         if frame.step != member.step or member.ended < member.plan.micro_batches:
@@ -361,14 +380,14 @@ class BackboneHost:
         self._steps[device] = member.step
         self._patience.kept_pace(device)
         values = frame.values
-        told = {
-            "step": min(self._steps.values()),
-            "device_step": member.step,
-            "loss": values["nll"] / max(values["tokens"], 1),
-            "tokens": int(values["tokens"]),
-            "devices": [device],
-        }
-        self.tell("step", device, told)
+        done = StepDone(
+            step=min(self._steps.values()),
+            device_step=member.step,
+            loss=values["nll"] / max(values["tokens"], 1),
+            tokens=int(values["tokens"]),
+            devices=[device],
+        )
+        self.tell(Event(device=device, step=done))
 
     def _aggregate(self, device: str, member: _Member, frame: Frame) -> None:
         due = self._owes_adapter(member) and member.aggregate is None and not member.passes
@@ -398,13 +417,13 @@ class BackboneHost:
         except BadTensor as problem:  # of no device alone
             raise WrongState(f"the average of the adapters cannot be sent: {problem}") from None
         done = max(member.step for member in members.values())
-        self.tell("aggregation", "", {"step": done, "method": AVERAGE, "aggregation_error": error})
+        self.tell(Event(aggregation=Aggregated(step=done, method=AVERAGE, aggregation_error=error)))
         point = self._average_of(done, average)
         point.check_finite()
         self._point = point
         if self.config.checkpoints_after(done) and self._checkpoints:
             self._checkpoints.save(self._point)  # before anyone has it
-            self.tell("checkpoint", "", {"step": done})
+            self.tell(Event(checkpoint=CheckpointSaved(step=done)))
         for device, frame in frames.items():
             members[device].aggregate, members[device].heard = None, time.monotonic()
             members[device].deliver(Frame(Phase.AGGREGATE, frame.step, encoded=encoded))
@@ -438,8 +457,8 @@ class BackboneHost:
                 continue
             self._evaluated.add(step)
             each = {name: perplexity(loss, count) for name, (loss, count) in sums.items() if count}
-            data = {"step": step, "perplexity": perplexity(total, tokens), "tokens": tokens, "devices": each}
-            self.tell("evaluation", "", data)
+            evaluation = Evaluated(step=step, perplexity=perplexity(total, tokens), tokens=tokens, devices=each)
+            self.tell(Event(evaluation=evaluation))
 
     def _leave(self, device: str, deliver: Deliver) -> None:
         member = self._members.get(device)
@@ -447,14 +466,14 @@ class BackboneHost:
             return
         del self._members[device]
         _end_passes(member)
-        self.tell("left", device, {"step": member.step, "done": device in self._done})
+        self.tell(Event(device=device, left=DeviceLeft(step=member.step, done=device in self._done)))
         self._average_if_complete()
         self._finish_if_done()
 
     def _finish_if_done(self) -> None:
         if not self._finished and self._done and not self._members and self._awaited <= self._done:
             self._finished = True
-            self.tell("finished", "", {"step": self.config.steps})
+            self.tell(Event(finished=JobFinished(step=self.config.steps)))
 
     def _drop_silent(self) -> None:
         """Goes on without a device that owes a frame for too long: a pass, another device, or the job's end waits."""
@@ -474,7 +493,7 @@ class BackboneHost:
                 member.deliver(LinkLost(f"{device} owed a frame for {patience:.0f} s"))
                 if self._others_are_done(device) and self._patience.is_least(device):
                     message = f"{device} was silent again and again: the job ends without it"
-                    self.tell("log", device, {"message": message})
+                    self.tell(log_line(message, device))
                     self._awaited.discard(device)
                 self._leave(device, member.deliver)
 
@@ -490,7 +509,7 @@ class BackboneHost:
         """Ends a device's part in the job without what it has not reported in time after its last step."""
         self._patience.was_silent(device)
         line = f"{device} has not closed the job {seconds:.0f} s after it was done"
-        self.tell("log", device, {"message": f"{line}: its last report is missing"})
+        self.tell(log_line(f"{line}: its last report is missing", device))
         member.deliver(LinkLost(line))
         self._done.add(device)
         self._leave(device, member.deliver)
@@ -500,7 +519,7 @@ class BackboneHost:
             member.deliver(error)
             _end_passes(member)
         self._members.clear()
-        self.tell("failed", "", {"message": str(error)})
+        self.tell(Event(failed=JobFailed(message=str(error))))
 
 
 def _end_passes(member: _Member) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from isthmus.split.dlora.backbone import Backbone
 from isthmus.split.dlora.device import DloraTrainer
 from isthmus.split.dlora.host import BackboneHost
 from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.events import Tell, tell_nobody
 from isthmus.split.job.shapes import Shape
 from isthmus.split.link.profile import LinkProfile
 from isthmus.split.lora.lora import initial_adapter
@@ -23,8 +23,6 @@ from isthmus.split.plan.parts import device_stages, parts_of, server_stages
 from isthmus.split.resources.ledger import Ledger
 from isthmus.split.training.checkpoint import CheckpointFolder, DeviceRecord
 from isthmus.split.training.local import LocalJob, Text
-
-Tell = Callable[[str, str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def train_dlora_locally(
     shapes: Sequence[Shape] | None = None,
     profile: LinkProfile = LinkProfile(),
     checkpoints: Path | None = None,
-    tell: Tell = lambda kind, device, data: None,
+    tell: Tell = tell_nobody,
 ) -> DloraRun:
     """Trains the devices d0, d1, ... on their texts, as `train_split_locally` does for the other split.
 

@@ -13,16 +13,27 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
 from torch import Tensor
 
 from isthmus.protos.v1 import stage_pb2
+from isthmus.protos.v1.events_pb2 import (
+    CheckpointSaved,
+    DeviceJoined,
+    DeviceLeft,
+    Evaluated,
+    Event,
+    JobFailed,
+    JobFinished,
+    StepDone,
+    TrainingStarted,
+)
 from isthmus.split.aggregation.averager import Share
 from isthmus.split.aggregation.merger import Merger
 from isthmus.split.codecs.finite import DIVERGED, is_finite
 from isthmus.split.errors import BadFrame, BadRequest, BadTensor, IsthmusError, LinkLost, WrongState
 from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.events import Tell, log_line, tell_nobody
 from isthmus.split.job.streams import remembers_samples, stream_of
 from isthmus.split.link.coding import Plan
 from isthmus.split.link.profile import LinkProfile
@@ -39,7 +50,6 @@ from isthmus.split.training.patience import Patience
 from isthmus.split.training.perplexity import perplexity
 from isthmus.split.training.server import ServerTrainer
 
-Tell = Callable[[str, str, dict[str, Any]], None]  # kind, device, data
 _Group = tuple[int, stage_pb2.Phase, int]  # step, phase, micro-batch
 _MOST_KEYS = 2**24  # samples of a device that codecs with a memory tell apart: their order takes 8 bytes each
 _PLAN_FIRST, _PLAN_EVERY = 2, 8  # aggregations: the first ones after which a plan is made anew, then every so many
@@ -66,8 +76,7 @@ class StageHost:
     stage_digest: of what a device holds; by cut where they differ. mover: says when cuts are to move; segments: makes
     the server's stages for the shapes that there are then.
 
-    tell(kind, device, data) is called in the host's thread, with kind one of: joined, left, started, step, aggregation,
-    evaluation, checkpoint, log, finished, failed."""
+    tell(event) is called in the host's thread."""
 
     def __init__(
         self,
@@ -83,7 +92,7 @@ class StageHost:
         checkpoints: CheckpointFolder | None = None,
         resume: Checkpoint | None = None,
         patience: Patience | None = None,
-        tell: Tell = lambda kind, device, data: None,
+        tell: Tell = tell_nobody,
     ) -> None:
         self.trainer, self.config, self.tell = trainer, config, tell
         self.ledger = trainer.ledger
@@ -182,7 +191,8 @@ class StageHost:
         member = Member(deliver, opened.samples, frozenset(opened.codecs), measured)
         member.moves = self._adapters.has_moved(device, opened)
         self._members[device] = member
-        self.tell("joined", device, {"samples": opened.samples, "last_step": opened.last_step})
+        joined = DeviceJoined(samples=opened.samples, last_step=opened.last_step)
+        self.tell(Event(device=device, joined=joined))
         if not self._participants:
             self._admit()
 
@@ -203,7 +213,7 @@ class StageHost:
             if not self._awaited <= self._members.keys():
                 return
             self._started = True
-            self.tell("started", "", {"step": self.step})
+            self.tell(Event(started=TrainingStarted(step=self.step)))
         waiting = {device: member for device, member in sorted(self._members.items()) if not member.admitted}
         if not waiting:
             return
@@ -233,7 +243,7 @@ class StageHost:
         stage = {name: work[name] / steps for name in ("forward", "backward")} if steps else {}
         plans, sentences = self._planner.plans(views, stage, micro_batches)
         for sentence in sentences:
-            self.tell("log", "", {"message": sentence})
+            self.tell(log_line(sentence))
         return plans
 
     def _start_without(self, missing: set[str]) -> None:
@@ -371,7 +381,7 @@ class StageHost:
         self._losses.append(loss)
         for device in frames:
             self._patience.kept_pace(device)
-        self.tell("step", "", {"step": self.step, "loss": loss, "tokens": tokens, "devices": sorted(frames)})
+        self.tell(Event(step=StepDone(step=self.step, loss=loss, tokens=tokens, devices=sorted(frames))))
 
     def _aggregate(self, step: int, frames: Mapping[str, Frame]) -> None:
         """The devices' adapters, averaged by their numbers of training sequences, on disk before anyone has it."""
@@ -391,7 +401,7 @@ class StageHost:
         self._point = point
         if self.config.checkpoints_after(self.step) and self._checkpoints:
             self._checkpoints.save(self._point)
-            self.tell("checkpoint", "", {"step": self.step})
+            self.tell(Event(checkpoint=CheckpointSaved(step=self.step)))
         plans: dict[str, Plan] = {}
         changed = any(LinkProfile.from_proto(one.measured).differs(one.link) for one in self._members.values())
         if (self._plan_due or changed) and self.step < self.config.steps:
@@ -448,8 +458,8 @@ class StageHost:
                 continue
             self._perplexities[step] = perplexity(total, tokens)
             each = {device: perplexity(loss, count) for device, (loss, count) in sums.items() if count}
-            data = {"step": step, "perplexity": self._perplexities[step], "tokens": tokens, "devices": each}
-            self.tell("evaluation", "", data)
+            evaluation = Evaluated(step=step, perplexity=self._perplexities[step], tokens=tokens, devices=each)
+            self.tell(Event(evaluation=evaluation))
 
     def _leave(self, device: str, deliver: Deliver, *, closed: bool = False, given_up: bool = False) -> None:
         """closed: it has said that it is done. given_up: the job has waited long enough for it to say so."""
@@ -457,7 +467,7 @@ class StageHost:
         if member is None or member.deliver is not deliver:
             return
         del self._members[device]
-        self.tell("left", device, {"step": self.step, "done": closed})
+        self.tell(Event(device=device, left=DeviceLeft(step=self.step, done=closed)))
         self._norms.pop(device, None)
         for group in self._groups.values():
             group.pop(device, None)
@@ -473,7 +483,7 @@ class StageHost:
         evaluated = self.config.steps in self._perplexities or not self.config.evaluates_after(self.config.steps)
         if at_end and (closed or given_up or evaluated):
             self._finished = True
-            self.tell("finished", "", {"step": self.step})
+            self.tell(Event(finished=JobFinished(step=self.step)))
             return
         if self.step != self._point.step or self._stepped_ahead:
             self._stepped_ahead = False
@@ -481,7 +491,7 @@ class StageHost:
                 f"no device is left: back from step {self.step} to the last aggregation, of step {self._point.step}"
             )
             self._go_back_to(self._point)
-            self.tell("log", "", {"message": message})
+            self.tell(log_line(message))
         if self._started and self._members:
             self._admit()
 
@@ -510,7 +520,7 @@ class StageHost:
             if silent > self._patience.of(device) or all_in_all > self._patience.closing:
                 self._patience.was_silent(device)
                 line = f"{device} has not closed the job {max(silent, all_in_all):.0f} s after it was done"
-                self.tell("log", device, {"message": f"{line}: its last report is missing"})
+                self.tell(log_line(f"{line}: its last report is missing", device))
                 member.deliver(LinkLost(line))
                 self._leave(device, member.deliver, given_up=True)
 
@@ -518,7 +528,7 @@ class StageHost:
         for member in self._members.values():
             member.deliver(error)
         self._members.clear()
-        self.tell("failed", "", {"message": str(error)})
+        self.tell(Event(failed=JobFailed(message=str(error))))
 
 
 def where_wanted(outputs: Tensor, wanted: Tensor | None) -> Tensor:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
 from isthmus.protos.v1 import stage_pb2
+from isthmus.protos.v1.events_pb2 import Aggregated, Event
 from isthmus.split.aggregation.averager import Averager, Share
 from isthmus.split.aggregation.merger import Merger
 from isthmus.split.errors import WrongState
 from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.events import Tell
 from isthmus.split.job.shapes import AVERAGE, Shape, as_plain
 from isthmus.split.link.profile import LinkProfile
 from isthmus.split.link.session import Frame, Phase
@@ -45,7 +46,7 @@ class JobAdapters:
         mover: CutMover | None,
         segments: Segments | None,
         stage_digest: str | Mapping[int, str],
-        tell: Callable[[str, str, dict[str, Any]], None],
+        tell: Tell,
     ) -> None:
         self._trainer, self._config, self._tell = trainer, config, tell
         self._initial = flatten(initial_adapter)
@@ -128,7 +129,7 @@ class JobAdapters:
                 )
                 for device, encoded in merged.answers.items()
             }
-        self._tell("aggregation", "", {"step": step + 1, "method": method, "aggregation_error": error})
+        self._tell(Event(aggregation=Aggregated(step=step + 1, method=method, aggregation_error=error)))
         return average, answers
 
     def move(self, step: int, measured: Mapping[str, stage_pb2.Measured], steps_timed: int) -> dict[str, Frame]:
@@ -148,8 +149,7 @@ class JobAdapters:
         moves = self._mover.look(shapes, seen, (computing - computed) / (steps_timed - before))
         for device, choice in moves.items():
             self._merging.move(device, choice.shape, self._trainer.stepper.parameters)
-            data = choice.data(device)
-            self._tell("shape", device, {**data, "message": f"after step {step + 1} {data['message']}"})
+            self._tell(Event(device=device, shape=choice.told(device, f"after step {step + 1} ")))
         if moves:
             self._rebuild(self._merging)
         return {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import unicodedata
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -15,12 +14,14 @@ import pytest
 
 from isthmus.coordinator import servicer
 from isthmus.coordinator.cli import devices, jobs
+from isthmus.coordinator.control.database import Database
 from isthmus.coordinator.control.sessions import Session, Sessions
-from isthmus.coordinator.control.store import Store
 from isthmus.coordinator.servicer import CoordinatorServicer
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1 import stage_pb2
+from isthmus.protos.v1.events_pb2 import Event, StateChanged
 from isthmus.split.errors import BadFrame, BadRequest, IsthmusError
+from isthmus.split.job.events import log_line
 from isthmus.split.tls import Peer
 from tests.cluster.house import run_cli
 
@@ -49,19 +50,19 @@ class Tasks:
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    opened = Store(tmp_path / "state.db")
-    opened.redeem_token(opened.create_token("edge")[0], "aa")
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
+    opened = Database(tmp_path / "state.db")
+    opened.devices.redeem_token(opened.devices.create_token("edge")[0], "aa")
     monkeypatch.setattr(servicer, "caller", lambda *_: Peer("edge", "device", "aa"))
     yield opened
     opened.close()
 
 
-def session(store: Store, *messages: pb.DeviceMessage) -> list[pb.TaskState]:
+def session(database: Database, *messages: pb.DeviceMessage) -> list[pb.TaskState]:
     """One whole session of a device; what came of it. Raises what it is refused with."""
     tasks: Any = Tasks()
     context: Any = None
-    serving = CoordinatorServicer(store, Sessions(), tasks, b"", 0)
+    serving = CoordinatorServicer(database, Sessions(), tasks, b"", 0)
 
     async def said() -> AsyncIterator[pb.DeviceMessage]:
         for message in messages:
@@ -79,32 +80,32 @@ def session(store: Store, *messages: pb.DeviceMessage) -> list[pb.TaskState]:
 @pytest.mark.parametrize("label", LABELS)
 @pytest.mark.parametrize("text", [EVIL, "x" * 201])
 def test_a_profile_that_cannot_be_shown_is_refused_and_not_kept(
-    store: Store, label: Callable[[str], pb.Profile], text: str
+    database: Database, label: Callable[[str], pb.Profile], text: str
 ) -> None:
     good = label("x" * 200)
-    session(store, pb.DeviceMessage(profile=good))
-    assert store.device("edge").profile == good
+    session(database, pb.DeviceMessage(profile=good))
+    assert database.devices.get("edge").profile == good
     for messages in ([label(text)], [good, label(text)]):  # the first of a session, and a later one
         with pytest.raises(BadRequest, match="has to be one line of at most 200 visible characters") as refused:
-            session(store, *(pb.DeviceMessage(profile=one) for one in messages))
+            session(database, *(pb.DeviceMessage(profile=one) for one in messages))
         assert str(refused.value).isprintable()
         assert len(str(refused.value)) < 400
-        assert store.device("edge").profile == good
+        assert database.devices.get("edge").profile == good
 
 
-def test_what_a_device_says_of_a_task_is_bounded_and_visible_before_it_is_kept(store: Store) -> None:
+def test_what_a_device_says_of_a_task_is_bounded_and_visible_before_it_is_kept(database: Database) -> None:
     profile = pb.DeviceMessage(profile=pb.Profile(version="1"))
     state = pb.TaskState(task="job-1", state=pb.TaskState.FAILED, message=EVIL + "x" * 20_000_000)
-    (told,) = session(store, profile, pb.DeviceMessage(task=state))
+    (told,) = session(database, profile, pb.DeviceMessage(task=state))
     assert told.message.startswith(r"\nFORGED\x1b[2J\x9b31m\u202e[red]:smile:x")
     assert len(told.message) == 2000
     state = pb.TaskState(task=EVIL, state=pb.TaskState.RUNNING)
     with pytest.raises(BadRequest, match="is not a task's id"):
-        session(store, profile, pb.DeviceMessage(task=state))
+        session(database, profile, pb.DeviceMessage(task=state))
     state = pb.TaskState(task="job-1")
     state.ParseFromString(state.SerializeToString() + b"\x10\x63")  # state 99
     with pytest.raises(BadFrame, match="a task in state 99"):
-        session(store, profile, pb.DeviceMessage(task=state))
+        session(database, profile, pb.DeviceMessage(task=state))
 
 
 def job() -> pb.Job:
@@ -128,11 +129,10 @@ class Stub:
     def CancelJob(self, _: object) -> pb.Job:
         raise IsthmusError(f"refused: {EVIL}" + "x" * 1_000_000)
 
-    def WatchJob(self, _: object) -> Iterator[pb.JobEvent]:
-        told = {"state": EVIL, "message": EVIL}
-        yield pb.JobEvent(kind="device", device=EVIL, data=json.dumps(told))
-        yield pb.JobEvent(kind="log", data=json.dumps(told))
-        yield pb.JobEvent(kind="state", data=json.dumps(told))
+    def WatchJob(self, _: object) -> Iterator[Event]:
+        yield Event(device=EVIL, task=pb.TaskState(task=EVIL, state=pb.TaskState.RUNNING, message=EVIL))
+        yield log_line(EVIL)
+        yield Event(state=StateChanged(state=pb.FAILED, message=EVIL))
 
 
 @pytest.mark.parametrize("command", [["devices"], ["jobs"], ["watch", "k3v9x2ab"], ["cancel", "k3v9x2ab"]])

@@ -12,6 +12,7 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.data.sequences import Sequences, batch_indices
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.lora.lora import add_lora, draw_initial_values, lora_config
@@ -35,7 +36,7 @@ class Run:
 
     outcome: Outcome
     adapter: dict[str, Tensor]  # names as in the whole model
-    events: list[tuple[str, str, dict]]
+    events: list[Event]
 
 
 def device_trainer(
@@ -69,7 +70,7 @@ def split_run(
     **options: Any,
 ) -> Run:
     """Trains the devices d0, d1, ... on their texts."""
-    events: list[tuple[str, str, dict]] = []
+    events: list[Event] = []
     pairs = [(text, validation[i] if validation else None) for i, text in enumerate(texts)]
     run = train_split_locally(
         ModelFolder(folder),
@@ -78,7 +79,7 @@ def split_run(
         checkpoints=checkpoints,
         resume=resume,
         **options,
-        tell=lambda kind, device, data: events.append((kind, device, data)),
+        tell=events.append,
     )
     return Run(run.outcome, run.adapter, events)
 
