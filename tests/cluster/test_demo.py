@@ -81,7 +81,7 @@ def test_each_device_may_have_a_narrow_link_of_its_own(tmp_path: Path) -> None:
     narrow = run_demo(tmp_path, "--link", "50mbit,10ms", "--steps", "10")
     assert narrow["perplexity_after"] < 0.95 * narrow["perplexity_before"]
     assert narrow["link"] == "50 Mbit/s each way, 10 ms there and back"
-    assert narrow["training"]["codec"] == "auto"
+    assert narrow["training"]["link"]["codec"] == "auto"
     for text in (narrow["link"], "times fewer", "waited"):
         assert text in narrow["_printed"]
     for device in narrow["devices"]:

@@ -193,7 +193,7 @@ def test_a_user_that_is_revoked_gets_nothing_any_more(house: House, wanted: list
     [
         (("--users", "nobody"), "nobody"),
         (("--users", "D 1"), "'D 1' is not a name"),
-        (("--users", "d1", "--guests", "0"), "guests 0: choose 1 to 1024"),
+        (("--users", "d1", "--guests", "0"), "guests is 0; choose 1 to 1024"),
     ],
 )
 def test_users_that_cannot_be_are_one_line(house: House, arguments: tuple[str, ...], line: str) -> None:
