@@ -40,7 +40,7 @@ class Cost:
     """Of recent batches: seconds beyond the stage's own computing."""
 
     def add(self, tokens: int, seconds: float, computing: float) -> None:
-        """Add a batch. seconds: from handing it in to its answer; computing: the part of them that the stage computed."""
+        """Add a batch. seconds: from handing it in to its answer; computing: those in which the stage computed."""
         self.batches += 1
         self.tokens += tokens
         self.seconds += seconds

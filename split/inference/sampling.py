@@ -72,7 +72,7 @@ class Chooser:
 
 
 def logprob_of(logits: Tensor, token: int, alternatives: int) -> Logprob:
-    """Compute a token's log probability. logits: (vocabulary,). alternatives: how many of the likeliest to name, too."""
+    """Compute a token's log probability. logits: (vocabulary,). alternatives: how many of the likeliest to name."""
     scores = logits.float().log_softmax(0)
     top = scores.topk(min(alternatives, len(scores))) if alternatives else None
     likeliest = () if top is None else tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))

@@ -19,7 +19,7 @@ class AdapterSource(Protocol):
     """An adapter, or a holder's part of one: a folder, or blobs. Tensors have the names that peft gives them."""
 
     def text(self, name: str) -> str:
-        """Of one of ADAPTER_FILES."""
+        """The text of one of ADAPTER_FILES."""
 
     def tensor_names(self) -> frozenset[str]: ...
 
