@@ -57,7 +57,10 @@ def turned_to(factors: Factors, own: Tensor) -> Factors:
 
 
 def _signs(rows: Tensor) -> Tensor:
-    """The sign, (rank, 1), that makes the largest value of each row positive: SVD leaves it open, and a rerun must not."""
+    """The sign, (rank, 1), that makes the largest value of each row positive.
+
+    SVD leaves it open, and a rerun must give the same.
+    """
     if not rows.numel():
         return torch.ones(rows.shape[0], 1, dtype=rows.dtype)
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))

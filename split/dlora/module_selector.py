@@ -99,7 +99,7 @@ class ModuleSelector:
         return math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients if gradient is not None))
 
     def _ration(self, step: int) -> None:
-        """Set the modules' share of bytes, from the bytes of the warm-up, so that a step keeps within bytes_per_step."""
+        """Set the modules' share of bytes so that a step keeps within bytes_per_step, from the bytes of the warm-up."""
         controller = self._controller
         assert controller is not None
         if controller.policy.active_fraction < 1 or self._began is None:

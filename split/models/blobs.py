@@ -34,7 +34,7 @@ class BlobStore:
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def path(self, digest: str) -> Path:
-        """Where a whole blob is or will be; raises BadTensor if digest is not a SHA-256 digest."""
+        """The place where a whole blob is or will be. Raises BadTensor if digest is not a SHA-256 digest."""
         return self.directory / check_digest(digest)
 
     def has(self, digest: str) -> bool:

@@ -125,7 +125,7 @@ class Costs:
         return (self.layers if self.training.devices_train_all else cut) * rank * self.lora_values
 
     def memory(self, cut: int, rank: int) -> float:
-        """Bytes that a device needs: libraries, weights, LoRA with its optimiser, and what a step keeps for backward."""
+        """Bytes that a device needs: libraries, weights, LoRA with its optimiser, and what is kept for backward."""
         weights = cut * self.block_values + self.end_values
         adapter = _LORA_COPIES[self.training.optimizer.name] * self.adapter_values(cut, rank)
         kept = cut * (_WIDE * self.hidden + _NARROW * self._mlp) if rank else 0

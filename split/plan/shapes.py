@@ -273,6 +273,6 @@ class _Device:
         return _ADAPTER_BYTES[self._planner.exact_adapters]
 
     def _step_costs(self, shape: Shape) -> StepCosts:
-        """Costs of a step with the codecs that the planner would choose for this link; they hardly depend on the cut."""
+        """Costs with the codecs that the planner would choose for this link; they hardly depend on the cut."""
         view = DeviceView(frozenset(FAMILIES), self.able.link, {}, self.work(shape), self._planner.nothing_yet)
         return self._planner.expected(view, {"forward": 0.1, "backward": 0.1}, self._slower)

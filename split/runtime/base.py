@@ -46,10 +46,10 @@ class Runtime(Protocol):
     adapters: int
 
     def compute(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
-        """hidden: (tokens of all rows in order, hidden size) float32 on the CPU; the same back.
+        """Compute rows. hidden: (tokens of all rows in order, hidden size) float32 on the CPU. Returns the same shape.
 
-        Each sequence is in one row at most. A sequence that is not known begins with position 0.
-        Raises BadPosition and BadRequest (as `check_rows`); then nothing has changed.
+        Each sequence is in one row at most. A sequence that is not known begins with position 0. Raises BadPosition and
+        BadRequest (as `check_rows`); then nothing has changed.
         """
 
     def forget(self, sequences: Iterable[int]) -> None:

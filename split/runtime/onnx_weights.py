@@ -43,11 +43,11 @@ class WeightsFile:
 
 
 def quantise(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """weight: (outputs, inputs) float32 -> (values, scales) as MatMulNBits takes them.
+    """Quantise a weight, (outputs, inputs) float32, to (values, scales) as MatMulNBits takes them.
 
-    values: (outputs, blocks, 32 * bits / 8) uint8, of 4 bits the lower half first; a value v stands for
-    (v - 2 ** (bits - 1)) * scale. scales: (outputs, blocks) float32. A block's largest value in magnitude gets the one
-    end of the range that has no opposite, so that all 2 ** bits steps are in use.
+    values: (outputs, blocks, 32 * bits / 8) uint8, of 4 bits the lower half first; a value v stands for (v - 2 ** (bits
+    - 1)) * scale. scales: (outputs, blocks) float32. A block's largest value in magnitude gets the one end of the range
+    that has no opposite, so that all 2 ** bits steps are in use.
     """
     zero = 1 << (bits - 1)
     padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % BLOCK))
