@@ -86,14 +86,14 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], method: str, error
 
 
 class Certificates(Protocol):
-    """Who knows which certificate of a device is the valid one: the store."""
+    """Knows which certificate of a device is the valid one: the store."""
 
     def check_certificate(self, name: str, serial: str) -> None:
         """Raises NotEnrolled if this is not the device's present certificate, or the device is revoked."""
 
 
 def caller(context: grpc.aio.ServicerContext[Any, Any], certificates: Certificates, role: str | None = None) -> Peer:
-    """Who calls, after all checks. role: `DEVICE` or `ADMIN` where only that role may make this call.
+    """Find out who calls, and check the certificate. role: `DEVICE` or `ADMIN` where only that role may make this call.
 
     Raises NotEnrolled (no certificate, an old or a revoked one) or NotAllowed (another role).
     """
