@@ -96,7 +96,7 @@ class Lane:
 
 
 class Pipe:
-    """One direction of one connection."""
+    """One direction of one emulated connection."""
 
     back: Pipe
 
@@ -194,7 +194,7 @@ class Pipe:
 
 
 async def _ready(waited: socket.socket, *, write: bool) -> None:
-    """Until the socket can be read from, or written to."""
+    """Wait until the socket can be read from, or written to."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
     (loop.add_writer if write else loop.add_reader)(waited, wake, ready)

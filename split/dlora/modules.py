@@ -82,7 +82,10 @@ class ActiveSet:
     """Which modules train, which the server asks for, and which it has merged."""
 
     def __init__(self, layout: Layout, parameters: Mapping[str, nn.Parameter], front: Stage, killed: str) -> None:
-        """parameters: of all modules, by their names in the whole model. killed: what becomes of killed modules."""
+        """Begin with all modules active.
+
+        parameters: of all modules, by their names in the whole model. killed: what becomes of killed modules.
+        """
         self.layout, self._killed = layout, killed
         self._pairs = {module.number: tuple(parameters[name] for name in module.shapes(0)) for module in layout.modules}
         names = {front.global_name(name): layer for name, layer in front.model.named_modules()}

@@ -33,7 +33,7 @@ class DraftScheduler:
     """Decides how many drafts the answers of one engine get, and has the drafter make them."""
 
     def __init__(self, drafter: Drafter, ends: Ends, waiting: Callable[[], float]) -> None:
-        """waiting: gives the seconds of a batch, lately, in which nobody computed."""
+        """Begin without experience. waiting: gives the seconds of a batch, lately, in which nobody computed."""
         self._drafter: Drafter | None = drafter
         self._ends, self._waiting = ends, waiting
         self._cost, self._per_draft = BatchCost(), Mean(0.0, 0.2)

@@ -130,8 +130,10 @@ class ModelDrafter:
         adapters: bool = False,
         chunk: int = 256,
     ) -> None:
-        """context: the most tokens of a sequence. first_sequence: is added to the numbers of sequences, where others
-        use these blocks, too. adapters: whether the blocks have the adapters of the model that answers. chunk: the most
+        """Draft with these blocks and ends.
+
+        context: the most tokens of a sequence. first_sequence: is added to the numbers of sequences, where others use
+        these blocks, too. adapters: whether the blocks have the adapters of the model that answers. chunk: the most
         tokens of a sequence in one batch.
         """
         self._adapters = adapters

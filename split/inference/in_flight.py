@@ -23,7 +23,7 @@ class InFlight:
     """Tries out how many batches of next tokens should be in flight: `value`. Call `took` after every such batch."""
 
     def __init__(self, most: int) -> None:
-        """most: the number of spans, with which the trials begin."""
+        """Begin with as many batches as there are spans, `most`."""
         self.value = self._kept = self._most = most
         self._others = self._in_turn()
         self._next, self._pause = _NEVER, _FIRST_PAUSE

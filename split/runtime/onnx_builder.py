@@ -47,9 +47,9 @@ class GraphBuilder:
         folder: Path,
         adapted: Set[str] = frozenset(),
     ) -> None:
-        """shapes: of the tensors to be used. weights: of linear modules. BadRequest if not of WEIGHTS.
+        """Begin a graph. shapes: of the tensors to be used. weights: format of the linear modules' weights.
 
-        adapted: linear modules with adapters beside them, which need an input ADAPTER.
+        Raises BadRequest for a format that is none of WEIGHTS.
         """
         if weights not in WEIGHTS:
             raise BadRequest(f"weights cannot be {weights!r}; choose {', '.join(WEIGHTS)}")

@@ -16,7 +16,7 @@ class TorchAdapters:
     """Hooks on the modules that some adapter changes; those of no adapter are as they were."""
 
     def __init__(self, stage: Stage, adapters: Sequence[Mapping[str, Lora]]) -> None:
-        """adapters: by the modules' names in the whole model; of the stage's own blocks."""
+        """Take adapters by the modules' names in the whole model, of the stage's own blocks."""
         like = next(stage.parameters())
         self._device = like.device
         self._loras = [

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
+from isthmus.client import measurements
 from isthmus.client.identity import Identity
 from isthmus.client.measurements import Measurements
 from isthmus.client.runner import DeviceOptions
