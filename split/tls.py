@@ -29,10 +29,10 @@ from cryptography.x509.oid import NameOID
 from isthmus.split.errors import BadRequest, IsthmusError, LinkLost, NotEnrolled, NotFound, WrongState, from_status
 
 SERVER_NAME = "coordinator.isthmus"
-"""In the certificate of every server that is not the enrolment server."""
+"""The name in the certificate of every server but the enrolment server."""
 
 ENROLMENT_NAME = "enrolment.isthmus"
-"""In the authority's own certificate, with which the enrolment server shows itself."""
+"""The name in the authority's own certificate, with which the enrolment server shows itself."""
 
 COORDINATOR, STAGE, DEVICE, ADMIN = "coordinator", "stage", "device", "admin"
 """The roles that a certificate can have. `ADMIN` is whoever may submit jobs and revoke devices."""
@@ -60,7 +60,7 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # else the clients' pings count as abuse
     ("grpc.so_reuseport", 0),  # a port that is taken has to be an error, not half of the connections
 ]
-"""For `grpc.aio.server(options=SERVER_OPTIONS)`."""
+"""The options of every server: `grpc.aio.server(options=SERVER_OPTIONS)`."""
 
 
 def _channel_options(server_name: str) -> list[tuple[str, Any]]:
@@ -126,7 +126,7 @@ class EnrolmentToken:
     pin: bytes
     """`pin_of` the authority's certificate."""
     port: int
-    """Of the enrolment server, on the coordinator's host."""
+    """The enrolment server's port, on the coordinator's host."""
 
     def format(self) -> str:
         """Write the token as it is printed."""
@@ -263,8 +263,10 @@ def bind_one_of(server: grpc.aio.Server, host: str, ports: tuple[int, int], cred
 
 
 _BROKE_OFF = ("Internal error from Core", "Received RST_STREAM")
-"""What gRPC itself says where no server has answered. The first is grpc.aio's word for a message that could not be
-written; it takes the place of the status with which the stream ended, even of a server's."""
+"""Lines that gRPC itself gives where no server has answered.
+
+The first is grpc.aio's word for a message that could not be written; it takes the place of the status with which the
+stream ended, even of a server's."""
 
 
 def error_of(error: grpc.RpcError, address: str) -> IsthmusError:
@@ -301,7 +303,7 @@ class Peer:
     role: str
     """`COORDINATOR`, `STAGE`, `DEVICE` or `ADMIN`; of another authority's certificate any text."""
     serial: str
-    """Of the certificate, hexadecimal."""
+    """The certificate's serial number, in hexadecimal."""
 
 
 def peer_of(auth_context: Mapping[str, Iterable[bytes]]) -> Peer:

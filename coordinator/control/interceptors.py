@@ -1,4 +1,4 @@
-"""What every gRPC server of the project does around a call: errors become status codes, and callers are checked."""
+"""Interceptors of every gRPC server: errors become status codes, and callers are checked."""
 
 from __future__ import annotations
 

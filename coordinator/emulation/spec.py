@@ -1,4 +1,4 @@
-"""What an emulated link is like, and how people write it."""
+"""The description of an emulated link, and how people write it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a codec is: a pipeline of up to four parts, and the state that one end of a link keeps for it.
+"""Codecs: a pipeline of up to four parts, and the state that one end of a link keeps for it.
 
     memory (ef, delta)  ->  transform (hadamard, klt, ...)  ->  quantiser (int4, uniform, topk, ...)  ->  entropy coder
 
@@ -38,13 +38,13 @@ class CodecState:
     bits_a_value: float | None = None  # of recent tensors, for `Codec.estimate`
 
     def generator(self, device: torch.device, salt: int = 0) -> torch.Generator:
-        """For the present tensor: drawn from the seed and the number of tensors before it."""
+        """The random generator of the present tensor, from the seed and the number of tensors before it."""
         mixed = (self.seed * 1_000_003 + self.count) * 1_000_003 + salt
         return torch.Generator(device=device).manual_seed(mixed % 2**63)
 
     @property
     def memory_bytes(self) -> int:
-        """What the parts keep, in bytes of tensors."""
+        """Bytes of the tensors that the parts keep."""
         return sum(_tensor_bytes(part) for part in self.parts.values())
 
 

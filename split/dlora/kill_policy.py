@@ -1,4 +1,4 @@
-"""What a user chooses of Kill and Revive: how few LoRA modules may train, how soon, and how quickly that changes."""
+"""The choices in Kill and Revive: how few LoRA modules may train, how soon, and how quickly that changes."""
 
 from __future__ import annotations
 

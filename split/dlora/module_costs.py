@@ -1,4 +1,4 @@
-"""What LoRA modules at a device cost when the backbone is in the cloud: values on the link and the device's FLOPs.
+"""Costs of LoRA modules at a device, with the backbone in the cloud: values on the link, and the device's FLOPs.
 
 Gao and Zhang 2024 (arXiv 2404.05182): for each module that takes part the cloud sends its input and the device answers
 its output, and the gradients go the other way. Modules that read the same input (a site) share what is of the input.

@@ -37,7 +37,7 @@ class Cost:
     sent: int = 0
     received: int = 0
     beyond: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
-    """Of recent batches: seconds beyond the stage's own computing."""
+    """Seconds of recent batches beyond the stage's own computing."""
 
     def add(self, tokens: int, seconds: float, computing: float) -> None:
         """Add a batch. seconds: from handing it in to its answer; computing: those in which the stage computed."""
@@ -113,7 +113,7 @@ class Recovery:
     lost: str  # the holder before
     holder: str
     sequence: int
-    tokens: int  # that were sent again
+    tokens: int  # number of tokens that were sent again
     seconds: float  # from the failure to the answer
 
 

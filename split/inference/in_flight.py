@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 _ROUNDS = 4  # tokens of each answer, at least, by which a number of batches is judged at a time
-_SECONDS = 0.1  # that this takes at least
+_SECONDS = 0.1  # the least time in which a number of batches is judged
 _TURNS = 3  # of the present number and the other in a trial; each one's fastest turn counts
 _BETTER = 0.93  # of the present number's seconds: what the other has to be below, to be taken
 _WORSE = 1.15  # the same: above it, the other is given up at once

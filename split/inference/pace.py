@@ -1,4 +1,4 @@
-"""What drafts cost, and how often they are right: what is known of it lately."""
+"""Estimates of what batches cost and of how often drafts are right, from recent ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a caller of the engine asks for, and what it gets, token by token."""
+"""Requests to the engine, and what comes back, token by token."""
 
 from __future__ import annotations
 

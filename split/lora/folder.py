@@ -55,7 +55,7 @@ class AdapterFolder:
         return read_tensor(self.place(name))
 
     def place(self, name: str) -> Place:
-        """Where the bytes of a tensor are."""
+        """The place of a tensor's bytes."""
         if name not in self._places:
             raise BadModelFolder(f"{self.path / _TENSORS} has no tensor {name}")
         return self._places[name]

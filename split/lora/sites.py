@@ -1,4 +1,4 @@
-"""Where the LoRA modules of a model sit, and which of them share one message.
+"""The LoRA modules of a model: where they sit, and which of them share one message.
 
 A *site* is a place in a block whose input some LoRA modules read: q, k and v share one, gate and up share another. What
 a site's modules need crosses the link once for all of them. Modules are numbered through the whole model, in the order

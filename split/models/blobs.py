@@ -142,7 +142,7 @@ class Blobs:
         self.read_names: set[str] = set()
 
     def text(self, name: str) -> str:
-        """Of a file."""
+        """The text of a file of the model."""
         blob = self._manifest.files.get(name)
         if blob is None:
             raise BadModelFolder(f"the manifest has no {name}")

@@ -1,4 +1,4 @@
-"""Where a model's tensors come from: the interface, and a folder in Hugging Face hub format.
+"""Sources of a model's tensors: the interface, and a folder in Hugging Face hub format.
 
 Tensors are read one by one, by name, from safetensors. Pickles are refused, and no code from a folder is ever run.
 """
@@ -49,7 +49,7 @@ class TensorSource(Protocol):
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
 
     def file(self, name: str) -> Path | None:
-        """Where one of MODEL_FILES is; None if the model has none of this name."""
+        """The path of one of MODEL_FILES; None if the model has none of this name."""
 
     def tensor_names(self) -> frozenset[str]: ...
 

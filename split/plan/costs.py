@@ -1,4 +1,4 @@
-"""What a job's parts cost, from the model's configuration: operations and bytes of memory, by cut and rank.
+"""Costs of a job's parts from the model's configuration: operations and bytes of memory, by cut and rank.
 
 Operations are counted as the ledger counts them: matrix products and attention. Forward through frozen weights and
 backward to the hidden states take the same number; LoRA's own weights take their gradient besides.
@@ -17,7 +17,7 @@ from isthmus.split.lora.sites import Site, layout_of
 from isthmus.split.models.stage import StageSpec, skeleton
 from isthmus.split.plan.parts import adapter_of
 
-_FLOAT = 4  # bytes: weights, adapters and what is kept for backward are float32
+_FLOAT = 4  # bytes of a value: weights, adapters and what is kept for backward are float32
 _LORA_COPIES = {"adamw": 4, "sgd": 2}  # the values, their gradients, AdamW's two moments
 _WIDE, _NARROW = 8, 4  # what a block keeps for backward, a token: so many hidden vectors and so many of its MLP's width
 _LOGITS = 3  # the logits, their logarithms of probabilities, their gradient

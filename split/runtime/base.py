@@ -1,4 +1,4 @@
-"""What a runtime is: it computes a stage's blocks for several sequences at once, and keeps their keys and values.
+"""Runtimes: a runtime computes a stage's blocks for several sequences at once, and keeps their keys and values.
 
 Whoever calls says with every row how many tokens of the sequence came before. What the cache has beyond that is
 forgotten, so taking back positions costs nothing; what the cache lacks is an error, never a wrong answer.

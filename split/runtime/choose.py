@@ -22,7 +22,7 @@ from isthmus.split.runtime.torch_runtime import TorchRuntime
 AUTO, TORCH, ONNX = "auto", "torch", "onnxruntime"
 RUNTIMES = (AUTO, TORCH, ONNX)
 WEIGHTS = ("float32", "int8", "int4")
-_TOKENS = 12  # that are decoded to compare
+_TOKENS = 12  # number of tokens that are decoded to compare runtimes
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from isthmus.split.runtime.onnx_session import OnnxOptions, bind_inputs, bind_ou
 from isthmus.split.runtime.onnx_shape import RotaryTables, shape_of
 
 _TOGETHER = 16
-"""So many tokens take hardly longer than one, for which all weights have to be read too; so rows with as many new
-tokens at most share a call."""
+"""The most new tokens of rows that share a call: so many take hardly longer than one, for which all weights have to be
+read, too."""
 
 _PIECE = 512
-"""New tokens of a row in a call: more are not faster, and need memory."""
+"""The most new tokens of a row in a call: more are not faster, and need memory."""
 
 
 class OnnxRuntime:

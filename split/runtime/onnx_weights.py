@@ -11,7 +11,7 @@ from torch import Tensor
 BLOCK = 32
 BITS = {"int8": 8, "int4": 4}
 WEIGHTS = ("float32", *BITS)
-"""What weights can be: float32, or integers with one float32 scale for each 32 values of a row."""
+"""Formats of weights: float32, or integers with one float32 scale for each 32 values of a row."""
 
 _ALIGNMENT = 4096  # a page, so that a tensor can be mapped
 _TYPES = {torch.float32: TensorProto.FLOAT, torch.uint8: TensorProto.UINT8}

@@ -32,7 +32,7 @@ from isthmus.split.runtime.base import Row, Runtime
 from isthmus.split.runtime.choose import ONNX, TORCH, WEIGHTS, RuntimeChoice, make_runtime
 
 BYTES = {"float32": 4, "int8": 1.125, "int4": 0.625}
-"""Of a weight, with its share of a block's scale."""
+"""Bytes of a weight by its format, with its share of a block's scale."""
 
 _VERSION = 2  # of this measurement
 _NARROW, _FEW, _MANY = 64, 1, 9  # width, and numbers of blocks
