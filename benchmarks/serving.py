@@ -27,7 +27,7 @@ _PATIENCE = 300.0  # seconds for devices to measure themselves
 
 
 @dataclass
-class Asked:
+class StreamedAnswer:
     """One answer as its reader saw it: text, and when each piece came, in seconds since the question."""
 
     text: str = ""
@@ -46,7 +46,7 @@ class Served:
     job: str
     url: str
 
-    async def ask(self, client: httpx2.AsyncClient, prompt: str | list[int], tokens: int) -> Asked:
+    async def ask(self, client: httpx2.AsyncClient, prompt: str | list[int], tokens: int) -> StreamedAnswer:
         """Greedy, streamed, not ended before `tokens`."""
         body = {
             "model": NAME,
@@ -56,7 +56,7 @@ class Served:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        asked, started = Asked(), time.perf_counter()
+        asked, started = StreamedAnswer(), time.perf_counter()
         async with client.stream("POST", f"{self.url}/completions", json=body, timeout=600) as response:
             if response.status_code != 200:
                 raise LinkLost((await response.aread()).decode()[:300])
@@ -73,10 +73,10 @@ class Served:
                     asked.times.append(time.perf_counter() - started)
         return asked
 
-    def ask_all(self, prompts: Sequence[str | list[int]], tokens: int) -> tuple[list[Asked], float]:
+    def ask_all(self, prompts: Sequence[str | list[int]], tokens: int) -> tuple[list[StreamedAnswer], float]:
         """All at once; the answers, and seconds for all of them."""
 
-        async def work() -> list[Asked]:
+        async def work() -> list[StreamedAnswer]:
             limits = httpx2.Limits(max_connections=len(prompts) + 1)
             async with httpx2.AsyncClient(limits=limits) as client:
                 return list(await asyncio.gather(*(self.ask(client, prompt, tokens) for prompt in prompts)))

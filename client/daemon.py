@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from isthmus.client.identity import Identity
-from isthmus.client.measuring import Measurements
+from isthmus.client.measurements import Measurements
 from isthmus.client.runner import DeviceOptions, Runner
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub

@@ -30,10 +30,10 @@ from isthmus.split.errors import BadRequest, IsthmusError, LinkLost, NotEnrolled
 from isthmus.split.printable import printable
 
 SERVER_NAME = "coordinator.isthmus"
-"""In the certificate of every server that is not the enrolment server."""
+"""The name in the certificate of every server but the enrolment server."""
 
 ENROLMENT_NAME = "enrolment.isthmus"
-"""In the authority's own certificate, with which the enrolment server shows itself."""
+"""The name in the authority's own certificate, with which the enrolment server shows itself."""
 
 COORDINATOR, STAGE, DEVICE, ADMIN = "coordinator", "stage", "device", "admin"
 """The roles that a certificate can have. `ADMIN` is whoever may submit jobs and revoke devices."""
@@ -61,10 +61,11 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # else the clients' pings count as abuse
     ("grpc.so_reuseport", 0),  # a port that is taken has to be an error, not half of the connections
 ]
-"""For `grpc.aio.server(options=SERVER_OPTIONS)`."""
+"""The options of every server: `grpc.aio.server(options=SERVER_OPTIONS)`."""
 
 
 def _channel_options(server_name: str) -> list[tuple[str, Any]]:
+    """Options of a channel to the server of this logical name."""
     return [
         *_KEEPALIVE,
         *_SIZES,
@@ -81,7 +82,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
 def check_name(name: str, what: str = "a name") -> str:
-    """The name of a device or user, or the id of a job, task or session, unchanged.
+    """Return the name of a device or administrator, or the id of a job, task or session, unchanged.
 
     Whatever passes can be a part of a path and stand in a line of a log. All ids that a coordinator or a device makes
     pass. Raises BadRequest for anything else, in which it is called `what`.
@@ -92,7 +93,7 @@ def check_name(name: str, what: str = "a name") -> str:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """`HOST:PORT` or `[IPV6]:PORT` as (host without brackets, port). Raises BadRequest."""
+    """Split `HOST:PORT` or `[IPV6]:PORT` into (host without brackets, port). Raises BadRequest."""
     host, colon, digits = address.strip().rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     host = host[1:-1] if bracketed else host
@@ -103,7 +104,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def join_address(host: str, port: int) -> str:
-    """The inverse of `split_address`."""
+    """Join what `split_address` splits."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -111,7 +112,7 @@ def join_address(host: str, port: int) -> str:
 
 
 def pin_of(certificate: bytes) -> bytes:
-    """SHA-256 of a PEM certificate's DER bytes, 32 bytes."""
+    """Compute the SHA-256 of a PEM certificate's DER bytes, 32 bytes."""
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate.decode("ascii"))).digest()
 
 
@@ -122,7 +123,7 @@ _TOKEN = re.compile(r"ist1\.([A-Za-z0-9_-]{32})\.([A-Za-z0-9_-]{43})\.([1-9][0-9
 class EnrolmentToken:
     """What a device needs to enrol: the right to do so once, and which coordinator to trust.
 
-    Printed as `ist1.<secret>.<pin>.<port>`, in letters that survive shells, chat windows and double clicks.
+    It is printed as `ist1.<secret>.<pin>.<port>`, in letters that survive shells, chat windows and double clicks.
     """
 
     secret: str = field(repr=False)
@@ -130,15 +131,16 @@ class EnrolmentToken:
     pin: bytes
     """`pin_of` the authority's certificate."""
     port: int
-    """Of the enrolment server, on the coordinator's host."""
+    """The enrolment server's port, on the coordinator's host."""
 
     def format(self) -> str:
+        """Write the token as it is printed."""
         pin = base64.urlsafe_b64encode(self.pin).rstrip(b"=").decode()
         return f"ist1.{self.secret}.{pin}.{self.port}"
 
     @classmethod
     def parse(cls, text: str) -> EnrolmentToken:
-        """Raises BadRequest. The message never repeats the text, which may end up in a log."""
+        """Read a printed token. Raises BadRequest; the message never repeats the text, which may end up in a log."""
         text = text.strip()
         if not text.startswith("ist1."):
             raise BadRequest(
@@ -201,14 +203,14 @@ class Credentials:
 
     @classmethod
     def load(cls, folder: Path) -> Credentials:
-        """From ca.pem, cert.pem and key.pem. Raises NotFound naming the file that cannot be read."""
+        """Read ca.pem, cert.pem and key.pem. Raises NotFound naming the file that cannot be read."""
         try:
             return cls(*((folder / name).read_bytes() for name in ("ca.pem", "cert.pem", "key.pem")))
         except OSError as error:
             raise NotFound(f"no credentials in {folder}: {error.filename}: {error.strerror}") from error
 
     def save(self, folder: Path) -> None:
-        """To ca.pem, cert.pem and key.pem in a folder of mode 0700, each 0600."""
+        """Write ca.pem, cert.pem and key.pem to a folder of mode 0700, each 0600."""
         private_folder(folder)
         write_private(folder / "key.pem", self.key)
         write_private(folder / "cert.pem", self.certificate)
@@ -223,22 +225,22 @@ def _channel_credentials(credentials: Credentials) -> grpc.ChannelCredentials:
 
 
 def channel(address: str, credentials: Credentials) -> grpc.Channel:
-    """A blocking channel to the server at HOST:PORT; nothing is dialled before the first call."""
+    """Make a blocking channel to the server at HOST:PORT; nothing is dialled before the first call."""
     return grpc.secure_channel(address, _channel_credentials(credentials), _channel_options(SERVER_NAME))
 
 
 def aio_channel(address: str, credentials: Credentials) -> grpc.aio.Channel:
-    """The same for asyncio."""
+    """Make a channel for asyncio to the server at HOST:PORT; nothing is dialled before the first call."""
     return grpc.aio.secure_channel(address, _channel_credentials(credentials), _channel_options(SERVER_NAME))
 
 
 def enrolment_channel(address: str, ca: bytes) -> grpc.Channel:
-    """To the enrolment server, by a caller that has no certificate yet but knows the authority's (from the pin)."""
+    """Make a channel to the enrolment server, for a caller that has no certificate yet. ca: PEM, known by the pin."""
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca), _channel_options(ENROLMENT_NAME))
 
 
 def server_credentials(certificate: bytes, key: bytes, ca: bytes) -> grpc.ServerCredentials:
-    """For a server that talks only to clients with a certificate of the authority."""
+    """Make the credentials of a server that talks only to clients with a certificate of the authority."""
     return grpc.ssl_server_credentials([(key, certificate)], root_certificates=ca, require_client_auth=True)
 
 
@@ -266,12 +268,14 @@ def bind_one_of(server: grpc.aio.Server, host: str, ports: tuple[int, int], cred
 
 
 _BROKE_OFF = ("Internal error from Core", "Received RST_STREAM")
-"""What gRPC itself says where no server has answered. The first is grpc.aio's word for a message that could not be
-written; it takes the place of the status with which the stream ended, even of a server's."""
+"""Lines that gRPC itself gives where no server has answered.
+
+The first is grpc.aio's word for a message that could not be written; it takes the place of the status with which the
+stream ended, even of a server's."""
 
 
 def error_of(error: grpc.RpcError, address: str) -> IsthmusError:
-    """What a failed call stands for: the error that the server raised, or one line about the connection."""
+    """Turn a failed call into the error that the server raised, or into one line about the connection."""
     assert isinstance(error, (grpc.Call, grpc.aio.AioRpcError))
     status = error.code()
     line = printable(" ".join((error.details() or "no details").split()))
@@ -304,11 +308,11 @@ class Peer:
     role: str
     """`COORDINATOR`, `STAGE`, `DEVICE` or `ADMIN`; of another authority's certificate any text."""
     serial: str
-    """Of the certificate, hexadecimal."""
+    """The certificate's serial number, in hexadecimal."""
 
 
 def peer_of(auth_context: Mapping[str, Iterable[bytes]]) -> Peer:
-    """Who called, from `context.auth_context()` of a server with `server_credentials`. Raises NotEnrolled."""
+    """Read who called from `context.auth_context()` of a server with `server_credentials`. Raises NotEnrolled."""
     certificates = list(auth_context.get("x509_pem_cert", ()))
     if not certificates:
         raise NotEnrolled("this call needs a certificate: enrol the device first (`isthmus enroll NAME`)")

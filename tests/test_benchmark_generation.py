@@ -14,7 +14,7 @@ from benchmarks.failover import Death, summarise
 from benchmarks.generate import ratios
 from benchmarks.llama_cpp import bench, write_gguf
 from benchmarks.plan import chains, errors
-from benchmarks.serving import Asked
+from benchmarks.serving import StreamedAnswer
 from isthmus.split.errors import BadData, BadRequest
 from isthmus.split.inference.serving import check_spans, parse_stages
 from tests.split.tiny_models import make_model
@@ -105,9 +105,9 @@ def test_chains_are_whole_models() -> None:
 
 
 def test_a_gap_counts_from_the_question_on() -> None:
-    assert Asked(times=[3.0, 3.5, 4.0]).longest_gap == 3.0
-    assert Asked(times=[0.5, 3.5]).longest_gap == 3.0
-    assert Asked().longest_gap == 0.0
+    assert StreamedAnswer(times=[3.0, 3.5, 4.0]).longest_gap == 3.0
+    assert StreamedAnswer(times=[0.5, 3.5]).longest_gap == 3.0
+    assert StreamedAnswer().longest_gap == 0.0
 
 
 def test_what_llama_cpp_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,8 @@ from benchmarks.methods import (
     worst_ratio,
     write_rows,
 )
-from benchmarks.split_training import LOCAL, ONE, THREE, UNSPLIT, Workload, summarise, write_random_llama
+from benchmarks.random_llama import write_random_llama
+from benchmarks.split_training import LOCAL, ONE, THREE, UNSPLIT, Workload, summarise
 from benchmarks.turns import child
 from isthmus.split.data.documents import read_documents
 from isthmus.split.errors import BadData, IsthmusError

@@ -97,10 +97,10 @@ class Authority:
         return pin_of(self.ca_pem)
 
     def sign_device(self, csr_pem: bytes, name: str) -> tuple[bytes, str]:
-        """A client certificate (PEM) for the key of a CSR, and its serial (hexadecimal).
+        """Sign a client certificate for the key of a CSR. Returns it in PEM, and its serial in hexadecimal.
 
-        Only the key is taken from the CSR: the name comes with the token, and the subject that the device
-        asks for is ignored. Raises BadRequest if the CSR is too large, unsigned, or of an unusual kind of key.
+        Only the key is taken from the CSR: the name comes with the token, and the subject that the device asks for is
+        ignored. Raises BadRequest if the CSR is too large, unsigned, or of an unusual kind of key.
         """
         if len(csr_pem) > MAX_CSR_BYTES:
             raise BadRequest(f"the certificate request has {len(csr_pem)} bytes; at most {MAX_CSR_BYTES} are read")
@@ -118,19 +118,19 @@ class Authority:
         return certificate.public_bytes(serialization.Encoding.PEM), f"{certificate.serial_number:x}"
 
     def issue_server(self) -> tuple[bytes, bytes]:
-        """A fresh server certificate and key (PEM), for this process or for a stage actor elsewhere."""
+        """Make a fresh server certificate and key (PEM), for this process or for a stage actor elsewhere."""
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._sign(key.public_key(), SERVER_NAME, COORDINATOR, client=False)
         return certificate.public_bytes(serialization.Encoding.PEM), _pem(key)
 
     def issue_admin(self, name: str) -> Credentials:
-        """A client certificate for the person or program that submits jobs and manages devices."""
+        """Make a client certificate for the person or program that submits jobs and manages devices."""
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._sign(key.public_key(), check_name(name), ADMIN, client=True)
         return Credentials(self.ca_pem, certificate.public_bytes(serialization.Encoding.PEM), _pem(key))
 
     def issue_stage(self, job: str) -> tuple[bytes, bytes]:
-        """A client certificate and key (PEM) for the actors that hold blocks of a served model."""
+        """Make a client certificate and key (PEM) for the actors that hold blocks of a served model."""
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._sign(key.public_key(), check_name(job), STAGE, client=True)
         return certificate.public_bytes(serialization.Encoding.PEM), _pem(key)
@@ -145,14 +145,14 @@ class Authority:
         return folder
 
     def control_credentials(self) -> grpc.ServerCredentials:
-        """For the control server of this process."""
+        """Make the credentials of this process's control server."""
         return server_credentials(*self.issue_server(), self.ca_pem)
 
     def enrolment_credentials(self) -> grpc.ServerCredentials:
-        """For the enrolment server, which shows the authority's own certificate and asks for none.
+        """Make the credentials of the enrolment server, which shows the authority's own certificate and asks for none.
 
-        So a device can fetch it, compare it with the pin in its token, and have the root of trust for all
-        that follows. gRPC for Python cannot ask for a certificate without requiring one: hence two ports.
+        So a device can fetch it, compare it with the pin in its token, and have the root of trust for all that follows.
+        gRPC for Python cannot ask for a certificate without requiring one: hence two ports.
         """
         return grpc.ssl_server_credentials([(_pem(self._key), self.ca_pem)])
 

@@ -1,4 +1,4 @@
-"""What every gRPC server of the project does around a call: errors become status codes, and callers are checked."""
+"""Interceptors of every gRPC server: errors become status codes, and callers are checked."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], method: str, error
 
 
 class Certificates(Protocol):
-    """Who knows which certificate of a device is the valid one."""
+    """Knows which certificate of a device is the valid one: the table of devices."""
 
     def check_certificate(self, name: str, serial: str) -> None:
         """Raises NotEnrolled if this is not the device's present certificate, or the device is revoked."""
 
 
 def caller(context: grpc.aio.ServicerContext[Any, Any], certificates: Certificates, role: str | None = None) -> Peer:
-    """Who calls, after all checks. role: `DEVICE` or `ADMIN` where only that role may make this call.
+    """Find out who calls, and check the certificate. role: `DEVICE` or `ADMIN` where only that role may make this call.
 
     Raises NotEnrolled (no certificate, an old or a revoked one) or NotAllowed (another role).
     """

@@ -20,9 +20,11 @@ class Session:
     outbox: asyncio.Queue[pb.CoordinatorMessage | None] = field(default_factory=asyncio.Queue)
 
     def send(self, message: pb.CoordinatorMessage) -> None:
+        """Queue a message for the device."""
         self.outbox.put_nowait(message)
 
     def end(self) -> None:
+        """End the stream after the messages that are queued."""
         self.outbox.put_nowait(None)
 
     async def messages(self) -> AsyncIterator[pb.CoordinatorMessage]:
@@ -30,9 +32,11 @@ class Session:
             yield message
 
     def offers(self, dataset: str) -> bool:
+        """Whether the device offers a dataset of this name."""
         return any(offered.name == dataset for offered in self.profile.datasets)
 
     def runs(self, kind: str) -> bool:
+        """Whether the device's owner allows this kind of task."""
         return kind in self.profile.task_kinds
 
 
@@ -50,9 +54,9 @@ class Sessions:
         return list(self._open.values())
 
     def available(self, spec: pb.JobSpec, job_of: Callable[[str], str]) -> tuple[list[str], str]:
-        """Devices that can take part in a job now, and in words which ones are missing (empty: none).
+        """Find devices that can take part in a job now. Returns them, and in words which are missing (empty: none).
 
-        job_of: the job that a device works on; empty for none. Raises BadRequest for a device that never could.
+        job_of: gives the job that a device works on; empty for none. Raises BadRequest for a device that never could.
         """
         if spec.devices or not spec.device_count:
             missing = []
@@ -82,7 +86,7 @@ class Sessions:
         return sorted(free)[: spec.device_count], what if lacking > 0 else ""
 
     async def opened(self, session: Session) -> None:
-        """A device that connects again replaces its earlier stream."""
+        """Add a session. A device that connects again replaces its earlier stream."""
         earlier = self._open.get(session.name)
         if earlier is not None:
             earlier.end()
@@ -90,6 +94,7 @@ class Sessions:
         await self.notify()
 
     async def ended(self, session: Session) -> None:
+        """Take a session out, unless a newer one has replaced it."""
         if self._open.get(session.name) is session:
             del self._open[session.name]
             await self.notify()

@@ -49,7 +49,7 @@ class Clock:
         return min((edge for edge in edges if edge > time.monotonic()), default=math.inf)
 
     async def wait(self, due: Callable[[], float]) -> None:
-        """Until that uptime, and the link is up. `due` is asked again whenever the link was changed."""
+        """Wait until that uptime, and until the link is up. `due` is asked again whenever the link was changed."""
         while True:
             now, until = time.monotonic(), self._when(due())
             if (cut := self.cut_now()) is not None:
@@ -60,7 +60,7 @@ class Clock:
                 return
 
     async def pause_until(self, moment: float) -> None:
-        """Until that time of the event loop, or a change of the link."""
+        """Wait until that time of the event loop, or until the link is changed."""
         loop = asyncio.get_running_loop()
         sleeper: asyncio.Future[None] = loop.create_future()
         timer = loop.call_at(moment, wake, sleeper) if moment < math.inf else None

@@ -31,7 +31,7 @@ class Chunk:
 
 
 class Lane:
-    """One direction of the link: the bottleneck, on a virtual clock, so that late wake-ups do not add up."""
+    """One direction of the link: a bottleneck on a virtual clock, so that late wake-ups do not add up."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -56,7 +56,7 @@ class Lane:
 
     @property
     def chunk_bytes(self) -> int:
-        """Of one read: small enough to be smooth, large enough to be cheap."""
+        """Bytes of one read: few enough to be smooth, enough to be cheap."""
         return max(PACKET, int(min(_MAX_CHUNK, self._rate / 8 * _CHUNK_SECONDS)))
 
     @property
@@ -65,12 +65,12 @@ class Lane:
 
     @property
     def pipe_bytes(self) -> int:
-        """What one connection may have in the queue and on its way."""
+        """Bytes that one connection may have in the queue and on its way."""
         longest = self._spec.delay + self._spec.jitter + (self._spec.recovery if self._spec.loss else 0.0)
         return self.queue_bytes + int(min(self._rate, _UNLIMITED) / 8 * longest)
 
     def limit_buffer(self, sender: socket.socket) -> None:
-        """The kernel's own choice of a receive buffer would be a second, larger queue before the link."""
+        """Bound the kernel's receive buffer, which would be a second, larger queue before the link."""
         if self._rate < math.inf:
             sender.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.queue_bytes)
 
@@ -78,7 +78,7 @@ class Lane:
         await self._clock.wait(lambda: self._free_at - 8 * self.queue_bytes / self._rate)
 
     def admit(self, data: bytes, *, reset: bool = False) -> Chunk:
-        """Gives the bytes their place on the link."""
+        """Give bytes their place on the link."""
         spec = self._spec
         self._free_at = max(self._free_at, self._clock.uptime()) + 8 * len(data) / self._rate
         delay = spec.delay + (self._random.uniform(-spec.jitter, spec.jitter) if spec.jitter else 0.0)
@@ -89,14 +89,14 @@ class Lane:
         return Chunk(data, self._free_at, delay, reset)
 
     def _draw_loss(self) -> float:
-        """Packets before the next one that is lost: geometrically distributed."""
+        """Draw the number of packets before the next one that is lost, geometrically distributed."""
         if not self._spec.loss:
             return math.inf
         return math.floor(math.log(1 - self._random.random()) / math.log(1 - self._spec.loss))
 
 
 class Pipe:
-    """One direction of one connection."""
+    """One direction of one emulated connection."""
 
     back: Pipe
 
@@ -117,12 +117,12 @@ class Pipe:
             self._lane.pipes.discard(self)
 
     def resize(self) -> None:
-        """After a change of the link's rate."""
+        """Take note that the link's rate was changed."""
         self._space.set()
         self._lane.limit_buffer(self._source)
 
     async def read(self) -> None:
-        """Admits what the source sends to the lane, as fast as that takes it, up to and with the end."""
+        """Admit to the lane what the source sends, as fast as the lane takes it, up to and with the end."""
         reset = False
         while True:
             try:
@@ -194,7 +194,7 @@ class Pipe:
 
 
 async def _ready(waited: socket.socket, *, write: bool) -> None:
-    """Until the socket can be read from, or written to."""
+    """Wait until the socket can be read from, or written to."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
     (loop.add_writer if write else loop.add_reader)(waited, wake, ready)

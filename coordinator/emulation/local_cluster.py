@@ -34,7 +34,7 @@ _STAGE_PORTS = (20_000, 32_000)  # below those that Linux gives to connections
 
 
 def alive_after(processes: Iterable[psutil.Process], timeout: float) -> list[psutil.Process]:
-    """Which of the processes have not ended within so many seconds.
+    """Wait for processes to end, up to so many seconds. Returns those that have not.
 
     psutil's own `wait_procs` fails where a process ends while it looks: pidfd_open says ENOENT on newer kernels.
     """
@@ -155,8 +155,10 @@ class LocalCluster:
         return self._spawn(name, [*command, *arguments], environment=variables)
 
     def link_pairs(self, host: str) -> list[Pair]:
-        """What a link has to carry for a device that knows the coordinator as `host`. Raises WrongState where this
-        system has no such address."""
+        """Find the pairs of ports that a link has to carry for a device that knows the coordinator as `host`.
+
+        Raises WrongState where this system has no such address.
+        """
         if not self.stage_ports:
             raise WrongState("stages may listen on any port: start the coordinator with stage_ports for a link to them")
         try:
@@ -179,7 +181,7 @@ class LocalCluster:
         return self.links[device].addresses[0][0]
 
     def wait_connected(self, names: Sequence[str], seconds: float = _START_SECONDS) -> None:
-        """Until the devices are connected. Raises LinkLost naming one that has ended or does not come."""
+        """Wait until the devices are connected. Raises LinkLost naming one that has ended or does not come."""
         deadline = time.monotonic() + seconds
         with self.connect() as connection:
             while True:
@@ -268,7 +270,7 @@ def submit(connection: Connection, spec: pb.JobSpec, resume: str = "") -> pb.Job
 
 
 def wait_for_job(connection: Connection, job: str) -> dict[str, Any]:
-    """The report of a job once it is done. Raises IsthmusError with its message when it ends otherwise."""
+    """Wait until a job is done, and return its report. Raises IsthmusError with its message when it ends otherwise."""
     for _ in connection.stub.WatchJob(pb.WatchJobRequest(id=job)):
         pass
     ended = connection.stub.GetJob(pb.JobRequest(id=job))

@@ -134,7 +134,7 @@ class EmulatedLink:
             task.add_done_callback(self._connections.discard)
 
     async def _carry(self, near: socket.socket, target: Address) -> None:
-        """One connection, from its handshake until both directions have ended or it breaks."""
+        """Carry one connection, from its handshake until both directions have ended or it breaks."""
         sockets, ended = [near], False
         try:
             asked = self._clock.uptime()

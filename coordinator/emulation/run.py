@@ -76,7 +76,7 @@ class LinkThread:
 
 @dataclass
 class LinkProcess:
-    """What link_process() gives; the totals are there once it has ended."""
+    """A running `isthmus link`; the totals are there once it has ended."""
 
     addresses: list[Address]
     pid: int

@@ -1,4 +1,4 @@
-"""What an emulated link is like, and how people write it."""
+"""The description of an emulated link, and how people write it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class LinkSpec:
 
 
 def parse_rate(text: str) -> float:
-    """`20mbit` -> 20e6 bits per second; `unlimited` -> inf. Raises BadRequest."""
+    """Read a rate: `20mbit` -> 20e6 bits per second, `unlimited` -> inf. Raises BadRequest."""
     if text.strip() == "unlimited":
         return math.inf
     return _parse(text, _RATES, "a rate above 0 such as 20mbit, 100kbit, 1gbit or unlimited")

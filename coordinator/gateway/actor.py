@@ -48,7 +48,7 @@ _SOON = 10.0  # seconds; one that lived for longer is made again at once
 
 @dataclass(frozen=True)
 class GatewayTask:
-    """What a gateway is told: plain values, for they travel through Ray."""
+    """What a gateway is told, in plain values, since they travel through Ray."""
 
     job: str
     model: str  # folder on this machine
@@ -60,7 +60,7 @@ class GatewayTask:
 
 
 class GatewayActor:
-    """Made a Ray actor by the coordinator. `control` is told of every event."""
+    """Serves one model: a Ray actor that the coordinator makes. `control` is told of every event."""
 
     def __init__(self, task: GatewayTask, options: ServingOptions, control: Any) -> None:
         log_to_stderr("%(asctime)s %(name)s: %(message)s")
@@ -74,7 +74,7 @@ class GatewayActor:
         self._url = ""
 
     async def start(self) -> tuple[int, dict[str, str]]:
-        """Serves the chain and HTTP at free ports; returns the chain's, and this node's id and address."""
+        """Serve the chain and HTTP at free ports. Returns the chain's port, and this node's id and address."""
         torch.set_num_threads(self._options.threads or os.cpu_count() or 1)
         self._failed = asyncio.get_running_loop().create_future()
         serving = self._serving
@@ -146,15 +146,15 @@ class GatewayActor:
         return port, {"id": ray.get_runtime_context().get_node_id(), "address": ray.util.get_node_ip_address()}
 
     async def finished(self) -> dict[str, Any]:
-        """Never, unless it fails: a model is served until somebody cancels."""
+        """Wait for a failure: a model is served until somebody cancels. Raises it."""
         assert self._failed is not None
         return await self._failed
 
     async def start_without(self, missing: list[str]) -> None:
-        """A chain waits for its holders whoever is missing."""
+        """Do nothing: a chain waits for its holders whoever is missing."""
 
     async def allow(self, device: str, serial: str) -> None:
-        """From now on a device of this job, or one that may use it, comes with this certificate, and with no other."""
+        """Let a device in with this certificate and with no other: one of this job, or one that may use the chain."""
         if self._devices.get(device) != serial:
             self._devices[device] = serial
             self._servicer.drop(device)
@@ -189,7 +189,7 @@ class GatewayActor:
         return peer.role == DEVICE and self._devices.get(peer.name) == peer.serial
 
     async def _hold(self, span: SpanConfig, number: int, port: int) -> None:
-        """Keeps one holder actor alive."""
+        """Keep one holder actor alive."""
         task = HolderTask(
             job=self._task.job,
             model=self._task.model,
@@ -227,7 +227,7 @@ class GatewayActor:
             await asyncio.sleep(delay)
 
     async def _tell_when_complete(self) -> None:
-        """Once every span has a holder."""
+        """Tell that the model is served, once every span has a holder."""
         for span in self._spans:
             await span.complete()
         self._events.put_nowait(Event(serving=ServingStarted(url=self._url, model=self._serving.name)))

@@ -35,11 +35,11 @@ def make_app(
     max_body: int = 2 * 2**20,
     body_timeout: float = 60.0,
 ) -> FastAPI:
-    """models: by the name that clients use; looked up at each request, so that it may change.
+    """Make the HTTP app.
 
-    key_sha256: hexadecimal, of the API key; None lets everybody in. stats: answers /v1/stats.
-    chat_template: for models whose tokenizer has none. max_body: bytes. body_timeout: seconds that a client may take to
-    send one.
+    models: by the name that clients use; looked up at each request, so that it may change. key_sha256: of the API key,
+    in hexadecimal; None lets everybody in. stats: answers /v1/stats. chat_template: for models whose tokenizer has
+    none. max_body: bytes. body_timeout: seconds that a client may take to send a body.
     """
     app = FastAPI(title="Isthmus", docs_url=None, redoc_url=None, openapi_url=None)
     errors.install(app)
@@ -87,7 +87,10 @@ def make_app(
 
 
 def model_body(name: str, model: ServedModel) -> dict[str, Any]:
-    """max_model_len: tokens of a prompt and its answer; not OpenAI's, but other servers tell it by this name, too."""
+    """Describe a model as the API does.
+
+    max_model_len, the tokens of a prompt and its answer, is not OpenAI's, but other servers tell it by this name, too.
+    """
     return {
         "id": name,
         "object": "model",
@@ -113,7 +116,7 @@ def key_check(key_sha256: str | None) -> Callable[[Request], Awaitable[None]]:
 
 
 async def read_body(request: Request, limit: int, timeout: float) -> bytes:
-    """The whole body, of which never more than the limit is in memory."""
+    """Read the whole body, of which never more than `limit` bytes are in memory. timeout: seconds."""
     too_large = ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
@@ -140,7 +143,7 @@ def respond(asked: CompletionRequest | ChatRequest, job: ChoiceSet, shape: Compl
 
 
 def client_of(request: Request, asked: CompletionRequest | ChatRequest) -> str:
-    """Whose turn it is when requests have to wait: by address, and by the `user` that an address names."""
+    """Name the client whose turn it is when requests have to wait: by address, and by the `user` that it names."""
     address = request.client.host if request.client else ""
     return f"{address}/{asked.user}" if isinstance(asked.user, str) else address
 
@@ -195,7 +198,7 @@ def prompts_of(asked: CompletionRequest) -> list[str | list[int]]:
 
 
 def text_of(model: ServedModel, ids: tuple[int, ...]) -> str:
-    """Without half a character at the end, which comes with the answer."""
+    """Decode token ids, without half a character at the end, which comes with the answer."""
     text = TextStream(model.tokenizer)
     return "".join(text.push(id) for id in ids)
 
@@ -210,7 +213,7 @@ def requests_of(
     echo: bool,
     alone: bool,
 ) -> list[engine.Request]:
-    """The n requests for one prompt; with a seed, each has its own."""
+    """Make the n requests for one prompt; with a seed, each has its own."""
     return [
         engine.Request(
             prompt=prompt,

@@ -16,9 +16,10 @@ from isthmus.split.inference.text import TextStream
 
 @dataclass(frozen=True)
 class Choice:
-    """One answer. echo: the prompt's text, which comes before it; None: not at all.
+    """One of the answers that an HTTP request asks for.
 
-    continues: the prompt's text goes on in the answer, which otherwise is a text of its own (see TextStream).
+    echo: the prompt's text, which comes before the answer; None: not at all. continues: whether the answer goes on the
+    prompt's text; otherwise it is a text of its own (see TextStream).
     """
 
     request: Request
@@ -29,7 +30,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Scored:
-    """A token whose logprobs are told. offset: the characters of the choice's text before it."""
+    """A token whose logprobs are told. offset: the number of characters of the choice's text before it."""
 
     id: int
     offset: int
@@ -47,7 +48,7 @@ class ChoiceDelta:
 
 @dataclass
 class Usage:
-    """Tokens of a whole HTTP request; complete when its answers are."""
+    """Numbers of tokens of a whole HTTP request; complete when its answers are."""
 
     prompt: int = 0
     completion: int = 0
@@ -64,7 +65,7 @@ class Usage:
 
 @dataclass
 class ChoiceSet:
-    """All choices: n for each prompt, those of a prompt beside each other."""
+    """All choices of an HTTP request: n for each prompt, those of a prompt beside each other."""
 
     model: ServedModel
     choices: Sequence[Choice]
@@ -72,7 +73,9 @@ class ChoiceSet:
     usage: Usage = field(default_factory=Usage)
 
     async def run(self) -> AsyncGenerator[tuple[int, ChoiceDelta]]:
-        """Each choice's deltas in their order, with its index. However this ends, no answer goes on after it."""
+        """Generate each choice's deltas in their order, with its index. However this ends, no answer goes on
+        after it.
+        """
         answers: list[Answer] = []
         self.usage.prompt = sum(len(choice.request.prompt) for choice in self.choices[:: self.n])
         try:
@@ -129,7 +132,7 @@ class ChoiceSet:
 
 
 async def merge(streams: Sequence[AsyncIterator[ChoiceDelta]]) -> AsyncGenerator[tuple[int, ChoiceDelta]]:
-    """What any of the streams gives, as soon as it does; an error in one ends all."""
+    """Give what any of the streams gives, as soon as it does, with its index; an error in one ends all."""
     arrived: asyncio.Queue[tuple[int, ChoiceDelta | Exception | None]] = asyncio.Queue()
 
     async def pump(index: int, stream: AsyncIterator[ChoiceDelta]) -> None:

@@ -1,4 +1,4 @@
-"""What a client is told when something goes wrong: always one line, in a body of OpenAI's form."""
+"""Errors as clients hear of them: always one line, in a body of OpenAI's form."""
 
 from __future__ import annotations
 

@@ -15,17 +15,20 @@ _LEAST = -9999.0  # JSON has no infinity
 
 
 class AnswerFormat(Protocol):
-    """prefix: of the answer's id. object, chunk: what the API calls a whole answer, and a chunk of one."""
+    """The form of one API's answers.
+
+    prefix: of the answer's id. object, chunk: what the API calls a whole answer, and a chunk of one.
+    """
 
     prefix: str
     object: str
     chunk: str
 
     def whole(self, delta: ChoiceDelta) -> dict[str, Any]:
-        """Of a choice of which the delta is everything."""
+        """Write a choice of which the delta is everything."""
 
     def opening(self) -> dict[str, Any] | None:
-        """A choice's first chunk, before there is any text."""
+        """Write a choice's first chunk, before there is any text; None where the API has none."""
 
     def chunks(self, delta: ChoiceDelta) -> Iterable[dict[str, Any]]: ...
 

@@ -21,7 +21,7 @@ from isthmus.split.tls import Credentials, channel
 
 @dataclass(frozen=True)
 class HolderTask:
-    """What a holder actor is told: plain values, for they travel through Ray."""
+    """What a holder actor is told, in plain values, since they travel through Ray."""
 
     job: str
     model: str  # folder
@@ -53,7 +53,7 @@ class HolderActor:
         return os.getpid()
 
     async def run(self) -> None:
-        """Until the gateway closes the stream. Raises LinkLost when the stream breaks."""
+        """Hold the blocks until the gateway closes the stream. Raises LinkLost when the stream breaks."""
         await asyncio.to_thread(self._run)
 
     def _run(self) -> None:

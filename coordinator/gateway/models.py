@@ -17,9 +17,10 @@ from isthmus.split.inference.engine import Generator
 
 @dataclass(frozen=True)
 class ServedModel:
-    """stop_tokens: what ends an answer; None: the tokenizer's end token.
+    """A model that is served.
 
-    vocabulary: ids from this on are refused in prompts; None: as many as the tokenizer has. adapter: as of a Request.
+    stop_tokens: ids that end an answer; None: the tokenizer's end token. vocabulary: ids from this on are refused in
+    prompts; None: as many as the tokenizer has. adapter: as in `Request`.
     """
 
     generator: Generator
@@ -31,6 +32,7 @@ class ServedModel:
     adapter: int = 0
 
     def ends(self) -> frozenset[int]:
+        """The ids that end an answer."""
         if self.stop_tokens is not None:
             return self.stop_tokens
         end = self.tokenizer.eos_token_id
@@ -38,13 +40,13 @@ class ServedModel:
 
 
 async def encode(model: ServedModel, text: str, *, special: bool = True) -> tuple[int, ...]:
-    """Beside the event loop, which generates for others. special: with the tokens that begin a text."""
+    """Encode a text beside the event loop, which generates for others. special: with the tokens that begin a text."""
     ids = await asyncio.to_thread(model.tokenizer.encode, text, add_special_tokens=special, verbose=False)
     return tuple(ids)
 
 
 async def encode_chat(model: ServedModel, messages: Sequence[Message], fallback: str | None) -> tuple[int, ...]:
-    """The messages in the model's own template, or in the fallback, with the beginning of the next answer."""
+    """Encode messages in the model's own template, or in the fallback, with the beginning of the next answer."""
     template = None if model.tokenizer.chat_template else fallback
     if template is None and not model.tokenizer.chat_template:
         raise ApiError(
@@ -71,7 +73,10 @@ def check_ids(model: ServedModel, ids: Sequence[int]) -> None:
 
 
 def answer_length(model: ServedModel, prompt: Sequence[int], asked: int | None, default: int | None, param: str) -> int:
-    """How many tokens the answer may have. default: where nobody asked, if there is room for it; None: all there is."""
+    """Number of tokens that the answer may have.
+
+    asked: by the client; None: not asked. default: where nobody asked, if there is room for it; None: all there is.
+    """
     if not prompt:
         raise ApiError(400, f"{param}: is empty; it needs one token at least", param=param)
     context = model.generator.context

@@ -25,7 +25,7 @@ _HEADERS = [
 
 
 class Generated(Response):
-    """The work is done while this is being sent, so that nothing can be left over when it ends, in any way."""
+    """A response that generates while it is sent, so that nothing can be left over when it ends, in any way."""
 
     def __init__(self, job: ChoiceSet, shape: AnswerFormat, model: str, *, stream: bool, include_usage: bool) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ MAX_PROMPTS = 128
 
 
 def only(*neutral: object) -> AfterValidator:
-    """For a parameter that is not supported: null, or a value at which it does nothing."""
+    """Make the check of a parameter that is not supported: it may be null, or a value at which it does nothing."""
 
     def check(value: object) -> object:
         if value is not None and value not in neutral:
@@ -38,7 +38,7 @@ def only(*neutral: object) -> AfterValidator:
 
 
 def described(as_what: str) -> WrapValidator:
-    """One fault for a union, instead of one for each of its members."""
+    """Make a union tell one fault, instead of one for each of its members."""
 
     def check(value: object, handler: ValidatorFunctionWrapHandler) -> object:
         try:
@@ -67,7 +67,7 @@ class StreamOptions(_Body):
 
 
 class _Generation(_Body):
-    """What both kinds of completion have."""
+    """The parameters that both kinds of completion have."""
 
     model: str
     max_tokens: int | None = None

@@ -32,7 +32,7 @@ class _Server(uvicorn.Server):
 
 @dataclass(frozen=True)
 class HttpServer:
-    """A server that is up. port: the one it has, also where any was asked for."""
+    """An HTTP server that is up. port: the one that it has, also where any was asked for."""
 
     port: int
     _server: uvicorn.Server
@@ -44,16 +44,17 @@ class HttpServer:
         await self.wait()
 
     async def wait(self) -> None:
-        """Until it is closed; raises if the server fails."""
+        """Wait until the server is closed. Raises if it fails."""
         await asyncio.shield(self._task)
 
 
 async def serve(
     app: ASGIApp, host: str, port: int, *, grace: float = 5.0, certificate: str = "", key: str = ""
 ) -> HttpServer:
-    """Returns when requests are answered. port 0: any free one. grace: see HttpServer.close.
+    """Serve an app. Returns when requests are answered.
 
-    certificate, key: files in PEM form, for TLS; empty: none. Raises BadRequest.
+    port: 0 for any free one. grace: seconds, see HttpServer.close. certificate, key: files in PEM form, for TLS; empty:
+    none. Raises BadRequest.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

@@ -23,7 +23,7 @@ class AdapterCoder:
     """
 
     def __init__(self, config: TrainingConfig, shapes: Sequence[Sequence[int]]) -> None:
-        """shapes: of the adapter's matrices, in the order in which they lie in the flat vector."""
+        """Take the shapes of the adapter's matrices, in the order in which they lie in the flat vector."""
         codecs = choices(config.link.codec)
         self._up, self._down = parse(codecs["adapters_up"]), for_matrices(parse(codecs["adapters_down"]), shapes)
         seed = stream_seed(config.seed, "adapters_down")

@@ -49,7 +49,7 @@ class Averager:
     """Averages A and B of adapters that are all alike."""
 
     def __init__(self, config: TrainingConfig, initial: Mapping[str, Tensor]) -> None:
-        """initial: the adapter that every device starts with, by name."""
+        """Take the adapter that every device starts with, by name."""
         self._coder = AdapterCoder(config, shapes_of(initial))
         self._initial = flatten(initial)
         self._like = dict(initial)

@@ -230,7 +230,9 @@ class Merger:
         weights: Mapping[str, float],
         server: Mapping[str, Tensor],
     ) -> tuple[list[WeightedFactors], list[WeightedFactors]]:
-        """What the holders of a module have of it, with weights that add up to 1; and the same, completed."""
+        """Collect what the holders of a module have of it, with weights that add up to 1. Returns it as it is, and
+        completed.
+        """
         block, last = self.layout.blocks[module], self._global[module]
         parts: list[tuple[Factors, float, Factors]] = []
         for device, weight in weights.items():

@@ -32,7 +32,9 @@ class Refactor(Aggregation):
 
 
 def refactored(stack: Factors, rank: int) -> Factors:
-    """The nearest product of this rank, by falling singular values; with zeros where there are not so many."""
+    """Factorise a stack anew: the nearest product of this rank, by falling singular values, with zeros where it has
+    fewer.
+    """
     core, q_b, q_a = core_of(Factors(stack.a.double(), stack.b.double()))
     u, values, v_t = torch.linalg.svd(core, full_matrices=False)
     kept = min(rank, len(values))
@@ -43,8 +45,10 @@ def refactored(stack: Factors, rank: int) -> Factors:
 
 
 def turned_to(factors: Factors, own: Tensor) -> Factors:
-    """The same product in the basis nearest to `own`, an A of the same rank (orthogonal Procrustes): what an optimiser
-    remembers of a holder's parameters goes on meaning about the same."""
+    """Turn factors to the basis nearest to `own`, an A of the same rank (orthogonal Procrustes); the product stays.
+
+    So what an optimiser remembers of a holder's parameters goes on meaning about the same.
+    """
     if not factors.rank:
         return factors
     left, _, right = torch.linalg.svd(own.double() @ factors.a.double().T)
@@ -53,7 +57,10 @@ def turned_to(factors: Factors, own: Tensor) -> Factors:
 
 
 def _signs(rows: Tensor) -> Tensor:
-    """(rank, 1): so that the largest value of each row is above 0. SVD leaves the sign open; a rerun shall not."""
+    """The sign, (rank, 1), that makes the largest value of each row positive.
+
+    SVD leaves it open, and a rerun must give the same.
+    """
     if not rows.numel():
         return torch.ones(rows.shape[0], 1, dtype=rows.dtype)
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))

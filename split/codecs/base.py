@@ -1,4 +1,4 @@
-"""What a codec is: a pipeline of up to four parts, and the state that one end of a link keeps for it.
+"""Codecs: a pipeline of up to four parts, and the state that one end of a link keeps for it.
 
     memory (ef, delta)  ->  transform (hadamard, klt, ...)  ->  quantiser (int4, uniform, topk, ...)  ->  entropy coder
 
@@ -39,13 +39,13 @@ class CodecState:
     bits_a_value: float | None = None  # of recent tensors, for `Codec.estimate`
 
     def generator(self, device: torch.device, salt: int = 0) -> torch.Generator:
-        """For the present tensor: drawn from the seed and the number of tensors before it."""
+        """The random generator of the present tensor, from the seed and the number of tensors before it."""
         mixed = (self.seed * 1_000_003 + self.count) * 1_000_003 + salt
         return torch.Generator(device=device).manual_seed(mixed % 2**63)
 
     @property
     def memory_bytes(self) -> int:
-        """What the parts keep, in bytes of tensors."""
+        """Bytes of the tensors that the parts keep."""
         return sum(_tensor_bytes(part) for part in self.parts.values())
 
 
@@ -87,7 +87,7 @@ class Transform(Protocol):
 
 
 class Entropy(Protocol):
-    """How symbols and bytes are written. lossless."""
+    """A lossless way to write symbols and bytes."""
 
     @property
     def name(self) -> str: ...
@@ -97,10 +97,10 @@ class Entropy(Protocol):
         """Whether `squeeze` can be used."""
 
     def pack(self, symbols: Tensor, low: int, high: int) -> bytes:
-        """symbols: (rows, width) int16 from low to high."""
+        """Write symbols, (rows, width) int16 from low to high."""
 
     def unpack(self, payload: bytes, rows: int, width: int, low: int, high: int) -> Tensor:
-        """The reverse: (rows, width) int16 on the CPU. Raises CodecError."""
+        """Undo `pack`: (rows, width) int16 on the CPU. Raises CodecError."""
 
     def packed_bytes(self, rows: int, width: int, low: int, high: int) -> int:
         """The most that `pack` gives."""
@@ -128,7 +128,7 @@ class Quantiser(Protocol):
         """(rows, width) float32, finite unless `exact` -> payload."""
 
     def dequantise(self, payload: bytes, rows: int, width: int, entropy: Entropy) -> Tensor:
-        """The reverse: float32 on the CPU. Raises CodecError for anything that quantise cannot have made."""
+        """Undo `quantise`: float32 on the CPU. Raises CodecError for anything that quantise cannot have made."""
 
     def payload_bytes(self, rows: int, width: int, entropy: Entropy) -> int:
         """The most that `quantise` gives."""
@@ -155,10 +155,10 @@ class Codec:
         return self.quantiser.exact and self.transform is None and self.memory is None
 
     def encode(self, x: Tensor, state: CodecState, keys: Keys | None = None) -> bytes:
-        """keys: of the samples in x's first dimension (a vector is one sample), for codecs with a memory; none: its
-        place in the batch.
+        """Encode a tensor of floats, of any shape and device.
 
-        Raises CodecError for NaN and infinity, unless the codec is exact.
+        keys: of the samples in x's first dimension (a vector is one sample), for codecs with a memory; None: each
+        sample's place in the batch. Raises CodecError for NaN and infinity, unless the codec is exact.
         """
         if not x.is_floating_point():
             raise CodecError(f"codec {self.name} takes floats, not {x.dtype}")
@@ -192,8 +192,11 @@ class Codec:
         return written
 
     def decode(self, payload: bytes, shape: Sequence[int], state: CodecState, keys: Keys | None = None) -> Tensor:
-        """float32 of `shape` on the CPU. Any bytes give a tensor or CodecError, never more memory than the tensor needs
-        (a small multiple of it while decoding)."""
+        """Decode to float32 of `shape` on the CPU.
+
+        Any bytes give a tensor or CodecError, and never take more memory than the tensor (a small multiple of it while
+        decoding).
+        """
         most = self.wire_bytes(shape)
         if len(payload) > most:
             raise CodecError(f"a payload of {len(payload)} bytes; {self.name} makes at most {most} of {tuple(shape)}")
@@ -239,8 +242,10 @@ class Codec:
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """(rows, width): the last dimension is the width; a vector is cut into rows of 256 with what is left as one row
-    when it is that long, else it is one row; a scalar is one value."""
+    """The matrix, (rows, width), as which a tensor is coded: the last dimension is the width.
+
+    A vector whose length is a multiple of 256 is cut into rows of 256, any other is one row; a scalar is one value.
+    """
     if len(shape) == 0:
         return 1, 1
     if len(shape) == 1:
@@ -259,7 +264,7 @@ def _matrix(x: Tensor) -> tuple[Tensor, int]:
 
 
 def _batch(x: Tensor) -> Tensor:
-    """For a memory: a vector, such as an adapter, is one sample."""
+    """Make a vector, such as an adapter, a batch of one sample."""
     return x if x.dim() > 1 else x.reshape(1, -1)
 
 

@@ -20,7 +20,7 @@ def blocks_in(width: int, block: int) -> int:
 
 
 def blocked(x: Tensor, block: int) -> Tensor:
-    """(rows, width) -> (rows, blocks, block), filled up with zeros."""
+    """Cut rows into blocks, filled up with zeros: (rows, width) -> (rows, blocks, block)."""
     rows, width = x.shape
     if width % block:
         x = torch.nn.functional.pad(x, (0, -width % block))
@@ -28,15 +28,15 @@ def blocked(x: Tensor, block: int) -> Tensor:
 
 
 def unblocked(blocks: Tensor, width: int) -> Tensor:
-    """The reverse."""
+    """Undo `blocked`: (rows, blocks, block) -> (rows, width)."""
     flat = blocks.reshape(len(blocks), -1)
     return flat if flat.shape[1] == width else flat[:, :width].contiguous()
 
 
 def scales_of(blocks: Tensor, steps: int, name: str) -> tuple[bytes, Tensor]:
-    """Of each block, its largest absolute value / steps: as bytes, and (rows, blocks, 1) float32.
+    """The scale of each block: its largest absolute value / steps. Returns it as bytes, and (rows, blocks, 1) float32.
 
-    0 only where the block is all 0. Raises CodecError where the largest value would come back as infinity.
+    A scale is 0 only where the block is all 0. Raises CodecError where the largest value would come back as infinity.
     """
     largest = blocks.abs().amax(-1)
     codes = ((largest / steps).view(torch.int32) + 0xFFFF) >> 16
@@ -48,7 +48,7 @@ def scales_of(blocks: Tensor, steps: int, name: str) -> tuple[bytes, Tensor]:
 
 
 def scales_from(data: bytes, rows: int, blocks: int) -> Tensor:
-    """(rows, blocks, 1) float32. Raises CodecError for what is no scale: negative, infinite, NaN."""
+    """Read scales, (rows, blocks, 1) float32. Raises CodecError for what is no scale: negative, infinite, NaN."""
     codes = np.frombuffer(data, "<i2")
     if codes.min() < 0 or codes.max() > _LARGEST:
         raise CodecError("a payload with a scale that is negative, infinite or NaN")
@@ -56,9 +56,10 @@ def scales_from(data: bytes, rows: int, blocks: int) -> Tensor:
 
 
 def scale_bytes(rows: int, width: int, block: int) -> int:
+    """Bytes that the scales of a matrix take."""
     return 2 * rows * blocks_in(width, block)
 
 
 def divided(blocks: Tensor, scales: Tensor) -> Tensor:
-    """A new tensor; 0 where the scale is."""
+    """Divide blocks by their scales into a new tensor; 0 where the scale is 0."""
     return blocks / scales.where(scales > 0, 1.0)

@@ -28,13 +28,13 @@ _EDGES = (_CHANCES[1:] + _CHANCES[:-1]) / 2
 
 
 def column_levels(mean: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Of mean |symbol| a column: 0 for a column of zeros, else 1 + the class of that size."""
+    """The level of each column, from its mean |symbol|: 0 for a column of zeros, else 1 + the class of that size."""
     level = np.rint(4 * np.log2(np.maximum(mean, 2.0**-20))) + _OFFSET
     return np.where(mean > 0, np.clip(level, 0, CLASSES - 1) + 1, 0).astype(np.uint8)
 
 
 def bands(width: int) -> Iterator[tuple[int, int]]:
-    """Of columns: few at first, as nothing is known of the rows then; about 18 of them."""
+    """Cut the columns into about 18 bands, (start, end): narrow ones first, as nothing is known of the rows then."""
     start, most = 0, max(4, width // 16)
     while start < width:
         end = min(width, start + min(max(4, start), most))
@@ -43,13 +43,13 @@ def bands(width: int) -> Iterator[tuple[int, int]]:
 
 
 class RowSizes:
-    """What the bands so far say of the rows; the last bands count most."""
+    """How large each row was in the bands so far, where the last bands count most."""
 
     def __init__(self, rows: int) -> None:
         self._seen, self._expected = np.zeros(rows, dtype=np.int64), 0
 
     def classes(self, levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """levels: (columns,) of the next band, none 0 -> (columns, rows)."""
+        """The class of each symbol of the next band: (columns, rows). levels: (columns,) of the band, none 0."""
         own = levels.astype(np.int16) - 1
         if not self._expected:
             return np.broadcast_to(own[:, None], (len(own), len(self._seen))).astype(np.uint8)
@@ -59,13 +59,13 @@ class RowSizes:
         return classes
 
     def take(self, levels: NDArray[np.uint8], size: NDArray[np.int16]) -> None:
-        """size: (columns, rows) |symbol| of that band."""
+        """Take in a band. size: (columns, rows), its |symbol|."""
         self._seen = self._seen // 2 + size.sum(0, dtype=np.int64) * 8
         self._expected = self._expected // 2 + int(_SIZES[levels.astype(np.int64) - 1].sum()) * 8
 
 
 def default_shape(level: int) -> bytes:
-    """Of a class: as if its symbols were rounded values of a Laplace distribution."""
+    """The shape of a class of symbols as if these were rounded values of a Laplace distribution."""
     mean = _SIZES[level] / _UNIT
     root = (math.sqrt(1 + 4 * mean * mean) - 1) / (
         2 * mean
@@ -74,23 +74,24 @@ def default_shape(level: int) -> bytes:
 
 
 def fitted_shape(histogram: Ints) -> bytes:
-    """histogram: of |symbol|, from 0."""
+    """The shape that fits a histogram of |symbol|, from 0."""
     total, ones_up = int(histogram.sum()), int(histogram[1:].sum())
     twos_up, beyond = int(histogram[2:].sum()), int((histogram[2:] * np.arange(len(histogram) - 2)).sum())
     return _shape(histogram[0] / max(1, total), 1 - twos_up / max(1, ones_up), twos_up / max(1, twos_up + beyond))
 
 
 def shape_bits(shape: bytes, histogram: Ints) -> float:
-    """What symbols of this histogram take, signs included."""
+    """Bits that symbols of this histogram take, signs included."""
     weights = half_weights(shape, len(histogram) - 1)
     chance = np.maximum(weights, 1.0) / (weights[0] + 2 * weights[1:].sum())
     return float(-(histogram * np.log2(chance)).sum())
 
 
 def half_weights(shape: bytes, largest: int) -> NDArray[np.float64]:
-    """(largest + 1,) of the symbols 0, 1, ...: whole numbers, in proportion to the chances; -1, ... have the same.
+    """Weights of the symbols 0, 1, ..., (largest + 1,); -1, ... have the same.
 
-    shape: the chances of 0, of 1 among what is larger, of k among what is at least k >= 2; in 256 steps of the logit.
+    They are whole numbers in proportion to the chances. shape: the chances of 0, of 1 among what is larger, of k among
+    what is at least k >= 2; in 256 steps of the logit.
     """
     zero, one, stop = _CHANCES[list(shape)]
     weights = np.full(largest + 1, 1 - stop)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from isthmus.split.codecs import frames, pieces, rangecoding
+from isthmus.split.codecs import frames, pieces, range_coder
 from isthmus.split.codecs.payload import Reader
 from isthmus.split.codecs.plain import PLAIN
 from isthmus.split.errors import CodecError
@@ -27,16 +27,16 @@ _LEVELS = range(1, 20)
 
 @dataclass(frozen=True)
 class Range:
-    """The range coder of rangecoding.py."""
+    """The range coder of range_coder.py."""
 
     name: ClassVar[str] = "range"
     codes_bytes: ClassVar[bool] = False
 
     def pack(self, symbols: Tensor, low: int, high: int) -> bytes:
-        return _pack(symbols, low, high, rangecoding.encode)
+        return _pack(symbols, low, high, range_coder.encode)
 
     def unpack(self, payload: bytes, rows: int, width: int, low: int, high: int) -> Tensor:
-        return _unpack(payload, rows, width, low, high, rangecoding.decode)
+        return _unpack(payload, rows, width, low, high, range_coder.decode)
 
     def packed_bytes(self, rows: int, width: int, low: int, high: int) -> int:
         return _packed_bytes(rows, width, low, high)

@@ -11,7 +11,7 @@ _LEAST_WINDOW = 1 << 10  # of the format
 
 
 def compressor(level: int) -> zstandard.ZstdCompressor:
-    """For many frames, of one thread."""
+    """A compressor for many frames, to be used by one thread."""
     parameters = zstandard.ZstdCompressionParameters.from_level(
         level, format=_FORMAT, write_content_size=True, write_checksum=False
     )
@@ -41,7 +41,7 @@ def decompress(frame: bytes, size: int, decompressor: zstandard.ZstdDecompressor
 
 
 def decompressor() -> zstandard.ZstdDecompressor:
-    """For many frames, of one thread."""
+    """A decompressor for many frames, to be used by one thread."""
     return zstandard.ZstdDecompressor(format=_FORMAT)
 
 

@@ -36,7 +36,10 @@ Value = int | float | str | bool
 
 @dataclass(frozen=True)
 class Parameter:
-    """Of a part. Numbers go from `low` to `high`, both included; words are one of `choices`; a bool is a flag."""
+    """A parameter of a part.
+
+    Numbers go from `low` to `high`, both included; words are one of `choices`; a bool is a flag.
+    """
 
     name: str
     default: Value
@@ -51,7 +54,7 @@ class Parameter:
 
     @property
     def range(self) -> str:
-        """What can be given, for people."""
+        """Say, for people, which values can be given."""
         if self.type is bool:
             return "given or not"
         return " or ".join(self.choices) if self.choices else f"{self.low:.10g} to {self.high:.10g}"
@@ -323,7 +326,7 @@ def _part(text: str) -> tuple[Family, Any]:
 
 
 def _parameters(family: Family) -> str:
-    """What can be written after the name, for people."""
+    """Say, for people, what can be written after the name."""
     if not family.parameters:
         return "it has none"
     flags = (one.name if one.type is bool else f"{one.name}={one.default}" for one in family.parameters)

@@ -27,7 +27,10 @@ _ORTHONORMAL = 1e-3
 
 @dataclass
 class _Learnt:
-    """basis: (blocks, block, block) float32 on the CPU, columns are the new axes; none: the identity."""
+    """A basis that was learnt.
+
+    basis: (blocks, block, block) float32 on the CPU, whose columns are the new axes; None: the identity.
+    """
 
     width: int
     basis: Tensor | None = None
@@ -139,7 +142,7 @@ def _unit(x: Tensor, most: int) -> Tensor | None:
 
 
 def _add(learnt: _Learnt, rows: Tensor, block: int) -> None:
-    """rows: as from `_unit`."""
+    """Take in rows as `_unit` gives them."""
     keep = 0.5 ** (len(rows) / (_FORGET * learnt.width))
     cut = rows.view(len(rows), -1, block).transpose(0, 1)
     new = cut.transpose(1, 2) @ cut

@@ -24,14 +24,14 @@ _MORE = 8  # columns beyond the rank while looking for the best ones
 
 @dataclass(frozen=True)
 class FactorQuantiser(ABC):
-    """What both have in common: everything but how the factors are found."""
+    """The common part of quantisers that send factors: everything but how the factors are found."""
 
     exact: ClassVar[bool] = False
     rank: int
 
     @abstractmethod
     def _factors(self, x: Tensor, rank: int, state: CodecState) -> tuple[Tensor, Tensor]:
-        """(rows, width) -> left (rows, rank) and right (width, rank), whose product stands for x."""
+        """Find left (rows, rank) and right (width, rank), whose product stands for x, (rows, width)."""
 
     def quantise(self, x: Tensor, entropy: Entropy, state: CodecState) -> bytes:
         rank = _rank(self.rank, *x.shape)
@@ -50,10 +50,10 @@ class FactorQuantiser(ABC):
 
 @dataclass(frozen=True)
 class PowerSgd(FactorQuantiser):
-    """One power iteration from the last tensor's right factor (Vogels et al. 2019, arXiv 1905.13727): for gradients of
-    weights and other tensors that change little from one to the next.
+    """Finds factors by one power iteration from the last tensor's right factor (Vogels et al. 2019, arXiv 1905.13727).
 
-    The right factor of each shape is kept at the encoder; the decoder keeps nothing.
+    This is for gradients of weights and other tensors that change little from one to the next. The right factor of each
+    shape is kept at the encoder; the decoder keeps nothing.
     """
 
     rank: int = 4
@@ -74,8 +74,10 @@ class PowerSgd(FactorQuantiser):
 
 @dataclass(frozen=True)
 class LowRank(FactorQuantiser):
-    """Nearly the best of this rank for each tensor on its own: two randomised subspace iterations with 8 columns to
-    spare (Halko et al. 2011, arXiv 0909.4061), then the best of these. For hidden states, which change at every step.
+    """Finds nearly the best factors of each tensor on its own, for hidden states, which change at every step.
+
+    Two randomised subspace iterations with 8 columns to spare (Halko et al. 2011, arXiv 0909.4061) give a subspace, of
+    which the best directions are taken.
     """
 
     rank: int = 16
@@ -95,7 +97,7 @@ class LowRank(FactorQuantiser):
 
 
 def _rank(wanted: int, rows: int, width: int) -> int:
-    """0 where factors would not be smaller than the matrix."""
+    """The rank that is sent; 0 where factors would not be smaller than the matrix."""
     rank = min(wanted, rows, width)
     return rank if rank * (rows + width) < rows * width else 0
 
@@ -105,7 +107,7 @@ def _start(width: int, rank: int, state: CodecState) -> Tensor:
 
 
 def _write(left: Tensor, right: Tensor, shift: int, entropy: Entropy, state: CodecState) -> bytes:
-    """left: (rows, rank), right: (width, rank)."""
+    """Write factors. left: (rows, rank), right: (width, rank)."""
     return shift.to_bytes(1, "little", signed=True) + _BFLOAT16.quantise(torch.cat([left, right]), entropy, state)
 
 

@@ -18,7 +18,10 @@ from isthmus.split.errors import CodecError
 
 @dataclass(frozen=True)
 class Matrices:
-    """Codes each matrix on its own, with a state of its own. shapes: of the matrices, which both ends know."""
+    """A codec that codes each matrix on its own, with a state of its own.
+
+    shapes: of the matrices, which both ends know.
+    """
 
     codec: Codec
     shapes: tuple[tuple[int, ...], ...]
@@ -32,7 +35,10 @@ class Matrices:
         return self.codec.exact
 
     def encode(self, x: Tensor, state: CodecState, keys: Keys | None = None) -> bytes:
-        """x: (values,). Raises CodecError for NaN and infinity, unless the codec is exact. keys: not used."""
+        """Encode matrices that lie one after the other in x, (values,). keys: not used.
+
+        Raises CodecError for NaN and infinity, unless the codec is exact.
+        """
         self._check(x.shape)
         writer = Writer()
         parts = x.split([math.prod(shape) for shape in self.shapes])
@@ -41,7 +47,7 @@ class Matrices:
         return writer.done()
 
     def decode(self, payload: bytes, shape: Sequence[int], state: CodecState, keys: Keys | None = None) -> Tensor:
-        """float32 (values,) on the CPU. Any bytes give a tensor or CodecError."""
+        """Decode to float32 (values,) on the CPU. Any bytes give a tensor or CodecError."""
         self._check(shape)
         reader = Reader(payload)
         parts = [
@@ -72,7 +78,7 @@ AnyCodec: TypeAlias = Codec | Matrices
 
 
 def for_matrices(codec: Codec, shapes: Sequence[Sequence[int]]) -> AnyCodec:
-    """`codec` for a vector that is matrices of these shapes: one by one, where it sends a matrix as factors.
+    """Adapt a codec to a vector that is matrices of these shapes: one by one, where it sends a matrix as factors.
 
     Other codecs lose nothing by the vector's being cut into rows of 256, and code it in one go.
     """

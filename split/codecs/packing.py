@@ -21,16 +21,17 @@ Unsigned = NDArray[Any]  # uint8, uint16 or uint32
 
 
 def bits_for(values: int) -> int:
-    """How many bits tell `values` values apart; at least 1."""
+    """Number of bits that tell `values` values apart; at least 1."""
     return max(1, (values - 1).bit_length())
 
 
 def packed_size(count: int, bits: int) -> int:
+    """Bytes that `pack` gives."""
     return (count * bits + 7) // 8
 
 
 def pack(values: Unsigned, bits: int) -> bytes:
-    """values: each below 2**bits (higher bits spoil what stands beside them)."""
+    """Pack unsigned integers. values: each below 2**bits; higher bits would spoil what stands beside them."""
     values = values.reshape(-1)
     planes, rest = divmod(bits, 8)
     parts = [_plane(values, i).tobytes() for i in range(planes)]
@@ -40,7 +41,7 @@ def pack(values: Unsigned, bits: int) -> bytes:
 
 
 def unpack(data: bytes, count: int, bits: int) -> Unsigned:
-    """`count` values of the smallest type that holds them. Raises CodecError if data is not of that length."""
+    """Unpack `count` values of the smallest type that holds them. Raises CodecError if data is not of that length."""
     if len(data) != packed_size(count, bits):
         raise CodecError(f"{len(data)} bytes; {count} values of {bits} bits take {packed_size(count, bits)}")
     planes, rest = divmod(bits, 8)
@@ -55,12 +56,12 @@ def unpack(data: bytes, count: int, bits: int) -> Unsigned:
 
 
 def pack_bits(flags: Tensor) -> bytes:
-    """bool of any shape -> a bit a value, the lowest first."""
+    """Pack flags, bool of any shape, as a bit each, the lowest first."""
     return np.packbits(flags.cpu().numpy().reshape(-1), bitorder="little").tobytes()
 
 
 def unpack_bits(data: bytes, shape: Sequence[int]) -> Tensor:
-    """The reverse. Raises CodecError when there are not as many bits."""
+    """Undo `pack_bits`. Raises CodecError when there are not as many bits as the shape has."""
     count = math.prod(shape)
     if len(data) != packed_size(count, 1):
         raise CodecError(f"{len(data)} bytes of flags; shape {tuple(shape)} takes {packed_size(count, 1)}")
@@ -69,12 +70,12 @@ def unpack_bits(data: bytes, shape: Sequence[int]) -> Tensor:
 
 
 def byte_planes(values: Unsigned) -> bytes:
-    """The lowest byte of every value, then the next, ...: what is alike lies together."""
+    """Write the lowest byte of every value, then the next, and so on: what is alike lies together."""
     return b"".join(_plane(values, i).tobytes() for i in range(values.dtype.itemsize))
 
 
 def from_byte_planes(data: bytes, count: int, size: int) -> Unsigned:
-    """The reverse, for values of `size` bytes."""
+    """Undo `byte_planes`, for `count` values of `size` bytes."""
     return unpack(data, count, 8 * size)
 
 
@@ -91,8 +92,11 @@ def _join(planes: list[NDArray[np.uint8]], dtype: type[np.uint16] | type[np.uint
 
 
 def _lanes(bits: int) -> list[tuple[int, int]]:
-    """(how far a neighbour moves, which bits hold for sure) of the steps from 8 values of `bits` bits in 8 bytes to
-    8 * bits bits in a row: two values meet in 16 bits, then twice two in 32, then all."""
+    """The steps that bring 8 values of `bits` bits from 8 bytes together.
+
+    Two meet in 16 bits, twice two in 32, then all. Each step is (how far a neighbour moves, the bits that hold values
+    for sure).
+    """
     steps = []
     for lane, held in ((16, bits), (32, 2 * bits), (64, 4 * bits)):
         low = sum(((1 << held) - 1) << at for at in range(0, 64, lane))

@@ -10,15 +10,17 @@ _LENGTH = struct.Struct("<I")
 
 
 class Writer:
+    """Writes the bytes of a payload."""
+
     def __init__(self) -> None:
         self._parts: list[bytes] = []
 
     def section(self, data: bytes) -> None:
-        """Bytes that a reader finds the end of."""
+        """Write bytes with their length in front, so that a reader finds their end."""
         self._parts += [_LENGTH.pack(len(data)), data]
 
     def rest(self, data: bytes) -> None:
-        """Bytes of a length that the reader knows, or that go on to the end."""
+        """Write bytes of a length that the reader knows, or that go on to the end."""
         self._parts.append(data)
 
     def done(self) -> bytes:
@@ -26,12 +28,12 @@ class Writer:
 
     @staticmethod
     def section_bytes(size: int) -> int:
-        """What a section of `size` bytes takes."""
+        """Bytes that a section of `size` bytes takes."""
         return _LENGTH.size + size
 
 
 class Reader:
-    """Raises CodecError when the payload is shorter or longer than what is asked of it."""
+    """Reads the bytes of a payload. Raises CodecError when it is shorter or longer than what is asked of it."""
 
     def __init__(self, payload: bytes) -> None:
         self._payload, self._at = memoryview(payload), 0
@@ -43,7 +45,7 @@ class Reader:
         return self.take(size)
 
     def take(self, size: int) -> bytes:
-        """Exactly `size` bytes."""
+        """Read exactly `size` bytes."""
         if size > len(self._payload) - self._at:
             raise CodecError(f"a payload of {len(self._payload)} bytes is too short")
         self._at += size
@@ -53,6 +55,6 @@ class Reader:
         return self.take(len(self._payload) - self._at)
 
     def done(self) -> None:
-        """There must be nothing left."""
+        """Check that nothing is left."""
         if self._at != len(self._payload):
             raise CodecError(f"a payload of {len(self._payload)} bytes is {len(self._payload) - self._at} too long")

@@ -27,7 +27,7 @@ _GROUPS = 4  # of rows, at most
 
 
 def encode(symbols: NDArray[np.int32], level: int) -> bytes:
-    """symbols: (rows, width), at least one; 16 bits at most."""
+    """Encode symbols of 16 bits at most, (rows, width), at least one. level: of the compressor."""
     rows = len(symbols)
     size = np.abs(symbols)
     mean = size.sum(0, dtype=np.int64) / rows
@@ -56,7 +56,7 @@ def encode(symbols: NDArray[np.int32], level: int) -> bytes:
 
 
 def decode(reader: Reader, rows: int, width: int) -> NDArray[np.int32]:
-    """(rows, width), at least one."""
+    """Decode symbols, (rows, width), at least one. Raises CodecError."""
     decompressor = frames.decompressor()
     levels = np.frombuffer(frames.decompress(reader.section(frames.bound(width)), width, decompressor), dtype=np.uint8)
     if levels.max() >= _LEVELS:
@@ -89,13 +89,13 @@ def decode(reader: Reader, rows: int, width: int) -> NDArray[np.int32]:
 
 
 def _order(levels: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Of the columns that are not all zero: the largest first."""
+    """The columns that are not all zero, the largest first."""
     order = np.argsort(_LEVELS - levels, kind="stable")
     return order[: int(np.count_nonzero(levels))]
 
 
 def _parts(levels: NDArray[np.uint8], rows: int) -> Iterator[tuple[int, int]]:
-    """Of sorted columns: of one level each, unless that is fewer than make a piece."""
+    """Cut sorted columns into runs, (start, end), of one level each, unless that is fewer than make a piece."""
     least = -(-_VALUES // rows)
     start = 0
     while start < len(levels):
@@ -106,7 +106,7 @@ def _parts(levels: NDArray[np.uint8], rows: int) -> Iterator[tuple[int, int]]:
 
 
 def _groups(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Of rows, about equally many each."""
+    """Cut rows into groups, (first, last), of about equally many."""
     groups = min(_GROUPS, rows, max(1, rows * columns // _VALUES))
     edges = [rows * i // groups for i in range(groups + 1)]
     yield from pairwise(edges)
@@ -135,7 +135,7 @@ def _to_bytes(symbols: NDArray[np.int16], alphabet: int) -> bytes:
 
 
 def _from_bytes(data: bytes, values: int, alphabet: int) -> NDArray[np.int16]:
-    """Bytes that `_to_bytes` cannot have made give some symbols or other."""
+    """Undo `_to_bytes`. Bytes that it cannot have made give some symbols or other."""
     most, share = _ALPHABETS[alphabet], _SHARE[alphabet]
     if not share:
         return (from_byte_planes(data, values, 2).astype(np.int32) - most).astype(np.int16)
@@ -143,7 +143,7 @@ def _from_bytes(data: bytes, values: int, alphabet: int) -> NDArray[np.int16]:
 
 
 def _digits(alphabet: int) -> NDArray[np.int16]:
-    """(256, symbols a byte)."""
+    """The symbols that each byte stands for: (256, symbols a byte)."""
     most, share = _ALPHABETS[alphabet], _SHARE[alphabet]
     base = 2 * most + 1
     places = [np.arange(256) // base**place % base for place in reversed(range(share))]

@@ -230,7 +230,10 @@ class Uniform:
 
 @dataclass(frozen=True)
 class _Dither:
-    """noise: (rows, width), from 0 to 1; rows, columns: flags, which cross where the noise is taken off again."""
+    """Noise, (rows, width) from 0 to 1, that is added before rounding.
+
+    rows, columns: flags, which cross where the noise is taken off again.
+    """
 
     noise: Tensor
     rows: Tensor
@@ -266,7 +269,7 @@ def _short(value: float) -> str:
 
 
 def _write_scales(codes: Tensor, entropy: Entropy, writer: Writer) -> None:
-    """codes: (rows,) int32."""
+    """Write scales. codes: (rows,) int32."""
     least, greatest = (int(code) for code in codes.aminmax())
     writer.rest(_SCALE_RANGE.pack(least, greatest))
     writer.section(entropy.pack((codes - least).to(torch.int16).unsqueeze(1), 0, greatest - least))

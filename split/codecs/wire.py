@@ -26,7 +26,10 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Expected:
-    """What a tensor on the wire has to be. A None in shape leaves it open: 1 up to `at_most` values in all."""
+    """What was agreed of a tensor on the wire.
+
+    shape: a None in it leaves that size open. at_most: the most values in all.
+    """
 
     dtype: str
     shape: tuple[int | None, ...]
@@ -35,7 +38,7 @@ class Expected:
 
 
 def encode_tensor(tensor: Tensor) -> stage_pb2.Tensor:
-    """Any shape, one of DTYPES, any device -> the values as they are, little-endian and row-major."""
+    """Encode a tensor as it is, little-endian and row-major; any shape and device, one of DTYPES."""
     if tensor.dtype not in _NAMES:
         raise BadTensor(f"a tensor of {tensor.dtype} cannot be sent; choose one of {', '.join(DTYPES)}")
     values = tensor.detach().cpu()
@@ -78,9 +81,9 @@ def decode_tensor(
     state: CodecState | None = None,
     keys: Sequence[int] | None = None,
 ) -> Tensor:
-    """The tensor of a message, on the CPU; raises BadTensor when it is not what was agreed.
+    """Decode a message to a tensor on the CPU. Raises BadTensor when it is not what was agreed.
 
-    state, keys: of a codec other than none (see split/codecs/base.py).
+    state, keys: as for `Codec.decode`, of a codec other than none.
     """
     check_tensor(message, expected)
     if expected.codec.name != "none":

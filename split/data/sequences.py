@@ -39,7 +39,7 @@ class Sequences:
 
     @property
     def loss_tokens(self) -> int:
-        """How many tokens are predicted."""
+        """Number of tokens that are predicted."""
         return int((self.labels[:, 1:] != IGNORE).sum())
 
     def __len__(self) -> int:

@@ -30,14 +30,14 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class StdlibDocument:
-    """One module's docstrings and comments, or one topic of the language reference."""
+    """The docstrings and comments of one module, or one topic of the language reference."""
 
     name: str
     text: str
 
 
 def stdlib_folder() -> Path:
-    """Where this Python's standard library has its sources."""
+    """The folder where this Python's standard library has its sources."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 

@@ -1,4 +1,4 @@
-"""What a user chooses of Kill and Revive: how few LoRA modules may train, how soon, and how quickly that changes."""
+"""The choices in Kill and Revive: how few LoRA modules may train, how soon, and how quickly that changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCHEDULES = ("step", "cosine", "gain")
 
 @dataclass(frozen=True)
 class KillPolicy:
-    """How much may train, and how quickly that changes. Steps are the job's."""
+    """How much of a job may train, and how quickly that changes. Steps are the job's."""
 
     budget: str = "values"  # what is rationed: values on the link, or the number of modules
     active_fraction: float = 0.125  # of the budget with all active, that is left in the end; 1: nothing is ever killed

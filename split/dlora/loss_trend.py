@@ -50,7 +50,7 @@ class LossTrend:
         self._best_step = step
 
     def state(self) -> dict[str, Any]:
-        """What `load_state` takes; JSON-able."""
+        """The state for `load_state`, as JSON-able values."""
         return {
             "loss": self._loss,
             "slow": self._slow,

@@ -1,4 +1,4 @@
-"""What LoRA modules at a device cost when the backbone is in the cloud: values on the link and the device's FLOPs.
+"""Costs of LoRA modules at a device, with the backbone in the cloud: values on the link, and the device's FLOPs.
 
 Gao and Zhang 2024 (arXiv 2404.05182): for each module that takes part the cloud sends its input and the device answers
 its output, and the gradients go the other way. Modules that read the same input (a site) share what is of the input.
@@ -19,9 +19,10 @@ from isthmus.split.lora.sites import Layout, layout_of
 
 @dataclass(frozen=True)
 class ModuleCost:
-    """One LoRA module. site: modules of one site read the same input; order: of sites, as the forward pass meets them.
+    """What one LoRA module costs.
 
-    d_in, d_out: widths; remote: its block is in the cloud (the device's own blocks exchange nothing).
+    site: modules of one site read the same input. order: of sites, as the forward pass meets them. d_in, d_out: widths.
+    remote: whether its block is in the cloud; the device's own blocks exchange nothing.
     """
 
     site: str
@@ -33,23 +34,23 @@ class ModuleCost:
 
     @property
     def parameters(self) -> int:
-        """Of A and B together."""
+        """Number of values of A and B together."""
         return self.rank * (self.d_in + self.d_out)
 
     @property
     def values(self) -> int:
-        """That a token exchanges while the module is alone at its site: forward and backward."""
+        """Values that a token exchanges, forward and backward, while the module is alone at its site."""
         return 2 * (self.d_in + self.d_out) if self.remote else 0
 
     @property
     def flops(self) -> int:
-        """Of a token at the device: the branch, its gradient to the input and its gradients to A and B."""
+        """FLOPs of a token at the device: the branch, its gradient to the input and its gradients to A and B."""
         return 6 * self.parameters
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Values a token, by way (down: to the device) and pass."""
+    """Values a token exchanges, by direction (down: to the device) and pass."""
 
     down_forward: int
     up_forward: int
@@ -62,7 +63,7 @@ class Exchange:
 
 
 def module_costs(config: PreTrainedConfig, training: TrainingConfig) -> dict[str, ModuleCost]:
-    """By the modules' names in the whole model, in the order of the forward pass.
+    """Costs by the modules' names in the whole model, in the order of the forward pass.
 
     Raises BadRequest for target modules or a cut that the model does not have.
     """
@@ -73,7 +74,7 @@ def module_costs(config: PreTrainedConfig, training: TrainingConfig) -> dict[str
 
 
 def costs_of(layout: Layout) -> dict[str, ModuleCost]:
-    """Likewise, of a device's modules."""
+    """Costs of the modules of a device's layout, by name, in the order of the forward pass."""
     return {
         module.name: ModuleCost(
             site=site.name,
@@ -89,7 +90,7 @@ def costs_of(layout: Layout) -> dict[str, ModuleCost]:
 
 
 def marginal_values(costs: Mapping[str, ModuleCost], name: str, chosen: Iterable[str]) -> int:
-    """Values a token that a module adds to those chosen: less where one of them reads the same input."""
+    """Values a token that a module adds to those chosen: fewer where one of them reads the same input."""
     cost = costs[name]
     if not cost.remote:
         return 0
@@ -98,7 +99,7 @@ def marginal_values(costs: Mapping[str, ModuleCost], name: str, chosen: Iterable
 
 
 def exchange(costs: Mapping[str, ModuleCost], active: Collection[str], mode: str = MERGE) -> Exchange:
-    """What a token exchanges for the modules of remote blocks, without the four tensors of the U-shape.
+    """Values that a token exchanges for the modules of remote blocks, without the four tensors of the U-shape.
 
     The gradient to a site's input is not sent where nothing below trains. A killed module that is kept (KEEP) is part
     of the forward pass, and of the backward pass where something below it trains.
@@ -123,7 +124,7 @@ def exchange(costs: Mapping[str, ModuleCost], active: Collection[str], mode: str
 
 
 def module_flops(costs: Mapping[str, ModuleCost], active: Collection[str], mode: str = MERGE) -> int:
-    """FLOPs of a token at the device for its LoRA branches. A kept one has no gradients to A and B."""
+    """FLOPs of a token at the device for its LoRA branches. A kept module has no gradients to A and B."""
     total = sum(costs[name].flops for name in active)
     if mode == KEEP:
         lowest = min((costs[name].order for name in active), default=None)

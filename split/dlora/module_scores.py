@@ -57,7 +57,7 @@ class ModuleScores:
         return (step - self._seen[name]) * (max(0.0, self.expected(name)) + _LEAST_WORTH * mean)
 
     def state(self) -> dict[str, Any]:
-        """What `load_state` takes; JSON-able."""
+        """The state for `load_state`, as JSON-able values."""
         return {"score": dict(self._score), "seen": dict(self._seen)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:

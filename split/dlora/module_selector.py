@@ -27,7 +27,9 @@ _OF_STEPS = (*_OF_MODULES, "forward", "backward", "step")  # kinds of messages
 
 
 class ModuleSelector:
-    """Which modules train, by number. `decide(step)` before a step, `observe` after its gradients are there."""
+    """Selects the modules that train, by number. Call `decide(step)` before a step, `observe` once its gradients are
+    there.
+    """
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class ModuleSelector:
         self._controller = KillAndRevive(self._costs, policy, config.steps)
 
     def decide(self, step: int) -> frozenset[int]:
-        """What trains at this step; the empty set: nothing does any more."""
+        """Select what trains at this step; the empty set means that nothing does any more."""
         if self._controller is None or not self._all:
             return self._all
         if self._began is None:
@@ -75,16 +77,18 @@ class ModuleSelector:
 
     @torch.no_grad()
     def observe(self, step: int, loss: float, trained: frozenset[int]) -> None:
-        """A module's responsiveness is the norm of its gradient, which says how much the loss would change with it."""
+        """Take in a step. A module's responsiveness is the norm of its gradient: how much the loss would change with
+        it.
+        """
         if self._controller is not None:
             self._controller.observe(step, loss, {name: self._norm(name) for name in self._layout.names(trained)})
 
     def state(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The state for the device's record, as JSON-able values; empty where nothing is ever killed."""
         return {} if self._controller is None else self._controller.state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """What `state` gave. Nothing (a device that comes without its record) leaves the controller as it is."""
+        """Go on from what `state` gave. An empty state (a device that comes without its record) changes nothing."""
         if self._controller is not None and state:
             policy = KillPolicy(**state["policy"])
             self._controller = KillAndRevive(self._costs, policy, self._config.steps)
@@ -95,7 +99,7 @@ class ModuleSelector:
         return math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients if gradient is not None))
 
     def _ration(self, step: int) -> None:
-        """The share of the modules' bytes that keeps a step within bytes_per_step, from the bytes of the warm-up."""
+        """Set the modules' share of bytes so that a step keeps within bytes_per_step, from the bytes of the warm-up."""
         controller = self._controller
         assert controller is not None
         if controller.policy.active_fraction < 1 or self._began is None:
@@ -120,7 +124,7 @@ class ModuleSelector:
         self.load_state(state)
 
     def _counts(self) -> tuple[int, int]:
-        """Bytes both ways so far: of modules in training, and of all that steps have."""
+        """Bytes both ways so far: those of modules in training, and those of all messages of steps."""
         traffic = self._traffic
         sizes = {key: traffic.payload_bytes[key] + traffic.overhead_bytes[key] for key in list(traffic.messages)}
         modules = sum(size for (_, kind, _), size in sizes.items() if kind in _OF_MODULES)
@@ -128,7 +132,7 @@ class ModuleSelector:
 
 
 def told(decision: Decision, count: int) -> str:
-    """A decision in a line."""
+    """Say a decision in a line. count: number of all modules."""
     changes = [f"killed {', '.join(decision.killed)}"] if decision.killed else []
     changes += [f"revived {', '.join(decision.revived)}"] if decision.revived else []
     return f"{'; '.join(changes)} ({decision.reason}); {len(decision.active)} of {count} modules train"

@@ -20,7 +20,10 @@ _Place = tuple[int, int]  # micro-batch, site
 
 
 class RemoteModules:
-    """Computes what the server asks for. The inputs of a forward pass stay here until their backward pass."""
+    """The LoRA modules of the server's blocks: computes what the server asks for.
+
+    The inputs of a forward pass stay here until their backward pass.
+    """
 
     def __init__(self, layout: Layout, seed: int, device: torch.device) -> None:
         self.layout, self._device = layout, device
@@ -36,9 +39,10 @@ class RemoteModules:
         return tuple(self.parameters[name] for name in module.shapes(0))  # type: ignore[return-value]
 
     def outputs(self, site: Site, applied: frozenset[int], inputs: Tensor, *, keep_as: int | None = None) -> Tensor:
-        """(rows, inputs) -> what the applied modules of the site add, side by side: (rows, outputs).
+        """Compute what the applied modules of a site add, side by side: (rows, outputs).
 
-        keep_as: the micro-batch whose backward pass will come; None: none will."""
+        inputs: (rows, inputs). keep_as: the micro-batch whose backward pass will come; None: none will.
+        """
         inputs = inputs.to(self._device)
         if keep_as is not None:
             inputs.requires_grad_()
@@ -54,9 +58,11 @@ class RemoteModules:
             yield F.linear(F.linear(inputs, a), b) * self.layout.scale
 
     def backward(self, site: Site, micro_batch: int, gradients: Tensor, *, wanted: bool) -> Tensor | None:
-        """(rows, outputs), by what `outputs` gave: adds to the trained modules' gradients.
+        """Add to the trained modules' gradients. gradients: (rows, outputs), by what `outputs` gave.
 
-        Returns the gradient by the inputs, (rows, inputs), if it is wanted. Raises BadTensor for what is not due."""
+        Returns the gradient by the inputs, (rows, inputs), if it is wanted. Raises BadTensor for gradients that are not
+        due.
+        """
         inputs, outputs = self._under_way.pop((micro_batch, site.number), (None, None))
         if inputs is None or outputs is None or outputs.shape != gradients.shape:
             raise BadTensor(f"gradients for site {site.number} of micro-batch {micro_batch} that are not due")
@@ -68,15 +74,18 @@ class RemoteModules:
         return inputs.grad if wanted else None
 
     def drop(self) -> None:
-        """Forgets what a step that was cut off had under way."""
+        """Forget what a step that was cut off had under way."""
         self._under_way.clear()
 
 
 class ActiveSet:
-    """Which modules train, which the server asks for, which it has merged. `killed`: what becomes of killed ones."""
+    """Which modules train, which the server asks for, and which it has merged."""
 
     def __init__(self, layout: Layout, parameters: Mapping[str, nn.Parameter], front: Stage, killed: str) -> None:
-        """parameters: of all modules, by their names in the whole model."""
+        """Begin with all modules active.
+
+        parameters: of all modules, by their names in the whole model. killed: what becomes of killed modules.
+        """
         self.layout, self._killed = layout, killed
         self._pairs = {module.number: tuple(parameters[name] for name in module.shapes(0)) for module in layout.modules}
         names = {front.global_name(name): layer for name, layer in front.model.named_modules()}
@@ -90,7 +99,7 @@ class ActiveSet:
         self._sent: set[int] = set()  # that the server has merged, in this session
 
     def train(self, numbers: frozenset[int]) -> None:
-        """These are active from now on, all others are killed. A killed module's values and moments stay."""
+        """Make these modules active and kill all others. A killed module's values and moments stay."""
         self.trained = numbers
         self._sent -= numbers
         for number, pair in self._pairs.items():
@@ -105,11 +114,11 @@ class ActiveSet:
                 layer._disable_adapters = number not in numbers
 
     def began(self) -> None:
-        """A new session: the server knows of no merged module."""
+        """Begin a session: the server knows of no merged module."""
         self._sent.clear()
 
     def to_merge(self) -> list[tuple[int, Tensor]]:
-        """Killed modules that the server shall apply and has not yet: numbers and values, A then B, flat."""
+        """Numbers and values (A then B, flat) of killed modules that the server shall apply and does not have yet."""
         if self._killed != MERGE:
             return []
         due = [number for number in sorted(self.layout.remote - self.trained - self._sent) if self._adds(number)]
@@ -117,7 +126,7 @@ class ActiveSet:
         return [(number, flatten(dict(zip("AB", self._pairs[number], strict=True)))) for number in due]
 
     def dropped(self) -> list[str]:
-        """Names of B's that the adapter has as zeros: of dropped modules."""
+        """Names of the B's that are zeros in the adapter: those of dropped modules."""
         if self._killed != DROP:
             return []
         gone = frozenset(self._pairs) - self.trained
@@ -128,8 +137,10 @@ class ActiveSet:
 
 
 def asked_site(layout: Layout, frame: Frame, rows: int, width: int | None = None) -> tuple[Site, Tensor]:
-    """The site of a frame from the server, and its tensor. Raises BadFrame or BadTensor unless it is (rows, width);
-    width None: of the site's inputs."""
+    """The site of a frame from the server, and its tensor, (rows, width); width None: of the site's inputs.
+
+    Raises BadFrame or BadTensor for another site or shape.
+    """
     site = layout.site(frame.site)
     shape = (rows, site.inputs if width is None else width)
     if frame.tensor is None or frame.tensor.shape != shape:

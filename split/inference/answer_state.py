@@ -15,7 +15,7 @@ from isthmus.split.inference.sampling import Chooser, logprob_of
 
 
 class AnswerState:
-    """Made by the engine; for whoever asked it is an Answer."""
+    """What the engine knows of one request, and what is due next. To whoever asked it is an `Answer`."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -56,18 +56,19 @@ class AnswerState:
 
     @property
     def place(self) -> int:
-        """Tokens of the answer so far."""
+        """Number of the answer's tokens so far."""
         return len(self.tokens) - len(self.request.prompt)
 
     @property
     def left(self) -> int:
-        """Tokens that the answer may still have."""
+        """Number of tokens that the answer may still have."""
         return self.request.max_tokens - self.place
 
     def prefilled(self, count: int, logits: Tensor) -> bool:
-        """The next `count` tokens of those that are read first are in. True: the request has ended.
+        """Take in the logits of the next `count` tokens of the prompt. Returns whether the request has ended.
 
-        logits: (tokens, vocabulary), after each of them if the prompt's logprobs are wanted, else after the last one.
+        logits: (tokens, vocabulary), after each of these tokens if the prompt's logprobs are wanted, else after the
+        last one.
         """
         self.fed += count
         self.sent = self.fed
@@ -80,10 +81,11 @@ class AnswerState:
         return self.request.max_tokens == 0 or self.decoded(logits[-1:])
 
     def decoded(self, logits: Tensor) -> bool:
-        """The next token has been fed, with the drafts behind it; True: the answer has ended.
+        """Choose the next tokens, of which at least one comes. Returns whether the answer has ended.
 
-        logits: (1 + drafts, vocabulary), after each of them. Tokens are chosen from them as if there were no drafts, up
-        to the first that the drafts did not foresee: so these change how soon a token comes, and never which one.
+        logits: (1 + drafts, vocabulary), after the token that was due and after each draft. Tokens are chosen as if
+        there were no drafts, up to the first that the drafts did not foresee: drafts change how soon a token comes, and
+        never which.
         """
         drafts, self.drafts = self.drafts, []
         right = 0
@@ -101,17 +103,18 @@ class AnswerState:
         return bool(token.last)
 
     def read_again(self) -> None:
-        """The text has become long: nothing that was computed of it counts any more."""
+        """Forget all that was computed: the text has become long, and its keys are rotated by other frequencies."""
         self.goal, self.long = len(self.tokens), True
         self.fed = self.sent = 0
         self.owed.clear()
 
     def caught_up(self) -> None:
-        """All that was fed has gone through all spans."""
+        """Note that all fed tokens have gone through all spans."""
         self.sent = self.fed
         self.owed.clear()
 
     def end(self, error: IsthmusError | None = None) -> None:
+        """End the answer for whoever reads it, with an error if there is one."""
         self.timing.total = time.perf_counter() - self._came
         if not self._prompt_known.done():
             if error is None:
@@ -150,7 +153,10 @@ class AnswerState:
 
 
 def in_common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens they begin with that are the same. By halves: long texts are compared at every token."""
+    """Count the tokens that two sequences have in common at their beginning.
+
+    The count is found by halving, since long texts are compared at every token.
+    """
     same, most = 0, min(len(one), len(other))
     while same < most:
         middle = (same + most + 1) // 2

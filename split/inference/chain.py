@@ -27,7 +27,7 @@ _AGAIN = 20  # times that one batch is tried: each needs a death
 
 @dataclass
 class Cost:
-    """What a hop's computing of batches has cost so far. Seconds and bytes."""
+    """What a holder's batches have cost so far, in seconds and bytes."""
 
     batches: int = 0
     tokens: int = 0
@@ -37,9 +37,10 @@ class Cost:
     sent: int = 0
     received: int = 0
     beyond: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
-    """Of recent batches: seconds beyond the stage's own computing."""
+    """Seconds of recent batches beyond the stage's own computing."""
 
     def add(self, tokens: int, seconds: float, computing: float) -> None:
+        """Add a batch. seconds: from handing it in to its answer; computing: those in which the stage computed."""
         self.batches += 1
         self.tokens += tokens
         self.seconds += seconds
@@ -47,32 +48,34 @@ class Cost:
         self.beyond.append(seconds - computing)
 
     def figures(self) -> dict[str, float]:
-        """All but `beyond`, of which the median in milliseconds."""
+        """The sums, and the median of `beyond` in milliseconds."""
         sums = {name: value for name, value in vars(self).items() if name != "beyond"}
         return {**sums, "median_ms_beyond_computing": 1000 * median(self.beyond) if self.beyond else 0.0}
 
 
 class Holder(Protocol):
-    """Some place that has the span's blocks."""
+    """A place that has the blocks of a span: a runtime in this process, a device, or an actor."""
 
     name: str
     cost: Cost
 
     @property
     def gone(self) -> bool:
-        """It has left, or says that it is about to: nothing new should go there."""
+        """Whether the holder has left, or is about to: nothing new should go there."""
 
     async def compute(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
-        """As `Runtime.compute`. Raises LinkLost when the holder is gone, BadPosition when it lacks what came before."""
+        """Compute as `Runtime.compute` does. Raises LinkLost if the holder is gone, BadPosition if it lacks what came
+        before.
+        """
 
     def forget(self, sequences: Iterable[int]) -> None: ...
 
     def end(self, error: IsthmusError) -> None:
-        """It is not wanted any more."""
+        """Tell the holder, with the reason, that it is not wanted any more."""
 
 
 class LocalHolder:
-    """A runtime in this process. It computes in a thread, so that the event loop goes on."""
+    """A runtime in this process, which computes in a thread so that the event loop goes on."""
 
     def __init__(self, name: str, runtime: Runtime) -> None:
         self.gone = False
@@ -104,13 +107,13 @@ class LocalHolder:
 
 @dataclass(frozen=True)
 class Recovery:
-    """A sequence that another holder took over, or the same one anew."""
+    """A sequence that another holder took over, or the same holder anew."""
 
     span: str
     lost: str  # the holder before
     holder: str
     sequence: int
-    tokens: int  # that were sent again
+    tokens: int  # number of tokens that were sent again
     seconds: float  # from the failure to the answer
 
 
@@ -127,9 +130,11 @@ class Span:
         patience: float = _PATIENCE,
         tell: Callable[[Recovery], None] = lambda _: None,
     ) -> None:
-        """chunk: most tokens that are sent again in one batch. patience: seconds that a batch waits for a holder.
+        """Make a span without holders.
 
-        tell: hears of every recovery; the last ones are in `recoveries`.
+        hidden_size: values of a token's hidden state. chunk: the most tokens that are sent again in one batch.
+        patience: seconds that a batch waits for a holder. tell: hears of every recovery; the last ones are in
+        `recoveries`.
         """
         self.first, self.last = first, last
         self.recoveries: deque[Recovery] = deque(maxlen=_REMEMBERED)
@@ -148,17 +153,17 @@ class Span:
 
     @property
     def holders(self) -> list[Holder]:
-        """The first of them is the next to compute, or does so already; the others stand by."""
+        """The holders in order: the first is the next to compute or does so now, the others stand by."""
         return list(self._holders)
 
     @property
     def waiting(self) -> float:
-        """Seconds of the last batch that nobody computed in."""
+        """Seconds of the last batch in which the holder did not compute."""
         beyond = self._at_work.cost.beyond if self._at_work is not None else ()
         return beyond[-1] if beyond else 0.0
 
     async def add(self, holder: Holder, rank: int = 0) -> None:
-        """rank: among those that stand by, the lowest takes over first. Who computes goes on computing."""
+        """Add a holder. rank: of those that stand by, the lowest takes over first; who computes goes on computing."""
         async with self._news:
             self._ranks[holder] = rank
             standby = sorted([*self._holders, holder], key=lambda one: (one is not self._at_work, self._ranks[one]))
@@ -167,21 +172,21 @@ class Span:
             self._news.notify_all()
 
     def remove(self, holder: Holder) -> None:
-        """It has left."""
+        """Take a holder out that has left."""
         if holder in self._holders:
             self._holders.remove(holder)
             del self._ranks[holder]
 
     async def complete(self) -> None:
-        """Returns when there is a holder."""
+        """Return when there is a holder."""
         async with self._news:
             await self._news.wait_for(lambda: self._holders)
 
     async def compute(self, rows: Sequence[Row], hidden: Tensor, *, blame: bool = True) -> Tensor:
-        """As `Runtime.compute`, whatever dies meanwhile. Raises LinkLost if no holder comes in time.
+        """Compute as `Runtime.compute` does, whatever dies meanwhile. Raises LinkLost if no holder comes in time.
 
-        blame: an error may be the holder's fault: another one is tried, if there is one. False for a batch of somebody
-        who could mean harm, and would cost the span its holders.
+        rows, hidden: as there, (tokens, hidden). blame: whether an error may be the holder's fault, so that another one
+        is tried if there is one; False for a batch of somebody who could mean harm and would cost the span its holders.
         """
         for row, part in zip(rows, hidden.split([row.count for row in rows]), strict=True):
             self._journal.setdefault(row.sequence, _Journal(self._hidden_size)).put(row.position, part)
@@ -246,7 +251,7 @@ class Span:
         return self._at_work
 
     async def _rebuild(self, holder: Holder, row: Row) -> None:
-        """Sends what came before a row's position, in as few batches as may be."""
+        """Send a holder what came before a row's position, in as few batches as may be."""
         journal = self._journal[row.sequence]
         for start in range(0, row.position, self._chunk):
             end = min(start + self._chunk, row.position)
@@ -255,7 +260,7 @@ class Span:
 
 
 class _Journal:
-    """The hidden states of one sequence, (tokens, hidden)."""
+    """The hidden states, (tokens, hidden), that one sequence has been given."""
 
     def __init__(self, hidden_size: int) -> None:
         self._values = torch.empty(64, hidden_size)

@@ -30,9 +30,10 @@ _CAUGHT_UP = 16  # tokens: a drafter that has more to read is not timed
 
 
 class DraftScheduler:
-    """Of one engine. waiting: seconds of a batch lately in which nobody computed."""
+    """Decides how many drafts the answers of one engine get, and has the drafter make them."""
 
     def __init__(self, drafter: Drafter, ends: Ends, waiting: Callable[[], float]) -> None:
+        """Begin without experience. waiting: gives the seconds of a batch, lately, in which nobody computed."""
         self._drafter: Drafter | None = drafter
         self._ends, self._waiting = ends, waiting
         self._cost, self._per_draft = BatchCost(), Mean(0.0, 0.2)
@@ -41,6 +42,7 @@ class DraftScheduler:
         self._without = 0  # batches since there were drafts
 
     def begin(self, answer: AnswerState) -> None:
+        """Give a new answer its own estimate of how often drafts are right."""
         answer.pace = Pace(self._shared)
 
     def forget(self, sequence: int) -> None:
@@ -48,11 +50,11 @@ class DraftScheduler:
             self._drafter.forget(sequence)
 
     def took(self, tokens: int, seconds: float) -> None:
-        """A batch of answers."""
+        """Note how long a batch of so many tokens took. seconds: without the time for its drafts."""
         self._cost.add(tokens, seconds)
 
     async def prepare(self, batch: Sequence[AnswerState]) -> None:
-        """Gives the answers of the next batch their drafts."""
+        """Give the answers of the next batch their drafts."""
         chosen, count = self._choose(batch)
         if not chosen or not count:
             return
@@ -71,7 +73,7 @@ class DraftScheduler:
 
     @contextlib.asynccontextmanager
     async def going_on(self, batch: Sequence[AnswerState]) -> AsyncIterator[None]:
-        """Meanwhile what follows is guessed, as if the drafts under way were right, if there is time for it."""
+        """Draft on while a batch is computed, as if its drafts were right, if there is time for it."""
         asks = [
             _ask(answer, count)
             for answer in batch
@@ -89,7 +91,7 @@ class DraftScheduler:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _propose(self, asks: Sequence[DraftRequest], enough: Callable[[], bool]) -> list[list[int]]:
-        """Without a drafter, or with one that fails, there are no drafts: answers do not depend on them."""
+        """Ask the drafter. Without one, or after one has failed, there are no drafts: answers do not depend on them."""
         try:
             return [[] for _ in asks] if self._drafter is None else await self._drafter.propose(asks, enough)
         except Exception:  # too little memory, a bug
@@ -98,7 +100,7 @@ class DraftScheduler:
             return [[] for _ in asks]
 
     def _most(self, answer: AnswerState) -> int:
-        """Drafts that this answer may have now. No row may cross the place where rotary tables change."""
+        """The most drafts that this answer may have now: no row may cross the place where rotary tables change."""
         most = answer.left - 1
         boundary = self._ends.rotary_boundary
         if boundary is not None and len(answer.tokens) <= boundary:
@@ -106,7 +108,7 @@ class DraftScheduler:
         return min(most, _MOST + len(answer.drafts))
 
     def _choose(self, batch: Sequence[AnswerState]) -> tuple[list[AnswerState], int]:
-        """Which answers get drafts, and how many each."""
+        """Choose which answers get drafts, and how many each."""
         able = [answer for answer in batch if not answer.pace.pauses() and self._most(answer) > 0]
         if self._drafter is None or not able:
             return [], 0
@@ -136,12 +138,14 @@ class DraftScheduler:
         return ([one], _TRIAL) if extra <= _TRIAL_SHARE * spent else ([], 0)
 
     def _rate(self, able: Sequence[AnswerState], size: int, count: int) -> float:
-        """Expected tokens a second of a batch of so many answers, of which some have so many drafts."""
+        """Expected tokens a second of a batch of `size` answers, of which those that are `able` get `count` drafts
+        each.
+        """
         tokens = size - len(able) + sum(answer.pace.expected(min(count, self._most(answer))) for answer in able)
         return tokens / self._seconds(size, len(able), count)
 
     def _gain(self, answer: AnswerState, size: int, count: int) -> float:
-        """Seconds that such drafts will have spared the answer by its end."""
+        """Seconds that `count` drafts a batch will have spared the answer by its end."""
         with_drafts = self._seconds(size, size, count) / answer.pace.expected(count)
         return answer.left * (self._cost(size) - with_drafts)
 
@@ -149,14 +153,14 @@ class DraftScheduler:
         return max(1e-9, self._cost(size + drafted * count) + count * self._per_draft.value)
 
     def _reading(self, answer: AnswerState) -> float:
-        """Seconds until the drafter knows what there is of this answer."""
+        """Seconds that the drafter needs to read what it does not know of this answer yet."""
         if self._drafter is None or not self._drafter.reading_seconds:
             return 0.0
         return self._drafter.reading_seconds * self._drafter.unread(_ask(answer, 1))
 
 
 def _ask(answer: AnswerState, count: int) -> DraftRequest:
-    """For what follows, if the drafts that it has already are right."""
+    """Ask for drafts of what follows, as if the answer's present drafts were right."""
     place = answer.place + len(answer.drafts)
     tokens = [*answer.tokens, *answer.drafts]
     return DraftRequest(answer.sequence, tokens, place, count, answer.choose, answer.request.adapter, answer.long)

@@ -28,9 +28,10 @@ _WINDOW = 2048  # tokens of the text that are looked through
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """For `count` guesses at what follows `tokens`. place: which token of the answer the first of them would be.
+    """A request for `count` guesses at what follows `tokens`.
 
-    adapter, long: as in Row, of the model that answers.
+    place: the number of the answer's token that the first guess stands for. choose: how the answer chooses its tokens.
+    adapter, long: as in `Row`, of the model that answers.
     """
 
     sequence: int
@@ -43,32 +44,37 @@ class DraftRequest:
 
     @property
     def kind(self) -> tuple[int, bool]:
-        """What keys and values of one ask have to have in common with those of another, to be of use to it."""
+        """What the keys and values of two requests must have in common for the one to be of use to the other."""
         return self.adapter, self.long
 
 
 class Drafter(Protocol):
+    """Something that guesses at the next tokens of answers."""
+
     @property
     def seconds(self) -> float:
-        """That one guess takes, lately."""
+        """Seconds that one guess takes, lately."""
 
     @property
     def reading_seconds(self) -> float:
-        """That a token of the text takes which is new to it, lately."""
+        """Seconds that each token of a text takes which the drafter has not read yet, lately."""
 
     def unread(self, ask: DraftRequest) -> int:
-        """Tokens of the ask that are new to it."""
+        """Number of the request's tokens that the drafter has not read yet."""
 
     async def propose(
         self, asks: Sequence[DraftRequest], enough: Callable[[], bool] = lambda: False
     ) -> list[list[int]]:
-        """As many guesses as asked for, or fewer. enough: asked now and then; True: they are not wanted any more."""
+        """Guess as many tokens as are asked for, or fewer.
+
+        enough: asked now and then; True says that the guesses are not wanted any more.
+        """
 
     def forget(self, sequence: int) -> None: ...
 
 
 class Lookup:
-    """What followed the last few tokens where they stood before (prompt lookup; Saxena 2023)."""
+    """Proposes what followed the last few tokens where they stood before (prompt lookup; Saxena 2023)."""
 
     seconds = math.inf  # there is nothing to be gained by guessing in advance
     reading_seconds = 0.0
@@ -82,7 +88,7 @@ class Lookup:
         return [look_up(ask.tokens, ask.count) for ask in asks]
 
     def forget(self, sequence: int) -> None:
-        """It remembers nothing."""
+        """Do nothing: a lookup remembers nothing."""
 
 
 def look_up(tokens: Sequence[int], count: int) -> list[int]:
@@ -100,7 +106,7 @@ def look_up(tokens: Sequence[int], count: int) -> list[int]:
 
 @dataclass
 class _Line:
-    """What a model has guessed of one answer. fed: how many of the tokens are in its cache; never the last one."""
+    """The guesses of a model for one answer. fed: how many of the tokens are in its cache; never the last one."""
 
     choose: Chooser
     tokens: list[int]
@@ -109,8 +115,10 @@ class _Line:
 
 
 class ModelDrafter:
-    """A model that drafts token by token: another, smaller one, or the first blocks of the same one with its head
-    (self-speculation, as in LayerSkip: Elhoushi et al. 2024, arXiv 2404.16710)."""
+    """A model that drafts token by token: a smaller one, or the first blocks of the same one with its head.
+
+    The latter is self-speculation as in LayerSkip (Elhoushi et al. 2024, arXiv 2404.16710).
+    """
 
     def __init__(
         self,
@@ -122,9 +130,11 @@ class ModelDrafter:
         adapters: bool = False,
         chunk: int = 256,
     ) -> None:
-        """context: most tokens of a sequence. first_sequence: added to the numbers of sequences, where others use
-        these blocks, too. adapters: whether the blocks have those of the model that answers. chunk: most tokens of a
-        sequence in one batch.
+        """Draft with these blocks and ends.
+
+        context: the most tokens of a sequence. first_sequence: is added to the numbers of sequences, where others use
+        these blocks, too. adapters: whether the blocks have the adapters of the model that answers. chunk: the most
+        tokens of a sequence in one batch.
         """
         self._adapters = adapters
         self._ends, self._blocks, self._context = ends, blocks, context
@@ -149,7 +159,7 @@ class ModelDrafter:
     async def propose(
         self, asks: Sequence[DraftRequest], enough: Callable[[], bool] = lambda: False
     ) -> list[list[int]]:
-        """Goes on from what it has guessed already where that begins with the tokens of the ask."""
+        """Guess on from earlier guesses where they begin with the request's tokens, else from these tokens."""
         asks = [replace(ask, count=min(ask.count, self._context - len(ask.tokens))) for ask in asks]
         due = [(ask, self._line(ask)) for ask in asks if ask.count > 0 and max(ask.tokens) < self._ends.vocabulary]
         lines = {ask.sequence: line for ask, line in due}
@@ -175,7 +185,7 @@ class ModelDrafter:
         return line
 
     async def _step(self, due: Sequence[tuple[DraftRequest, _Line]]) -> None:
-        """One more token of each, or one more piece of what comes before it."""
+        """Compute one more token for each request, or one more piece of the text before it."""
         rows: list[Row] = []
         ids: list[int] = []
         positions: list[int] = []

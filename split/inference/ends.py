@@ -17,7 +17,9 @@ _ROWS = 256  # of logits at a time: a vocabulary is long
 
 
 class Ends:
-    """Token ids in, hidden states out; and hidden states in, logits out. Without any block."""
+    """Embedding, final norm and head of a model, without any block: token ids in, hidden states out, and back to
+    logits.
+    """
 
     def __init__(self, source: TensorSource, choice: RuntimeChoice) -> None:
         config = source.config
@@ -41,7 +43,7 @@ class Ends:
 
     @torch.inference_mode()
     def embed(self, ids: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """(tokens, hidden) float32 on the CPU; positions: of each token in its sequence."""
+        """Embed tokens: (tokens, hidden) float32 on the CPU. positions: of each token in its sequence."""
         hidden: Tensor = self._embedding(torch.tensor(ids, device=self._device))
         if self._positions is not None:
             hidden = hidden + self._positions(torch.tensor(positions, device=self._device))
@@ -49,6 +51,6 @@ class Ends:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """(tokens, hidden) after the last block -> (tokens, vocabulary) float32 on the CPU."""
+        """Compute logits, (tokens, vocabulary) float32 on the CPU. hidden: (tokens, hidden), after the last block."""
         parts = [self._head(part) for part in hidden.split(_ROWS)]
         return torch.cat(parts).to("cpu", torch.float32)

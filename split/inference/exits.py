@@ -14,8 +14,10 @@ MARGIN, ENTROPY = "margin", "entropy"
 
 @dataclass(frozen=True)
 class ExitRule:
-    """by margin: the likeliest token's probability less the second's is at least `threshold` (CALM's softmax response:
-    Schuster et al. 2022, section 3.5). by entropy: that of the probabilities, in nats, is at most `threshold`.
+    """A rule that says when the first blocks are sure enough of a token.
+
+    by margin: the likeliest token's probability less the second's is at least `threshold` (CALM's softmax response:
+    Schuster et al. 2022, section 3.5). by entropy: the entropy of the probabilities, in nats, is at most `threshold`.
     """
 
     threshold: float
@@ -28,7 +30,7 @@ class ExitRule:
             raise BadRequest(f"exit threshold {self.threshold}: choose 0 to 1, or for entropy 0 or more nats")
 
     def sure(self, logits: Tensor) -> list[bool]:
-        """logits: (tokens, vocabulary), of the model's head after the first span."""
+        """Say for each token whether it is sure. logits: (tokens, vocabulary), of the head after the first span."""
         scores = logits.double().log_softmax(-1)
         if self.by == ENTROPY:
             sure = torch.special.entr(scores.exp()).sum(-1) <= self.threshold
@@ -40,7 +42,7 @@ class ExitRule:
 
 
 def parse_exit(text: str) -> ExitRule | None:
-    """`0.9` or `entropy:0.5`; empty: no early exit. Raises BadRequest."""
+    """Read `0.9` or `entropy:0.5`; None for the empty text, no early exit. Raises BadRequest."""
     if not text:
         return None
     by, _, number = text.rpartition(":")

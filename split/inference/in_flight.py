@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 _ROUNDS = 4  # tokens of each answer, at least, by which a number of batches is judged at a time
-_SECONDS = 0.1  # that this takes at least
+_SECONDS = 0.1  # the least time in which a number of batches is judged
 _TURNS = 3  # of the present number and the other in a trial; each one's fastest turn counts
 _BETTER = 0.93  # of the present number's seconds: what the other has to be below, to be taken
 _WORSE = 1.15  # the same: above it, the other is given up at once
@@ -20,10 +20,10 @@ _NEVER = -math.inf
 
 
 class InFlight:
-    """Call `took` after every batch of next tokens; `value` is how many of them may be under way."""
+    """Tries out how many batches of next tokens should be in flight: `value`. Call `took` after every such batch."""
 
     def __init__(self, most: int) -> None:
-        """most: the number of spans, with which it begins."""
+        """Begin with as many batches as there are spans, `most`."""
         self.value = self._kept = self._most = most
         self._others = self._in_turn()
         self._next, self._pause = _NEVER, _FIRST_PAUSE
@@ -33,7 +33,10 @@ class InFlight:
         self._rounds, self._since, self._unsettled = 0.0, _NEVER, most  # of the present turn
 
     def took(self, answers: int, tokens: int, now: float) -> None:
-        """After a batch that gave so many tokens. answers: that are in the chain now. now: seconds, of any clock."""
+        """Note that a batch gave so many tokens.
+
+        answers: the number that are in the chain now. now: seconds, of any clock.
+        """
         if self._most < 2:
             return
         if answers < 2 or max(answers, self._answers) > _ALIKE * min(answers, self._answers):
@@ -53,11 +56,11 @@ class InFlight:
             self._begin_turn()
 
     def broke_off(self) -> None:
-        """A batch failed, or nobody is at work any more: what was being measured counts for nothing."""
+        """Drop what was being measured: a batch failed, or nobody is at work any more."""
         self._end_trial()
 
     def _begin_turn(self) -> None:
-        """Of the present value, once the batches that were under way before it are done."""
+        """Measure the present value anew, once the batches in flight before it are done."""
         self._rounds, self._since, self._unsettled = 0.0, _NEVER, self._most
 
     def _end_trial(self) -> None:
@@ -65,7 +68,7 @@ class InFlight:
         self._begin_turn()
 
     def _judge(self, seconds: float, now: float) -> None:
-        """After a turn of the present value."""
+        """Compare the present value with the other after a turn of it. seconds: for a token of each answer."""
         if not self._best and now < self._next:
             return
         other = self._others[0]

@@ -32,9 +32,10 @@ async def local_engine(
     exits: ExitRule | None = None,
     adapters: Sequence[LoraAdapter] = (),
 ) -> Engine:
-    """Not yet started. cuts: rising numbers of blocks at which the model is cut into spans. draft: as `make_drafter`.
+    """Make an engine in this process, which is not started yet.
 
-    context: most tokens of a sequence; None: what the model was made for, at most 4096.
+    cuts: rising numbers of blocks at which the model is cut into spans. context: the most tokens of a sequence; None:
+    what the model was made for, at most 4096. draft: as for `make_drafter`.
     """
     layers = source.config.num_hidden_layers
     bounds = [0, *cuts, layers]
@@ -69,10 +70,13 @@ def make_drafter(
     context: int,
     sequences: int,
 ) -> Drafter | None:
-    """draft: NONE; LOOKUP; EARLY, the first blocks with the model's own head; or a model, as users write it.
+    """Make the drafter that a user names; None for NONE.
 
-    first: of the first blocks, if they are here, with room for twice as many sequences. choice: for a model's runtime.
-    Raises BadRequest for a model with another tokenizer, and for EARLY without `first`; BadModelFolder.
+    draft: NONE; LOOKUP; EARLY, the first blocks with the model's own head; or the name of a model. first: the holder of
+    the first blocks, if they are in this process, with room for twice as many sequences. choice: how a draft model is
+    computed. context: the most tokens of a sequence.
+
+    Raises BadRequest for a model with another tokenizer and for EARLY without `first`; BadModelFolder.
     """
     if draft == NONE:
         return None
@@ -89,7 +93,7 @@ def make_drafter(
 
 
 def open_draft_model(name: str, like: TensorSource) -> ModelFolder:
-    """Raises BadRequest for a model with another tokenizer than the one that it drafts for, BadModelFolder."""
+    """Open a draft model. Raises BadRequest if its tokenizer is not that of the model `like`, BadModelFolder."""
     model = open_model(name)
     if model.tokenizer().get_vocab() != like.tokenizer().get_vocab():
         raise BadRequest(f"draft {name}: its tokenizer is not the model's, so it cannot draft for it")
@@ -97,7 +101,7 @@ def open_draft_model(name: str, like: TensorSource) -> ModelFolder:
 
 
 def context_of(source: TensorSource, asked: int | None) -> int:
-    """Raises BadRequest for more than the model was made for."""
+    """The tokens of a sequence: as asked, or up to 4096. Raises BadRequest for more than the model was made for."""
     most = int(getattr(source.config, "max_position_embeddings", 0) or 4096)
     if asked is None:
         return min(most, 4096)

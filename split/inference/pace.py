@@ -1,4 +1,4 @@
-"""What drafts cost, and how often they are right: what is known of it lately."""
+"""Estimates of what batches cost and of how often drafts are right, from recent ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LONGEST_PAUSE = 16  # batches
 
 
 class BatchCost:
-    """Seconds of a batch as a + b x tokens, from recent ones: least squares in which old batches fade."""
+    """Estimates the seconds of a batch as a + b x tokens: least squares in which old batches fade."""
 
     def __init__(self) -> None:
         self._sums = [0.0] * 5  # of 1, tokens, tokens^2, seconds, tokens x seconds
@@ -18,7 +18,7 @@ class BatchCost:
 
     @property
     def known(self) -> bool:
-        """Whether there were batches of different sizes."""
+        """Whether there were batches of different sizes, so that the slope is known."""
         return self._slope is not None
 
     def add(self, tokens: int, seconds: float) -> None:
@@ -32,7 +32,7 @@ class BatchCost:
             self._slope = max(0.0, (count * xy - x * y) / spread)
 
     def __call__(self, tokens: int) -> float:
-        """Expected seconds; 0 before anything was measured."""
+        """Expected seconds of a batch of so many tokens; 0 before anything was measured."""
         count, x, _, y, _ = self._sums
         if not count:
             return 0.0
@@ -40,7 +40,7 @@ class BatchCost:
 
 
 class Mean:
-    """Of what comes, the latest counting most."""
+    """A moving mean in which the latest value counts most."""
 
     def __init__(self, start: float, weight: float) -> None:
         self.value, self._weight = start, weight
@@ -50,12 +50,12 @@ class Mean:
 
 
 def shared_mean() -> Mean:
-    """Of the drafts of all answers: what a new answer begins with."""
+    """The mean, over the drafts of all answers, of whether a draft was right; a new answer begins with it."""
     return Mean(0.6, _SHARED_WEIGHT)
 
 
 class Pace:
-    """Of one answer. shared: `shared_mean`, which hears of this answer, too."""
+    """How often the drafts of one answer are right, and whether to pause. shared: hears of this answer, too."""
 
     def __init__(self, shared: Mean) -> None:
         self._shared, self._right = shared, Mean(shared.value, _WEIGHT)
@@ -63,7 +63,7 @@ class Pace:
 
     @property
     def right(self) -> float:
-        """Share of the drafts that are tested and are right."""
+        """Share of the tested drafts that are right."""
         return min(self._right.value, 0.99)
 
     def expected(self, drafts: int) -> float:
@@ -71,17 +71,17 @@ class Pace:
         return (1 - self.right ** (drafts + 1)) / (1 - self.right)
 
     def heard(self, right: int, wrong: bool) -> None:
-        """right: drafts that were; wrong: whether one more was tested and was not."""
+        """Note how a batch's drafts did. right: number that were; wrong: whether one more was tested and was not."""
         for value in [1.0] * right + [0.0] * wrong:
             self._right.add(value)
             self._shared.add(value)
 
     def proposed(self, count: int) -> None:
-        """So many drafts came when some were asked for. After none there is a pause, longer each time."""
+        """Note how many drafts came when some were asked for. After none there is a pause, longer each time."""
         self._vain = 0 if count else self._vain + 1
         self._pause = 0 if count else min(2**self._vain, _LONGEST_PAUSE)
 
     def pauses(self) -> bool:
-        """Asked once for each batch."""
+        """Whether the answer gets no drafts in this batch. To be asked once for each batch."""
         self._pause = max(0, self._pause - 1)
         return self._pause > 0

@@ -1,4 +1,4 @@
-"""What a caller of the engine asks for, and what it gets, token by token."""
+"""Requests to the engine, and what comes back, token by token."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from isthmus.split.errors import IsthmusError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a next token is chosen. temperature 0: always the likeliest, the rest does not matter.
+    """How a next token is chosen from the model's probabilities.
 
-    top_k 0 and top_p 1: all tokens. Filters are applied after the temperature, top_k first. seed: draws are the same
-    again, whatever else is generated at the same time; None: one that nobody knows.
+    temperature: 0 always takes the likeliest token, whatever the rest says. top_k: number of the likeliest tokens to
+    draw from; 0: all. top_p: draw from the fewest likeliest tokens that have this share of the probability; 1: all.
+    Filters are applied after the temperature, top_k first. seed: equal seeds draw the same tokens, whatever else is
+    generated at the same time; None: a seed that nobody knows.
     """
 
     temperature: float = 1.0
@@ -23,13 +25,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """prompt: token ids, at least one. logprobs: how many of the likeliest tokens to tell at each position beside the
-    chosen one (None: no logprobs at all). prompt_logprobs: tell them of the prompt's tokens, too.
+    """What is asked of the engine.
 
-    max_tokens may be 0 for the prompt's logprobs alone. stop_tokens: end the answer, and belong to it (EOS).
-    adapter: 0 for the base model, i for the i-th adapter that is served with it.
-    client: those that wait take turns by it. alone: nobody asked for other answers together with this one, so while it
-    waits it may be refused in another client's favour.
+    prompt: token ids, at least one. max_tokens: of the answer; 0 for the prompt's logprobs alone. logprobs: how many of
+    the likeliest tokens to tell at each position beside the chosen one; None: no logprobs. prompt_logprobs: whether to
+    tell the logprobs of the prompt's tokens, too. stop_tokens: ids that end the answer and belong to it (EOS). adapter:
+    0 for the base model, i for the i-th adapter that is served with it.
+
+    client: name by which waiting requests take turns. alone: whether nobody asked for other answers together with this
+    one; while such a request waits it may be refused in another client's favour.
     """
 
     prompt: tuple[int, ...]
@@ -45,7 +49,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Logprob:
-    """Natural logarithms of probabilities under the model as it is (temperature 1, no filter). top: the likeliest."""
+    """Natural logarithms of a token's probability under the model as it is: temperature 1, no filter.
+
+    top: ids and log probabilities of the likeliest tokens.
+    """
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
@@ -62,7 +69,7 @@ class Token:
 
 @dataclass
 class Timing:
-    """Seconds since the request came in; figures of one answer."""
+    """Figures of one answer. Times are in seconds since the request came in."""
 
     first_token: float = 0.0
     total: float = 0.0
@@ -77,7 +84,7 @@ class Timing:
 
 
 class Busy(IsthmusError):
-    """The queue is full; retry_after: seconds after which it is worth trying again."""
+    """The queue is full. retry_after: seconds after which it is worth trying again."""
 
     status = "RESOURCE_EXHAUSTED"
 

@@ -15,10 +15,10 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 @dataclass(frozen=True)
 class Piece:
-    """What one token stands for, after other text.
+    """The text that one token adds after other text.
 
-    data: its bytes, maybe a part of a character only. special: left out of the text, as an end token is; data is then
-    its name.
+    data: its bytes, maybe a part of a character only. special: whether it is left out of the text, as an end token is;
+    data is then its name.
     """
 
     data: bytes
@@ -26,7 +26,7 @@ class Piece:
 
     @property
     def text(self) -> str:
-        """To be shown alone; bytes that are no text by themselves are written as OpenAI does."""
+        """The piece shown alone; bytes that are no text by themselves are written as OpenAI does."""
         try:
             return self.data.decode()
         except UnicodeDecodeError:
@@ -49,7 +49,7 @@ class Vocabulary:
         self._pieces: dict[int, Piece] = {}
 
     def piece(self, id: int) -> Piece:
-        """Of an id that the tokenizer does not know: nothing."""
+        """The piece of a token; an empty one for an id that the tokenizer does not know."""
         if id not in self._pieces:
             self._pieces[id] = self._find(id)
         return self._pieces[id]
@@ -76,7 +76,7 @@ class Vocabulary:
 
 @lru_cache(maxsize=8)
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """The same one for all texts, as it remembers the pieces."""
+    """The vocabulary of a tokenizer, the same object for all texts since it remembers the pieces."""
     return Vocabulary(tokenizer)
 
 
@@ -107,7 +107,7 @@ class TextStream:
         self._stops = [_Stop(text) for text in stop]
 
     def push(self, id: int) -> str:
-        """The text that this token makes final."""
+        """Add a token. Returns the text that it makes final."""
         piece = self._vocabulary.piece(id)
         if self.stopped or piece.special or not piece.data:
             return ""
@@ -116,7 +116,7 @@ class TextStream:
         return self._take(self._decoder.decode(data))
 
     def finish(self) -> str:
-        """What was held back; half a character becomes a replacement character."""
+        """End the text. Returns what was held back; half a character becomes a replacement character."""
         if self.stopped:
             return ""
         text = self._take(self._decoder.decode(b"", final=True)) + self._held
@@ -141,7 +141,7 @@ class TextStream:
 
 
 class _Stop:
-    """Finds a text in one that comes in characters (Knuth, Morris and Pratt)."""
+    """Finds a stop text in a text that comes character by character (Knuth, Morris and Pratt)."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -151,7 +151,7 @@ class _Stop:
             self._shorter.append(self._extend(self._shorter[-1], character))
 
     def read(self, character: str) -> bool:
-        """Whether the text is complete with this character."""
+        """Read a character. Returns whether the stop text is complete with it."""
         self.matched = self._extend(self.matched, character)
         return self.matched == len(self.text)
 
@@ -162,7 +162,10 @@ class _Stop:
 
 
 def _bytes_of(name: str) -> bytes:
-    """Of a token that is not whole characters: sentencepiece's <0x0A>, or GPT-2's alphabet for bytes; else nothing."""
+    """Bytes of a token that is not whole characters; none for any other token.
+
+    name: in the tokenizer, such as sentencepiece's <0x0A>, or in GPT-2's alphabet for bytes.
+    """
     if match := _BYTE_TOKEN.fullmatch(name):
         return bytes([int(match[1], 16)])
     values = [_BYTES.get(character) for character in name]
@@ -170,7 +173,7 @@ def _bytes_of(name: str) -> bytes:
 
 
 def _gpt2_alphabet() -> dict[str, int]:
-    """The character that stands for each byte: itself where it can be printed, else one from U+0100 on."""
+    """The byte for which each character stands: itself where it can be printed, else one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -12,7 +12,10 @@ from torch.nn.functional import pad
 
 @dataclass(frozen=True)
 class Factors:
-    """A module's adapter, without its scale: its product is B A. a: (rank, in); b: (out, rank); float32."""
+    """A module's adapter without its scale, whose product is B A.
+
+    a: (rank, in), b: (out, rank), float32.
+    """
 
     a: Tensor
     b: Tensor
@@ -23,25 +26,27 @@ class Factors:
 
     @property
     def full_rank(self) -> int:
-        """More than that no product of this shape can have."""
+        """The largest rank that a product of this shape can have."""
         return min(self.a.shape[1], self.b.shape[0])
 
     def product(self) -> Tensor:
-        """(out, in)."""
+        """The product B A, (out, in)."""
         return self.b @ self.a
 
     def first(self, rank: int) -> Factors:
+        """The leading part of this rank."""
         return Factors(self.a[:rank], self.b[:, :rank])
 
     def after(self, rank: int) -> Factors:
-        """What `first` leaves out."""
+        """The part that `first` leaves out."""
         return Factors(self.a[rank:], self.b[:, rank:])
 
     def times(self, weight: float) -> Factors:
+        """The factors of the product times a weight."""
         return Factors(self.a, self.b * weight)
 
     def padded(self, rank: int) -> Factors:
-        """With zeros."""
+        """The same product with more rank: zeros are added."""
         return Factors(pad(self.a, (0, 0, 0, rank - self.rank)), pad(self.b, (0, rank - self.rank)))
 
 
@@ -49,7 +54,7 @@ WeightedFactors = tuple[Factors, float]  # what one holder has, and its weight; 
 
 
 def stacked(parts: Sequence[WeightedFactors]) -> Factors:
-    """Exactly the weighted average of the products: side by side, so the ranks add up."""
+    """Put factors side by side: exactly the weighted average of the products. The ranks add up."""
     return Factors(
         torch.cat([factors.a for factors, _ in parts]),
         torch.cat([factors.b * weight for factors, weight in parts], dim=1),
@@ -57,16 +62,19 @@ def stacked(parts: Sequence[WeightedFactors]) -> Factors:
 
 
 def norm_squared(factors: Factors) -> float:
-    """Squared Frobenius norm of the product, from two Gram matrices (rank, rank): the product itself is large."""
+    """Squared Frobenius norm of the product.
+
+    It comes from two Gram matrices, (rank, rank), since the product itself is large.
+    """
     a, b = factors.a.double(), factors.b.double()
     return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
 
 
 def difference_squared(one: Factors, other: Factors) -> float:
-    """Squared Frobenius norm of the difference of the products.
+    """Squared Frobenius norm of the difference of two products.
 
-    Of orthogonal factors of a joint basis, and not from Gram matrices of the differences: those would lose half of
-    the digits where the two are nearly the same.
+    It comes from orthogonal factors of a joint basis, and not from Gram matrices of the differences: those would lose
+    half of the digits where the two are nearly the same.
     """
     both = Factors(torch.cat([one.a, other.a]).double(), torch.cat([one.b, -other.b], dim=1).double())
     core, _, _ = core_of(both)
@@ -74,7 +82,7 @@ def difference_squared(one: Factors, other: Factors) -> float:
 
 
 def core_of(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """B A = Q_b C Q_a^T with orthonormal columns: (C, Q_b, Q_a). C is as small as the rank."""
+    """Write B A as Q_b C Q_a^T with orthonormal columns. Returns (C, Q_b, Q_a); C is as small as the rank."""
     q_a, r_a = torch.linalg.qr(factors.a.T)
     q_b, r_b = torch.linalg.qr(factors.b)
     return r_b @ r_a.T, q_b, q_a

@@ -19,7 +19,7 @@ class AdapterSource(Protocol):
     """An adapter, or a holder's part of one: a folder, or blobs. Tensors have the names that peft gives them."""
 
     def text(self, name: str) -> str:
-        """Of one of ADAPTER_FILES."""
+        """The text of one of ADAPTER_FILES."""
 
     def tensor_names(self) -> frozenset[str]: ...
 
@@ -55,7 +55,7 @@ class AdapterFolder:
         return read_tensor(self.place(name))
 
     def place(self, name: str) -> Place:
-        """Where the bytes of a tensor are."""
+        """The place of a tensor's bytes."""
         if name not in self._places:
             raise BadModelFolder(f"{self.path / _TENSORS} has no tensor {name}")
         return self._places[name]

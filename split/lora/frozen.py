@@ -26,7 +26,7 @@ from isthmus.split.models.stage import Stage
 
 @dataclass(frozen=True)
 class Frozen:
-    """What comes to a frozen part, by module. replaces: it takes the place of all that was there."""
+    """A change of a frozen part: factors by module. replaces: whether they take the place of all that was there."""
 
     replaces: bool
     factors: Mapping[str, Factors]
@@ -39,7 +39,7 @@ class Frozen:
 
 
 class FrozenPart:
-    """Of a holder's stages. A module with LoRA or without it may have one."""
+    """The frozen part of the adapters of a holder's stages; a module may have one with LoRA or without."""
 
     def __init__(self, stages: Sequence[Stage], config: TrainingConfig) -> None:
         self._scale = config.lora.scale
@@ -55,7 +55,7 @@ class FrozenPart:
             module.register_forward_hook(self._hook(name))
 
     def take(self, frozen: Frozen) -> None:
-        """Raises BadTensor for modules that are not here."""
+        """Add to the frozen part, or replace it. Raises BadTensor for modules that are not here."""
         if frozen.replaces:
             self.factors.clear()
         for name, factors in frozen.factors.items():

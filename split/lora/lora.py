@@ -79,7 +79,9 @@ def draw_initial_values(modules: Iterable[tuple[str, nn.Module]], seed: int) -> 
 
 
 def initial_adapter(like: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """What `draw_initial_values` gives parameters of these names (in the whole model) and shapes, without the model."""
+    """The first values that `draw_initial_values` would give, for names (in the whole model) and shapes, without the
+    model.
+    """
     return {
         name: _initial_a(name.removesuffix(A), value.shape, seed) if name.endswith(A) else torch.zeros(value.shape)
         for name, value in like.items()
@@ -105,7 +107,7 @@ def lora_parameters(stages: Sequence[Stage]) -> dict[str, nn.Parameter]:
 
 
 def shapes_of(parameters: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:
-    """In the mapping's order."""
+    """The shapes of tensors, in the mapping's order."""
     return tuple(tuple(value.shape) for value in parameters.values())
 
 
@@ -124,7 +126,9 @@ def load_flat(parameters: Mapping[str, Tensor], values: Tensor) -> None:
 
 
 def unflatten(like: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
-    """Cuts a flat vector into tensors of the names and shapes of `like`."""
+    """Cut a flat vector, (values,), into tensors of the names and shapes of `like`. Raises BadTensor for another
+    length.
+    """
     total = sum(value.numel() for value in like.values())
     if values.shape != (total,):
         raise BadTensor(f"an adapter of {values.numel()} values; this one has {total}")
@@ -133,13 +137,13 @@ def unflatten(like: Mapping[str, Tensor], values: Tensor) -> dict[str, Tensor]:
 
 
 def factors_of(values: Mapping[str, Tensor], module: str) -> Factors:
-    """One module's A and B out of an adapter's values by name, as float32 on the CPU."""
+    """Take one module's factors out of an adapter's values by name, as float32 on the CPU."""
     a, b = values[module + A], values[module + B]
     return Factors(a.detach().to("cpu", torch.float32), b.detach().to("cpu", torch.float32))
 
 
 def named_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """The adapter's values by name, from its factors by module."""
+    """Give the factors of modules their names in an adapter."""
     return {
         name: value for module, one in factors.items() for name, value in ((module + A, one.a), (module + B, one.b))
     }

@@ -38,7 +38,10 @@ _SOUND_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others c
 
 @dataclass(frozen=True)
 class Lora:
-    """What one module gives more: (x A^T) B^T. a: (rank, inputs), b: (outputs, rank) with the scale in it; float32."""
+    """What one module adds to its output: (x A^T) B^T.
+
+    a: (rank, inputs); b: (outputs, rank) with the scale in it; float32.
+    """
 
     a: Tensor
     b: Tensor
@@ -46,7 +49,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class _Module:
-    """rank, inputs, outputs: sizes. scale: of what is added."""
+    """Rank, widths and scale of one module's adapter."""
 
     rank: int
     inputs: int
@@ -55,13 +58,13 @@ class _Module:
 
 
 class LoraAdapter:
-    """Checked against the model that it is for; values are read by `load` alone.
+    """An adapter, checked against the model that it is for. Only `load` reads values.
 
-    modules: by their names in the whole model. Raises BadRequest for what cannot be served, BadModelFolder.
+    modules: by their names in the whole model. Raises BadRequest for an adapter that cannot be served, BadModelFolder.
     """
 
     def __init__(self, name: str, source: AdapterSource, config: PreTrainedConfig) -> None:
-        """config: the base model's. source: the whole adapter, or what a holder has of it."""
+        """Check an adapter. source: the whole adapter, or what a holder has of it. config: the base model's."""
         self.name, self._source = name, source
         self._layers = architecture_of(config).layers
         settings, shapes, layers = self._settings(), _linear_shapes(config), config.num_hidden_layers
@@ -77,16 +80,16 @@ class LoraAdapter:
         self.modules = {module: self._module(module, settings, shapes, layers) for module in parts}
 
     def names(self, first: int, last: int) -> list[str]:
-        """The tensors of blocks first..last-1."""
+        """Names of the tensors of blocks first..last-1."""
         return [tensor for module in self._within(first, last) for tensor in self._tensors[module].values()]
 
     def values(self, first: int, last: int) -> int:
-        """How many blocks first..last-1 have."""
+        """Number of values in blocks first..last-1."""
         held = [self.modules[module] for module in self._within(first, last)]
         return sum(one.rank * (one.inputs + one.outputs) for one in held)
 
     def load(self, first: int, last: int) -> dict[str, Lora]:
-        """Of the modules of blocks first..last-1, by their names in the whole model."""
+        """Read the values of blocks first..last-1, by the modules' names in the whole model."""
         return {module: self._lora(module) for module in self._within(first, last)}
 
     def _block(self, module: str) -> int:
@@ -153,7 +156,7 @@ class LoraAdapter:
 
 
 class _Settings:
-    """Ranks and scales. Patterns are read as peft does: the first that the end of a module's name matches counts."""
+    """Ranks and scales by module. As in peft, the first pattern that matches the end of a module's name counts."""
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         """Raises what wrong values raise."""
@@ -182,7 +185,7 @@ def _first(values: Mapping[re.Pattern[str], N], module: str, otherwise: N) -> N:
 
 
 def _linear_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of each linear module of a block, by its name inside it. All blocks are alike."""
+    """(outputs, inputs) of each linear module of a block, by its name inside the block. All blocks are alike."""
     architecture = architecture_of(config)
     block = skeleton(config, StageSpec(0, 1, embeds=False, head=False)).get_submodule(f"{architecture.layers}.0")
     shapes = {}

@@ -1,4 +1,4 @@
-"""Where the LoRA modules of a model sit, and which of them share one message.
+"""The LoRA modules of a model: where they sit, and which of them share one message.
 
 A *site* is a place in a block whose input some LoRA modules read: q, k and v share one, gate and up share another. What
 a site's modules need crosses the link once for all of them. Modules are numbered through the whole model, in the order
@@ -36,7 +36,7 @@ class LoraModule:
     outputs: int
 
     def shapes(self, rank: int) -> dict[str, tuple[int, int]]:
-        """Of its A and B, by their names."""
+        """Shapes of A and B at a rank, by their names."""
         return {
             f"{self.name}.lora_A.weight": (rank, self.inputs),
             f"{self.name}.lora_B.weight": (self.outputs, rank),
@@ -45,14 +45,14 @@ class LoraModule:
 
 @dataclass(frozen=True)
 class Site:
-    """Modules of one block that read the same input."""
+    """The modules of one block that read the same input."""
 
     number: int
     modules: tuple[LoraModule, ...]
 
     @property
     def name(self) -> str:
-        """That of its first module: no other site has it."""
+        """The name of its first module, which no other site has."""
         return self.modules[0].name
 
     @property
@@ -64,17 +64,17 @@ class Site:
         return self.modules[0].inputs
 
     def among(self, numbers: Container[int]) -> list[LoraModule]:
-        """Those of its modules that have one of these numbers."""
+        """The modules of the site whose numbers are among these."""
         return [module for module in self.modules if module.number in numbers]
 
     def outputs(self, numbers: Container[int]) -> int:
-        """Values a row of what those give."""
+        """Values a row that the modules with these numbers give."""
         return sum(module.outputs for module in self.among(numbers))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All LoRA modules and their sites, as one device has them: those in blocks below its cut are in front."""
+    """All LoRA modules and their sites, as one device has them: modules in blocks below its cut are in front."""
 
     modules: tuple[LoraModule, ...]
     sites: tuple[Site, ...]
@@ -83,7 +83,7 @@ class Layout:
     scale: float  # the job's alpha / rank
 
     def cut_at(self, cut: int, rank: int) -> Layout:
-        """For a device of this shape. With rank 0 it has no modules."""
+        """The layout of a device of this shape; with rank 0 it has no modules."""
         modules, sites = (self.modules, self.sites) if rank else ((), ())
         return replace(self, modules=modules, sites=sites, cut=cut, rank=rank)
 
@@ -102,7 +102,7 @@ class Layout:
         return frozenset(module.number for module in self.modules) - self.front
 
     def site(self, number: int) -> Site:
-        """Raises BadFrame for one that the server's blocks have not."""
+        """The site of this number. Raises BadFrame for one that the server's blocks do not have."""
         if not 1 <= number <= len(self.sites) or self.sites[number - 1].block < self.cut:
             raise BadFrame(f"site {number} is none of the server's blocks")
         return self.sites[number - 1]
@@ -114,11 +114,11 @@ class Layout:
         return max((max(site.inputs, site.outputs(everything)) for site in self.sites), default=0)
 
     def shapes(self, number: int) -> dict[str, tuple[int, int]]:
-        """Of a module's A and B, by their names."""
+        """Shapes of a module's A and B, by their names."""
         return self.modules[number].shapes(self.rank)
 
     def pack(self, numbers: frozenset[int]) -> bytes:
-        """A set of modules as a bit for each, the lowest first."""
+        """Write a set of modules with a bit for each, the lowest first."""
         return pack_bits(torch.tensor([module.number in numbers for module in self.modules], dtype=torch.bool))
 
     def unpack(self, data: bytes) -> frozenset[int]:
@@ -133,9 +133,9 @@ class Layout:
 
 
 def layout_of(config: PreTrainedConfig, training: TrainingConfig) -> Layout:
-    """For a device of the job's own cut and rank. config: of the whole model.
+    """The layout of a device of the job's own cut and rank. config: of the whole model.
 
-    Raises BadRequest for target modules that it has not.
+    Raises BadRequest for target modules that the model does not have.
     """
     targets = set(lora_config(training, config).target_modules or ())
     spec = StageSpec(0, config.num_hidden_layers, embeds=False, head=False)

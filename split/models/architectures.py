@@ -167,7 +167,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
 
 
 def rotary_boundary(config: PreTrainedConfig) -> int | None:
-    """With longrope, the tokens of a text beyond which all its keys are rotated by other frequencies; else None."""
+    """The tokens of a text beyond which, with longrope, all its keys are rotated by other frequencies; None without."""
     rope = getattr(config, "rope_parameters", None) or {}
     return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
 

@@ -34,7 +34,7 @@ class BlobStore:
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def path(self, digest: str) -> Path:
-        """Where a whole blob is or will be; raises BadTensor if digest is not a SHA-256 digest."""
+        """The place where a whole blob is or will be. Raises BadTensor if digest is not a SHA-256 digest."""
         return self.directory / check_digest(digest)
 
     def has(self, digest: str) -> bool:
@@ -142,7 +142,7 @@ class Blobs:
         self.read_names: set[str] = set()
 
     def text(self, name: str) -> str:
-        """Of a file."""
+        """The text of a file of the model."""
         blob = self._manifest.files.get(name)
         if blob is None:
             raise BadModelFolder(f"the manifest has no {name}")

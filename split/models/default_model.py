@@ -1,4 +1,4 @@
-"""Where the small model is that comes with the package (made by scripts/train_default_model.py)."""
+"""The folder of the small model that comes with the package (made by scripts/train_default_model.py)."""
 
 from __future__ import annotations
 

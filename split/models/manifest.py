@@ -27,7 +27,9 @@ DTYPES_BY_NAME: Mapping[str, torch.dtype] = {str(dtype).removeprefix("torch."): 
 
 
 class Folder(Protocol):
-    """A model's folder, or an adapter's. files: what may be sent besides the tensors, where it is there."""
+    """The folder of a model or an adapter. files: names of those that may be sent besides the tensors, if they
+    exist.
+    """
 
     path: Path
     files: Sequence[str]
@@ -39,7 +41,7 @@ class Folder(Protocol):
 
 @dataclass(frozen=True)
 class Blob:
-    """Some bytes: digest is their SHA-256 (64 lower-case hexadecimal characters), size their number."""
+    """Some bytes. digest: their SHA-256, 64 lower-case hexadecimal characters. size: their number."""
 
     digest: str
     size: int
@@ -47,7 +49,10 @@ class Blob:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor of a checkpoint: its name in the whole causal LM, torch's name of its dtype, its shape, its bytes."""
+    """A tensor of a checkpoint.
+
+    name: in the whole causal LM. dtype: torch's name of it.
+    """
 
     name: str
     dtype: str
@@ -57,13 +62,13 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a model (or a part of it) is made of: files by name (config.json, tokenizer), tensors by name."""
+    """The contents of a model or of a part of it: files by name (config.json, tokenizer), tensors by name."""
 
     files: Mapping[str, Blob]
     tensors: Mapping[str, TensorEntry]
 
     def blobs(self) -> tuple[Blob, ...]:
-        """Each distinct blob once, files first."""
+        """The distinct blobs, files first."""
         entries = (*self.files.values(), *(entry.blob for entry in self.tensors.values()))
         return tuple(dict.fromkeys(entries))
 
@@ -78,7 +83,7 @@ class Manifest:
 
     @classmethod
     def from_proto(cls, message: pb.Manifest) -> Manifest:
-        """Checked: known file names, digests that are digests, sizes that fit the shapes. Raises BadTensor."""
+        """Read a manifest and check its file names, digests, and that sizes fit the shapes. Raises BadTensor."""
         files: dict[str, Blob] = {}
         for file in message.files:
             if file.name not in (*MODEL_FILES, *ADAPTER_FILES) or file.name in files:
@@ -96,7 +101,7 @@ class Manifest:
 
 
 def check_digest(digest: str) -> str:
-    """The digest, if it is one (and so safe in a file name); raises BadTensor."""
+    """Return a digest that is one, and so is safe in a file name. Raises BadTensor for another text."""
     if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
         raise BadTensor(f"{digest[:80]!r} is not a SHA-256 digest")
     return digest
@@ -125,24 +130,24 @@ def build_manifest(folder: Folder, names: Iterable[str] | None = None, *, cache:
 
 
 def restrict(manifest: Manifest, names: Iterable[str]) -> Manifest:
-    """The manifest of a holder: all files, and only the named tensors. Raises BadRequest if one is not there."""
+    """Make the manifest of a holder: all files, and only the named tensors. Raises BadRequest if one is missing."""
     return Manifest(manifest.files, {entry.name: entry for entry in _select(manifest, names)})
 
 
 def holder_digest(manifest: Manifest, names: Iterable[str]) -> str:
-    """One digest over names, dtypes, shapes and contents of the named tensors: equal exactly where those are equal."""
+    """Compute one digest over names, dtypes, shapes and contents of the named tensors: equal only where these are."""
     rows = [[entry.name, entry.dtype, list(entry.shape), entry.blob.digest] for entry in _select(manifest, names)]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def with_adapters(digest: str, adapters: Iterable[Manifest]) -> str:
-    """One digest of a holder's tensors (whose digest is given) and of its parts of adapters, their files included."""
+    """Compute one digest of a holder's tensors, whose digest is given, and of its parts of adapters."""
     parts = [[*(blob.digest for blob in part.files.values()), holder_digest(part, part.tensors)] for part in adapters]
     return hashlib.sha256(json.dumps([digest, *parts]).encode()).hexdigest() if parts else digest
 
 
 def read_blob(folder: Folder, manifest: Manifest, digest: str, offset: int = 0) -> Iterator[bytes]:
-    """The bytes of a tensor or file in the manifest from offset on, in chunks of at most 1 MiB.
+    """Read a tensor or file in the manifest from an offset on, in chunks of at most 1 MiB.
 
     Raises NotFound (no such digest in the manifest), BadRequest (an offset behind its end), BadModelFolder.
     """
@@ -207,7 +212,7 @@ class _DigestCache:
                 self._files = {}  # only a cache: made again
 
     def of(self, path: Path, name: str, start: int, size: int) -> str:
-        """The digest of size bytes from start on, which the file has under that name."""
+        """The digest of `size` bytes from `start` on, which the file has under that name."""
         stat = path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns]
         entry = self._files.get(str(path.resolve()))

@@ -39,7 +39,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor's bytes are, and what they mean. offset is from the start of the file; both in bytes."""
+    """The place of a tensor's bytes, and what they mean. offset: from the start of the file. Both in bytes."""
 
     path: Path
     offset: int

@@ -1,4 +1,4 @@
-"""Where a model's tensors come from: the interface, and a folder in Hugging Face hub format.
+"""Sources of a model's tensors: the interface, and a folder in Hugging Face hub format.
 
 Tensors are read one by one, by name, from safetensors. Pickles are refused, and no code from a folder is ever run.
 """
@@ -49,7 +49,7 @@ class TensorSource(Protocol):
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
 
     def file(self, name: str) -> Path | None:
-        """Where one of MODEL_FILES is; None if the model has none of this name."""
+        """The path of one of MODEL_FILES; None if the model has none of this name."""
 
     def tensor_names(self) -> frozenset[str]: ...
 
@@ -86,6 +86,7 @@ class ModelFolder:
         return load_tokenizer(self.path)
 
     def file(self, name: str) -> Path | None:
+        """The path of one of MODEL_FILES; None if the model has none of this name."""
         path = self.path / name
         return path if path.is_file() else None
 
@@ -99,7 +100,7 @@ class ModelFolder:
         return tensor
 
     def place(self, name: str) -> Place:
-        """Where the bytes of a tensor are."""
+        """The place of a tensor's bytes."""
         if name not in self._stored:
             raise BadModelFolder(f"{self.path} has no tensor {name}; the checkpoint is not of this configuration")
         stored, shard = self._stored[name]

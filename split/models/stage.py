@@ -40,19 +40,21 @@ class StageSpec:
 
 
 def cut_in_two(config: PreTrainedConfig, cut_layer: int) -> tuple[StageSpec, StageSpec]:
-    """(device, server): the device has the embedding and cut_layer blocks, the server the rest and the head.
+    """Cut a model into two stages, (device, server).
 
-    cut_layer 0 leaves the device only the embedding. Raises BadRequest for any other cut that is not inside the model.
+    The device has the embedding and cut_layer blocks (0: only the embedding), the server the rest and the head. Raises
+    BadRequest for a cut that is not inside the model.
     """
     layers = _check_cut(config, cut_layer)
     return StageSpec(0, cut_layer, embeds=True, head=False), StageSpec(cut_layer, layers, embeds=False, head=True)
 
 
 def cut_u_shaped(config: PreTrainedConfig, cut_layer: int) -> tuple[StageSpec, StageSpec, StageSpec]:
-    """(front, middle, tail): the device has front and tail, so that text and labels stay there; the server has middle.
+    """Cut a model into three stages, (front, middle, tail): front and tail are the device's, so text and labels stay
+    there.
 
-    front: the embedding and cut_layer blocks (0: only the embedding); tail: the final norm and the head.
-    Raises BadRequest for a cut that is not inside the model.
+    front: the embedding and cut_layer blocks (0: only the embedding). middle: the server's blocks. tail: the final norm
+    and the head. Raises BadRequest for a cut that is not inside the model.
     """
     layers = _check_cut(config, cut_layer)
     return (
@@ -78,10 +80,11 @@ class Stage(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor, *, cache: DynamicCache | None = None) -> Tensor:
-        """x: token ids (batch, sequence) int64 where the stage embeds, else hidden states (batch, sequence, hidden).
+        """Compute the stage.
 
-        cache: this stage's own, from new_cache(); holds what came before x and is extended by it.
-        Returns hidden states (batch, sequence, hidden), or logits (batch, sequence, vocabulary) where it has the head.
+        x: token ids (batch, sequence) int64 where the stage embeds, else hidden states (batch, sequence, hidden).
+        cache: this stage's own, from new_cache(); it holds what came before x and is extended by it. Returns hidden
+        states (batch, sequence, hidden), or logits (batch, sequence, vocabulary) where the stage has the head.
         """
         given = {"input_ids": x} if self.spec.embeds else {"inputs_embeds": x}
         output: Tensor = self.model(**given, past_key_values=cache, use_cache=cache is not None).logits
@@ -92,11 +95,11 @@ class Stage(nn.Module):
         return output
 
     def new_cache(self) -> DynamicCache:
-        """An empty cache of keys and values for one batch; sliding-window blocks keep only their window."""
+        """Make an empty cache of keys and values for one batch; sliding-window blocks keep only their window."""
         return DynamicCache(config=self.model.config) if self.spec.first < self.spec.last else DynamicCache()
 
     def global_name(self, local_module_name: str) -> str:
-        """A dotted name inside `model` (of a module or a parameter) as it is in the whole causal LM."""
+        """Translate a dotted name inside `model`, of a module or a parameter, to its name in the whole causal LM."""
         return _shift(local_module_name, self._layers, self.spec.first)
 
 
@@ -107,10 +110,10 @@ def build_stages(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> list[Stage]:
-    """The stages of one holder, with weights on device in dtype (float16 and bfloat16 checkpoints are cast).
+    """Build the stages of one holder, with weights on device in dtype (float16 and bfloat16 checkpoints are cast).
 
-    A tensor that two of the stages need, such as a tied embedding, is read and held once.
-    Raises BadRequest (a stage outside the model), UnsupportedModel, BadModelFolder (a tensor missing or misshapen).
+    A tensor that two of the stages need, such as a tied embedding, is read and held once. Raises BadRequest (a stage
+    outside the model), UnsupportedModel, BadModelFolder (a tensor missing or misshapen).
     """
     config = source.config
     architecture = architecture_of(config)
@@ -142,7 +145,7 @@ def _load(
 
 
 def skeleton(config: PreTrainedConfig, spec: StageSpec) -> PreTrainedModel:
-    """The stage's modules without values (meta device). Its state_dict names exactly the tensors that it needs."""
+    """Build the stage's modules without values (meta device). Its state_dict names exactly the stage's tensors."""
     architecture = architecture_of(config)
     layers = config.num_hidden_layers
     inside = 0 <= spec.first <= spec.last <= layers
@@ -172,20 +175,20 @@ def skeleton(config: PreTrainedConfig, spec: StageSpec) -> PreTrainedModel:
 
 
 class _NoPositions(nn.Module):
-    """In the place of a learned position embedding whose part the first stage has done: adds zero."""
+    """A learned position embedding that adds zero, in a stage before which the first stage has added the positions."""
 
     def forward(self, position_ids: Tensor) -> Tensor:
         return position_ids.new_zeros(())
 
 
 def _compute_rotary(model: PreTrainedModel, name: str, device: torch.device | str) -> None:
-    """Frequencies are computed, not stored: make them again, off the meta device, always in float32."""
+    """Compute the rotary frequencies, which are not stored, again: off the meta device, always in float32."""
     rotary = model.get_submodule(name)
     model.set_submodule(name, type(rotary)(config=model.config).to(device))
 
 
 def _checkpoint_names(config: PreTrainedConfig, spec: StageSpec, model: PreTrainedModel) -> dict[str, str]:
-    """For each tensor of the stage: its name inside the stage's model -> its name in the whole model's checkpoint."""
+    """The name of each tensor of the stage in the whole model's checkpoint, by its name inside the stage's model."""
     architecture = architecture_of(config)
     names = {local: _shift(local, architecture.layers, spec.first) for local in model.state_dict()}
     if config.tie_word_embeddings and architecture.head_tensor in names:
@@ -194,7 +197,7 @@ def _checkpoint_names(config: PreTrainedConfig, spec: StageSpec, model: PreTrain
 
 
 def _shift(name: str, layers: str, by: int) -> str:
-    """A dotted name with the index that follows `layers` raised by so many."""
+    """Raise the index that follows `layers` in a dotted name."""
     if not name.startswith(f"{layers}."):
         return name
     index, dot, rest = name.removeprefix(f"{layers}.").partition(".")
@@ -202,7 +205,7 @@ def _shift(name: str, layers: str, by: int) -> str:
 
 
 def _check_cut(config: PreTrainedConfig, cut_layer: int) -> int:
-    """The number of layers; raises BadRequest if the cut leaves one side without its part."""
+    """Return the number of layers. Raises BadRequest if the cut leaves one side without its part."""
     layers: int = config.num_hidden_layers
     if cut_layer < 0:
         raise BadRequest(

@@ -47,7 +47,7 @@ class DeviceView:
 
     @classmethod
     def of(cls, families: frozenset[str], measured: stage_pb2.Measured, plan: Plan) -> DeviceView:
-        """From what a device says that it has measured; what cannot be is left out, or bounded."""
+        """Read what a device says that it has measured; what cannot be true is left out or bounded."""
         coding, computing = (
             {name: min(seconds, _LONGEST) for name, seconds in told.items() if seconds >= 0}
             for told in (measured.codec_seconds, measured.compute_seconds)
@@ -57,7 +57,7 @@ class DeviceView:
 
 @dataclass
 class Planner:
-    """Makes the plans of one job's devices."""
+    """Makes the link plans of one job's devices: codecs, micro-batches, and how many of these are under way."""
 
     config: TrainingConfig
     hidden_size: int
@@ -71,7 +71,7 @@ class Planner:
         self._seconds = codec_seconds(candidates(self.config), self.hidden_size) if self.automatic else {}
 
     def look_at(self, stream: str, tensor: Tensor) -> None:
-        """Learns from a tensor of a training stream what the candidates would make of it. (rows, sequence, hidden)."""
+        """Learn from a tensor of a training stream, (rows, sequence, hidden), what the candidates would make of it."""
         if self._choices.get(stream) != AUTO:
             return
         rows = tensor.detach().reshape(matrix_shape(tensor.shape))[:_SAMPLE_ROWS]
@@ -92,10 +92,10 @@ class Planner:
     def plans(
         self, views: Mapping[str, DeviceView], stage_seconds: Mapping[str, float], micro_batches: int | None = None
     ) -> tuple[dict[str, Plan], list[str]]:
-        """A plan for each device, and a sentence for each that changes what it had.
+        """Make a plan for each device. Returns the plans, and a sentence for each that changes what there was.
 
-        stage_seconds: `forward` and `backward` of a step on the stage; empty: not measured yet. micro_batches: what the
-        job has settled on, when not everyone is asked.
+        stage_seconds: of a step's `forward` and `backward` on the stage; empty: not measured yet. micro_batches: what
+        the job has settled on, when not everyone is asked.
         """
         counts = [micro_batches] if micro_batches else self._counts(views.values(), bool(stage_seconds))
         present = {view.plan.micro_batches for view in views.values() if view.plan.codecs}
@@ -130,7 +130,10 @@ class Planner:
         return parse(self._choices["adapters_up"]).exact
 
     def expected(self, view: DeviceView, stage_seconds: Mapping[str, float], slower: float) -> StepCosts:
-        """Of a device before anything has crossed: with the plan that it would have. slower: than this machine."""
+        """The costs of a device's step before anything has crossed, with the plan that the device would get.
+
+        slower: how many times slower the device is than this machine.
+        """
         view = replace(view, codec_seconds={name: slower * seconds for name, seconds in self._seconds.items()})
         _, plan = min(
             (self._best(view, stage_seconds, count) for count in self._counts([view], True)), key=lambda pair: pair[0]
@@ -166,7 +169,7 @@ class Planner:
         return seconds, plan
 
     def _levels(self, kind: str, view: DeviceView) -> list[int]:
-        """Places on the ladders of a kind that the device can follow; one where there is nothing to choose."""
+        """The rungs of a kind's ladder that the device can follow; one where there is nothing to choose."""
         automatic = [stream for stream in TRAINING if kind_of(stream) == kind and self._choices[stream] == AUTO]
         if not automatic:
             return [0]
@@ -198,7 +201,7 @@ class Planner:
         )
 
     def _bits_of(self, stream: str, name: str) -> float:
-        """A value, once measured; until then an estimate."""
+        """Bits a value takes in a stream by a codec: as measured, or an estimate until then."""
         measured = self.bits.get((stream, name))
         if measured is not None:
             return measured
@@ -209,7 +212,7 @@ class Planner:
         return 8 * codec.wire_bytes((64, self.hidden_size)) / (64 * self.hidden_size)
 
     def _bytes(self, plan: Plan) -> float:
-        """Of a value in each training stream: only to compare plans with."""
+        """Bits of one value in each training stream, added up: only for comparing plans."""
         return sum(self._bits_of(stream, plan.codec_of(stream)) for stream in TRAINING)
 
     def _sentence(self, name: str, view: DeviceView, plan: Plan, seconds: float, before: float, measured: bool) -> str:
@@ -221,6 +224,6 @@ class Planner:
 
 
 def _both(plan: Plan, kind: str) -> str:
-    """The codecs up and down, once where they are the same."""
+    """Name the codecs up and down, once where they are the same."""
     up, down = plan.codec_of(f"{kind}_up"), plan.codec_of(f"{kind}_down")
     return up if up == down else f"{up} up and {down} down"

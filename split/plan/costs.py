@@ -1,4 +1,4 @@
-"""What a job's parts cost, from the model's configuration: operations and bytes of memory, by cut and rank.
+"""Costs of a job's parts from the model's configuration: operations and bytes of memory, by cut and rank.
 
 Operations are counted as the ledger counts them: matrix products and attention. Forward through frozen weights and
 backward to the hidden states take the same number; LoRA's own weights take their gradient besides.
@@ -17,7 +17,7 @@ from isthmus.split.lora.sites import Site, layout_of
 from isthmus.split.models.stage import StageSpec, skeleton
 from isthmus.split.plan.parts import adapter_of
 
-_FLOAT = 4  # bytes: weights, adapters and what is kept for backward are float32
+_FLOAT = 4  # bytes of a value: weights, adapters and what is kept for backward are float32
 _LORA_COPIES = {"adamw": 4, "sgd": 2}  # the values, their gradients, AdamW's two moments
 _WIDE, _NARROW = 8, 4  # what a block keeps for backward, a token: so many hidden vectors and so many of its MLP's width
 _LOGITS = 3  # the logits, their logarithms of probabilities, their gradient
@@ -26,14 +26,14 @@ LIBRARIES = 400 * 2**20  # bytes: of a process that has imported what a device i
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one job on one model."""
+    """Operations, values and bytes of one job on one model."""
 
     config: PretrainedConfig
     training: TrainingConfig
 
     @property
     def tokens(self) -> int:
-        """Of a device's step."""
+        """Tokens of one device's step."""
         return self.training.batch_size * self.training.text.sequence_length
 
     @property
@@ -46,12 +46,12 @@ class Costs:
 
     @cached_property
     def block_values(self) -> int:
-        """Weights of one block."""
+        """Number of weights of one block."""
         return _values(self.config, StageSpec(0, 1, embeds=False, head=False))
 
     @cached_property
     def end_values(self) -> int:
-        """Weights of a device beside its blocks: the embedding, and the head where the labels are with it."""
+        """Number of a device's weights beside its blocks: the embedding, and the head where the labels are with it."""
         embedding = _values(self.config, StageSpec(0, 0, embeds=True, head=False))
         if self.training.devices.labels == "server" or self.config.tie_word_embeddings:
             return embedding
@@ -60,19 +60,21 @@ class Costs:
 
     @cached_property
     def lora_values(self) -> int:
-        """Of one block, at rank 1."""
+        """Number of LoRA values of one block, at rank 1."""
         shapes = adapter_of(self.config, self.training, StageSpec(0, 1, embeds=True, head=False), 1)
         return sum(value.numel() for value in shapes.values())
 
     @cached_property
     def site_values(self) -> int:
-        """Widths of what the LoRA modules of one block read, each once for those that share it, and of what they give:
-        what one block's modules exchange each way, a token (DLoRA)."""
+        """Values a token that the LoRA modules of one block exchange each way (DLoRA).
+
+        These are the widths of what the modules read, each once for those that share it, and of what they give.
+        """
         return sum(site.inputs + sum(module.outputs for module in site.modules) for site in self._sites)
 
     @property
     def sites(self) -> int:
-        """Of one block."""
+        """Number of sites of one block."""
         return len(self._sites)
 
     @cached_property
@@ -80,11 +82,12 @@ class Costs:
         return [site for site in layout_of(self.config, self.training).sites if site.block == 0]
 
     def forward(self, blocks: int, rank: int, tokens: int) -> float:
-        """Operations of blocks on so many tokens."""
+        """Operations of a forward pass through so many blocks, for so many tokens."""
         attention = 4 * self.training.text.sequence_length * self.hidden
         return tokens * blocks * (2 * self.block_values + attention + 2 * rank * self.lora_values)
 
     def backward(self, blocks: int, rank: int, tokens: int) -> float:
+        """Operations of a backward pass through so many blocks, for so many tokens."""
         attention = 10 * self.training.text.sequence_length * self.hidden
         return tokens * blocks * (2 * self.block_values + attention + 4 * rank * self.lora_values)
 
@@ -95,7 +98,7 @@ class Costs:
 
     @property
     def head_at_server(self) -> float:
-        """The same, for a device's rows, where it is there."""
+        """Operations of the head at the server for one device's rows; 0 with labels on the device."""
         return self._head if self.training.devices.labels == "server" else 0.0
 
     @property
@@ -118,10 +121,11 @@ class Costs:
         )
 
     def adapter_values(self, cut: int, rank: int) -> int:
+        """Number of LoRA values of a device with this cut and rank."""
         return (self.layers if self.training.devices_train_all else cut) * rank * self.lora_values
 
     def memory(self, cut: int, rank: int) -> float:
-        """Bytes that a device needs: libraries, weights, LoRA with its optimiser, what a step keeps for backward."""
+        """Bytes that a device needs: libraries, weights, LoRA with its optimiser, and what is kept for backward."""
         weights = cut * self.block_values + self.end_values
         adapter = _LORA_COPIES[self.training.optimizer.name] * self.adapter_values(cut, rank)
         kept = cut * (_WIDE * self.hidden + _NARROW * self._mlp) if rank else 0

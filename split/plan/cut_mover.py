@@ -22,7 +22,10 @@ WORTH = 0.85  # of the present step that the new one may take at most
 
 @dataclass(frozen=True)
 class MeasuredDevice:
-    """Of a device since the last aggregation: seconds of computing a step, and its link."""
+    """What was measured of a device since the last aggregation.
+
+    compute_seconds: its own computing in a step.
+    """
 
     compute_seconds: float
     link: LinkProfile
@@ -30,7 +33,7 @@ class MeasuredDevice:
 
 @dataclass
 class CutMover:
-    """Of one job. memory: of the devices, as they told it before the job."""
+    """Decides when cuts of one job move. memory: bytes of each device, as it told them before the job."""
 
     costs: Costs
     memory: Mapping[str, float] = field(default_factory=dict)
@@ -40,7 +43,11 @@ class CutMover:
     def look(
         self, shapes: Mapping[str, Shape], seen: Mapping[str, MeasuredDevice], stage_seconds: float
     ) -> dict[str, ShapeChoice]:
-        """The devices whose cuts are to move now. shapes: of all that are at work; stage_seconds: of a step there."""
+        """Find the devices whose cuts are to move now.
+
+        shapes: of all devices at work. seen: what was measured of them. stage_seconds: of a step's computing at the
+        stage.
+        """
         wishes = self._wishes(shapes, seen, stage_seconds)
         counts = {}
         for device, choice in wishes.items():
@@ -56,7 +63,7 @@ class CutMover:
     def _wishes(
         self, shapes: Mapping[str, Shape], seen: Mapping[str, MeasuredDevice], stage_seconds: float
     ) -> dict[str, ShapeChoice]:
-        """Devices that would better have another cut, if that is worth it."""
+        """Find the devices that would better have another cut, if that is worth it."""
         cuts = asked(self.costs.training)[0]
         if stage_seconds <= 0 or any(one.compute_seconds <= 0 for one in seen.values()):
             return {}
@@ -75,7 +82,7 @@ class CutMover:
         return {device: choice for device, choice in chosen.items() if choice.shape.cut != shapes[device].cut}
 
     def _with(self, shapes: Mapping[str, Shape], cuts: Mapping[str, int | None]) -> Costs:
-        """The job with these cuts, and with the ranks that there are."""
+        """The costs of the job with these cuts, and with the present ranks."""
         named = ",".join(f"{device}={AUTO if cut is None else cut}" for device, cut in cuts.items())
         ranks = ",".join(f"{device}={shape.rank}" for device, shape in shapes.items())
         return replace(self.costs, training=self.costs.training.but(cuts=named, ranks=ranks))

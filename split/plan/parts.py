@@ -30,9 +30,10 @@ _LARGEST_FRAME = 0.9 * MAX_MESSAGE_BYTES  # bytes of one tensor: the rest is for
 
 @dataclass(frozen=True)
 class Parts:
-    """device: (front,), or (front, tail) in the U-shape. server: all that the device has not.
+    """Who holds what of a model.
 
-    adapter: the device's LoRA, as empty tensors (meta device).
+    device: the device's stages, (front,), or (front, tail) in the U-shape. server: all that the device does not hold.
+    adapter: the device's LoRA, as empty tensors by name (meta device).
     """
 
     device: tuple[StageSpec, ...]
@@ -40,14 +41,14 @@ class Parts:
     adapter: dict[str, Tensor]
 
     def device_tensors(self, config: PretrainedConfig) -> tuple[str, ...]:
-        """Names in the checkpoint of all that a device holds."""
+        """Names, in the checkpoint, of all tensors that a device holds."""
         return tuple(dict.fromkeys(name for spec in self.device for name in spec.tensor_names(config)))
 
 
 def parts_of(config: PretrainedConfig, training: TrainingConfig, shape: Shape | None = None) -> Parts:
-    """Cuts the model as the job says, for a device of this shape; None: the job's own cut and rank.
+    """Cut the model for a device of this shape; None: with the job's own cut and rank.
 
-    Raises BadRequest for a cut, modules, a batch or an adapter that cannot be.
+    config: of the whole model. Raises BadRequest for a cut, modules, a batch or an adapter that cannot be.
     """
     cut, rank = (training.devices.cut_layer, training.lora.rank) if shape is None else (shape.cut, shape.rank)
     if training.devices.labels == "device":
@@ -94,8 +95,10 @@ def _check_site_frames(training: TrainingConfig, layout: Layout) -> None:
 
 
 def segments_of(config: PretrainedConfig, training: TrainingConfig, cuts: Iterable[int]) -> list[StageSpec]:
-    """The server's blocks, from the smallest cut on, as consecutive stages between the cuts: devices enter where theirs
-    is. The head is on the last one where labels are at the server."""
+    """The server's blocks from the smallest cut on, as consecutive stages between the cuts: devices enter at their own.
+
+    The head is on the last stage where labels are at the server.
+    """
     edges = [*sorted(set(cuts)), config.num_hidden_layers]
     head = training.devices.labels == "server"
     return [StageSpec(first, last, embeds=False, head=head and last == edges[-1]) for first, last in pairwise(edges)]
@@ -104,7 +107,7 @@ def segments_of(config: PretrainedConfig, training: TrainingConfig, cuts: Iterab
 def device_stages(
     source: TensorSource, training: TrainingConfig, shape: Shape, where: torch.device | str
 ) -> list[Stage]:
-    """What a device of this shape holds, with its LoRA."""
+    """Build the stages of a device of this shape, with its LoRA."""
     stages = build_stages(source, parts_of(source.config, training, shape).device, device=where)
     if shape.rank:
         add_lora(stages[0], lora_config(training, source.config, shape.rank), training.seed)
@@ -114,7 +117,7 @@ def device_stages(
 def server_stages(
     source: TensorSource, training: TrainingConfig, shapes: Mapping[str, Shape], where: torch.device | str
 ) -> list[Stage]:
-    """The server's segments, with LoRA of the job's rank; without where all modules are the devices'."""
+    """Build the server's segments with LoRA of the job's rank; without LoRA where all modules are the devices'."""
     cuts = [shape.cut for shape in shapes.values()]
     segments = build_stages(source, segments_of(source.config, training, cuts), device=where)
     for segment in segments if not training.devices_train_all else ():
@@ -123,7 +126,7 @@ def server_stages(
 
 
 def merger_of(config: PretrainedConfig, training: TrainingConfig, shapes: Mapping[str, Shape]) -> Merger | None:
-    """What merges the adapters of devices that differ; None where all are alike and A and B are averaged."""
+    """Make the merger of a job whose devices differ; None where all are alike and A and B are averaged."""
     alike = len(set(shapes.values())) == 1 and all(shape.rank == training.lora.rank for shape in shapes.values())
     moves = asked(training)[0].automatic
     if alike and not moves and aggregation_of(training, shapes) == AVERAGE:
@@ -137,7 +140,7 @@ def merger_of(config: PretrainedConfig, training: TrainingConfig, shapes: Mappin
 
 
 def adapter_of(config: PretrainedConfig, training: TrainingConfig, front: StageSpec, rank: int) -> dict[str, Tensor]:
-    """As empty tensors (meta device), by their names in the whole model."""
+    """The LoRA of a front stage as empty tensors (meta device), by their names in the whole model."""
     lora = lora_config(training, config, rank or None)
     model = skeleton(config, front)
     if front.last > front.first and rank:

@@ -19,8 +19,11 @@ _DEVICE, _UP, _STAGE, _DOWN = range(4)
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Seconds of a whole step's work. u_shaped: with labels on the device; else there is no tail, no gradient up and no
-    hidden states down. coding: by stream, to encode or to decode, on either side; size: in bytes, by stream."""
+    """Seconds of a whole step's work.
+
+    u_shaped: whether labels are on the device; else there is no tail, no gradient up and no hidden states down. coding:
+    seconds to encode or to decode, on either side, by stream. size: bytes, by stream.
+    """
 
     link: LinkProfile
     u_shaped: bool = True
@@ -34,7 +37,10 @@ class StepCosts:
 
 
 def step_seconds(costs: StepCosts, micro_batches: int, depth: int) -> float:
-    """From the first forward to the last backward on the device, with `depth` micro-batches under way."""
+    """Simulate a step: seconds from the first forward to the last backward on the device.
+
+    depth: how many micro-batches are under way at the same time.
+    """
     chain = _chain(costs)
     latency = costs.link.round_trip / 2
     rates = {_UP: costs.link.up, _DOWN: costs.link.down}
@@ -60,7 +66,7 @@ def step_seconds(costs: StepCosts, micro_batches: int, depth: int) -> float:
 
 
 def _chain(costs: StepCosts) -> list[tuple[int, float]]:
-    """What a micro-batch goes through: resource, and seconds or bytes."""
+    """The resources that a micro-batch goes through in order, each with its seconds or bytes."""
 
     def coding(*streams: str) -> float:
         return sum(costs.coding.get(stream, 0.0) for stream in streams)

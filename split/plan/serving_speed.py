@@ -20,9 +20,10 @@ coordinator, where everything comes through anyhow."""
 
 @dataclass(frozen=True)
 class Node:
-    """Where blocks can lie. memory: bytes. rate: bytes of weights a second; None: not measured.
+    """A place where blocks can lie.
 
-    A batch takes batch_seconds, and for each block block_seconds and the time of its weights.
+    memory: bytes. rate: bytes of weights that it reads a second; None: not measured. A batch takes batch_seconds, and
+    for each block block_seconds and the time to read its weights.
     """
 
     name: str
@@ -35,8 +36,11 @@ class Node:
 
 @dataclass(frozen=True)
 class ServedSizes:
-    """A model as it is served. Bytes: of a block's weights, of its keys and values for all sequences, and of one
-    token's hidden states on the way. gateway_seconds: of a token at both ends of the model."""
+    """Sizes of a model as it is served.
+
+    block_bytes: of one block's weights. cache_bytes: of a block's keys and values for all sequences. hidden_bytes: of
+    one token's hidden states on the way. gateway_seconds: of one token at both ends of the model.
+    """
 
     blocks: int
     block_bytes: float
@@ -45,25 +49,25 @@ class ServedSizes:
     gateway_seconds: float = 0.0
 
     def room(self, node: Node) -> int:
-        """How many blocks a node has the memory for."""
+        """Number of blocks that a node has the memory for."""
         return max(0, int(min(self.blocks, node.memory / (self.block_bytes + self.cache_bytes))))
 
 
 @dataclass(frozen=True)
 class Placement:
-    """So many blocks at a node."""
+    """So many blocks at one node."""
 
     node: Node
     blocks: int
 
 
 def token_seconds(chain: Sequence[Placement], served: ServedSizes) -> float:
-    """Of one answer's next token. infinity: a node's speed is not known."""
+    """Seconds of one answer's next token through a chain; infinite where a node's speed is not known."""
     return served.gateway_seconds + sum(_span_seconds(part.node, part.blocks, served) for part in chain)
 
 
 def best_single(nodes: Sequence[Node], served: ServedSizes) -> Placement | None:
-    """All blocks at the fastest node that has the memory; None: no node has, or of none that has is the speed known."""
+    """Place all blocks at the fastest node that has the memory; None if no node with a known speed has it."""
     able = [Placement(node, served.blocks) for node in nodes if node.rate and served.room(node) == served.blocks]
     if not able:
         return None
@@ -75,9 +79,9 @@ def best_single(nodes: Sequence[Node], served: ServedSizes) -> Placement | None:
 
 
 def best_chain(nodes: Sequence[Node], served: ServedSizes) -> list[Placement] | None:
-    """The best single node, or else the fastest split, in the order of the nodes; None: together they lack the memory.
+    """Place all blocks at the best single node, or else as the fastest split; None if the memory of all is too little.
 
-    Nodes whose speed is not known are left out.
+    A split keeps the order of the nodes. Nodes whose speed is not known are left out.
     """
     single = best_single(nodes, served)
     if single is not None:

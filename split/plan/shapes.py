@@ -38,7 +38,7 @@ _ADAPTER_BYTES = {True: 4.0, False: 5 / 8}  # of a value, each way, by whether a
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a device, or the server, can do. flops: a second, in training; memory: bytes, 0: not told."""
+    """What a device, or the server, can do. flops: operations a second in training. memory: bytes; 0: not told."""
 
     flops: float
     memory: float = 0.0
@@ -47,7 +47,10 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class ShapeChoice:
-    """A device's shape, and why: the step expected of it, the job's deadline (seconds), and the memory (bytes)."""
+    """A device's shape and why it was chosen.
+
+    step_seconds: expected of the device's step. deadline: the job's, in seconds. memory: bytes that it takes.
+    """
 
     shape: Shape
     step_seconds: float
@@ -55,7 +58,7 @@ class ShapeChoice:
     memory: float
 
     def told(self, device: str, when: str = "") -> ShapeChosen:
-        """What the job's event says. when: what the sentence for people begins with."""
+        """The event that tells about the choice. when: how its sentence for people begins."""
         line = (
             f"{when}{device}: {self.shape}; about {self.step_seconds:.2g} s a step expected, "
             f"{self.deadline:.2g} s for all, and {self.memory / 2**30:.2g} GiB of memory"
@@ -73,9 +76,10 @@ class ShapeChoice:
 def choose_shapes(
     costs: Costs, devices: Mapping[str, Capabilities], server: Capabilities, kept: Mapping[str, Shape] | None = None
 ) -> dict[str, ShapeChoice]:
-    """Deterministic. kept: of devices that have their shapes already.
+    """Choose a shape for each device; equal figures give equal choices. kept: the shapes that devices have already.
 
-    Raises BadRequest for a device whose memory is not enough for the smallest share it may have."""
+    Raises BadRequest for a device whose memory is not enough for the smallest share that it may have.
+    """
     cuts, ranks = asked(costs.training)
     for name, shape in (kept or {}).items():
         cuts, ranks = cuts.but(name, shape.cut), ranks.but(name, shape.rank)
@@ -105,7 +109,7 @@ def choose_shapes(
 def expected_step(
     costs: Costs, devices: Mapping[str, Capabilities], server: Capabilities, shapes: Mapping[str, Shape]
 ) -> float:
-    """Seconds, with these shapes. costs: of a job that has them."""
+    """Seconds of a step with these shapes. costs: of a job that has them."""
     cuts, ranks = asked(costs.training)
     job = _Solver(
         costs, server, {n: _Device(costs, n, able, server, cuts, ranks) for n, able in sorted(devices.items())}
@@ -114,7 +118,10 @@ def expected_step(
 
 
 def check_memory(costs: Costs, device: str, shape: Shape, memory: float, share: str = "share") -> None:
-    """Raises BadRequest where it is not enough. memory: bytes that a job may take; 0: not known. share: in words."""
+    """Raises BadRequest where a device's memory is not enough for a shape.
+
+    memory: bytes that a job may take; 0: not known. share: what the shape is called in the message.
+    """
     needed, training = costs.memory(shape.cut, shape.rank), costs.training
     if memory and needed > memory:
         raise BadRequest(
@@ -131,11 +138,15 @@ class _Solver:
     devices: dict[str, _Device]
 
     def smallest(self) -> dict[str, Shape]:
+        """The smallest shape that each device may have."""
         return {name: Shape(one.cuts[0], one.ranks[0]) for name, one in self.devices.items()}
 
     def fitting(self, deadline: float) -> dict[str, Shape]:
         """The largest cuts, with the least ranks, with which everyone keeps the deadline; where one cannot, its
-        smallest. From above: the server's time for the largest cuts is the least, and grows as cuts are given up."""
+        smallest.
+
+        Cuts are lowered from the largest: the server's time is then the least, and grows as cuts are given up.
+        """
         shapes = {name: Shape(one.cuts[-1], one.ranks[0]) for name, one in self.devices.items()}
         while True:
             seconds = self.server_seconds(shapes)
@@ -145,7 +156,7 @@ class _Solver:
             shapes = kept
 
     def lowered(self, shapes: Mapping[str, Shape], deadline: float) -> dict[str, Shape]:
-        """Gives cuts up, the largest first, as long as everyone keeps the deadline."""
+        """Lower cuts, the largest first, as long as everyone keeps the deadline."""
         shapes = dict(shapes)
         while True:
             for name in sorted(shapes, key=lambda name: (-shapes[name].cut, name)):
@@ -158,6 +169,7 @@ class _Solver:
                 return shapes
 
     def with_ranks(self, shapes: Mapping[str, Shape], deadline: float) -> dict[str, Shape]:
+        """Give each device the largest rank with which it keeps the deadline and has the memory."""
         seconds = self.server_seconds(shapes)
         return {
             name: max(
@@ -172,7 +184,7 @@ class _Solver:
         }
 
     def server_seconds(self, shapes: Mapping[str, Shape]) -> tuple[float, float]:
-        """Forward and backward, for all devices' rows."""
+        """Seconds of the server's forward and backward, for all devices' rows."""
         costs, rank = self.costs, self.costs.training.lora.rank
         forward = sum(costs.forward(costs.layers - shape.cut, rank, costs.tokens) for shape in shapes.values())
         backward = sum(costs.backward(costs.layers - shape.cut, rank, costs.tokens) for shape in shapes.values())
@@ -180,12 +192,13 @@ class _Solver:
         return forward / self.server.flops, backward / self.server.flops
 
     def slowest(self, shapes: Mapping[str, Shape]) -> float:
+        """Seconds of the slowest device's step."""
         seconds = self.server_seconds(shapes)
         return max(one.seconds(shapes[name], seconds) for name, one in self.devices.items())
 
 
 class _Device:
-    """One device's choices and times."""
+    """One device's possible shapes, and how long its steps take with them."""
 
     def __init__(
         self, costs: Costs, name: str, able: Capabilities, server: Capabilities, cuts: ByName, ranks: ByName
@@ -213,7 +226,7 @@ class _Device:
         return Shape(self.cuts[0], at_most.rank)
 
     def work(self, shape: Shape) -> dict[str, float]:
-        """Seconds of a step."""
+        """Seconds of the device's work in a step, by kind."""
         costs, flops = self.costs, self.able.flops
         trains = bool(shape.rank and shape.cut)
         return {
@@ -223,7 +236,7 @@ class _Device:
         }
 
     def seconds(self, shape: Shape, server: tuple[float, float]) -> float:
-        """Of a step, with its share of an aggregation."""
+        """Seconds of a step, with its share of an aggregation. server: seconds of its forward and backward."""
         work = self.work(shape)
         costs = StepCosts(
             self.able.link,
@@ -260,6 +273,6 @@ class _Device:
         return _ADAPTER_BYTES[self._planner.exact_adapters]
 
     def _step_costs(self, shape: Shape) -> StepCosts:
-        """With the codecs that the planner would choose for this device's link: they hardly depend on the cut."""
+        """Costs with the codecs that the planner would choose for this link; they hardly depend on the cut."""
         view = DeviceView(frozenset(FAMILIES), self.able.link, {}, self.work(shape), self._planner.nothing_yet)
         return self._planner.expected(view, {"forward": 0.1, "backward": 0.1}, self._slower)

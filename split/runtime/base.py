@@ -1,4 +1,4 @@
-"""What a runtime is: it computes a stage's blocks for several sequences at once, and keeps their keys and values.
+"""Runtimes: a runtime computes a stage's blocks for several sequences at once, and keeps their keys and values.
 
 Whoever calls says with every row how many tokens of the sequence came before. What the cache has beyond that is
 forgotten, so taking back positions costs nothing; what the cache lacks is an error, never a wrong answer.
@@ -46,10 +46,10 @@ class Runtime(Protocol):
     adapters: int
 
     def compute(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
-        """hidden: (tokens of all rows in order, hidden size) float32 on the CPU; the same back.
+        """Compute rows. hidden: (tokens of all rows in order, hidden size) float32 on the CPU. Returns the same shape.
 
-        Each sequence is in one row at most. A sequence that is not known begins with position 0.
-        Raises BadPosition and BadRequest (as `check_rows`); then nothing has changed.
+        Each sequence is in one row at most. A sequence that is not known begins with position 0. Raises BadPosition and
+        BadRequest (as `check_rows`); then nothing has changed.
         """
 
     def forget(self, sequences: Iterable[int]) -> None:

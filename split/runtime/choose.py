@@ -22,14 +22,15 @@ from isthmus.split.runtime.torch_runtime import TorchRuntime
 AUTO, TORCH, ONNX = "auto", "torch", "onnxruntime"
 RUNTIMES = (AUTO, TORCH, ONNX)
 WEIGHTS = ("float32", "int8", "int4")
-_TOKENS = 12  # that are decoded to compare
+_TOKENS = 12  # number of tokens that are decoded to compare runtimes
 
 
 @dataclass(frozen=True)
 class RuntimeChoice:
-    """How stages are computed. weights: of linear modules; less than float32 only in onnxruntime. device: torch's name.
+    """How stages are computed.
 
-    cache: where graphs are kept; None: in the user's cache folder. threads: 0: as many as torch has.
+    weights: format of the linear modules' weights; less than float32 only in onnxruntime. device: torch's name, or
+    auto. cache: the folder of graphs; None: in the user's cache folder. threads: 0 for as many as torch has.
     """
 
     runtime: str = AUTO
@@ -43,7 +44,7 @@ class RuntimeChoice:
 
 
 def check_runtime(runtime: str, weights: str) -> None:
-    """Raises BadRequest for what there is not."""
+    """Raises BadRequest for a runtime or a format of weights that does not exist, and for what does not go together."""
     if runtime not in RUNTIMES:
         raise BadRequest(f"runtime {runtime!r} is not one of {', '.join(RUNTIMES)}")
     if weights not in WEIGHTS:
@@ -62,16 +63,20 @@ def make_runtime(
     tokens: int,
     adapters: Sequence[LoraAdapter] = (),
 ) -> Runtime:
-    """For blocks first..last-1. Raises BadRequest, UnsupportedModel (onnxruntime was asked for), BadModelFolder."""
+    """Load blocks first..last-1 into a runtime.
+
+    sequences: how many there is room for. tokens: the most of a sequence. Raises BadRequest, UnsupportedModel
+    (onnxruntime was asked for), BadModelFolder.
+    """
     loras = [adapter.load(first, last) for adapter in adapters]
     make = _torch if pick_runtime(source, first, choice) == TORCH else _onnx
     return make(source, first, last, choice, sequences, tokens, loras)
 
 
 def make_head(source: TensorSource, choice: RuntimeChoice) -> Callable[[Tensor], Tensor] | None:
-    """The last norm and head in onnxruntime, (tokens, hidden) -> (tokens, vocabulary); None where torch computes them.
+    """Load the final norm and the head into onnxruntime: (tokens, hidden) -> (tokens, vocabulary).
 
-    int4 of the head costs many tokens: it has int8 at least.
+    Returns None where torch computes them. int4 of the head costs many tokens: it has int8 at least.
     """
     if pick_runtime(source, 0, choice) == TORCH:
         return None
@@ -83,8 +88,11 @@ def make_head(source: TensorSource, choice: RuntimeChoice) -> Callable[[Tensor],
 
 
 def pick_runtime(source: TensorSource, block: int, choice: RuntimeChoice) -> str:
-    """torch or onnxruntime. `auto`: torch on accelerators and for what onnxruntime cannot; else the faster one with one
-    sequence in this block."""
+    """Pick torch or onnxruntime. block: the one that `auto` measures with.
+
+    `auto` is torch on accelerators and for models that onnxruntime cannot compute; else the one that is faster with one
+    sequence.
+    """
     if choice.runtime != AUTO:
         return choice.runtime
     if pick_device(choice.device).type != "cpu":
@@ -102,7 +110,7 @@ def pick_runtime(source: TensorSource, block: int, choice: RuntimeChoice) -> str
 
 
 def _seconds(runtime: Runtime, hidden_size: int) -> float:
-    """The best of some tokens."""
+    """Seconds of a token, the best of some."""
     hidden, times = torch.zeros(1, hidden_size), []
     for position in range(_TOKENS):
         start = time.perf_counter()

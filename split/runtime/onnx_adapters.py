@@ -12,10 +12,11 @@ from isthmus.split.runtime.onnx_shape import StageShape, together
 
 
 def adapter_stacks(shape: StageShape, adapters: Sequence[Mapping[str, Lora]]) -> dict[str, Tensor]:
-    """By the name of the graph's input: A (1 + adapters, inputs, rank) and B (1 + adapters, rank, outputs).
+    """Stack adapters, by the name of the graph's input: A (1 + adapters, inputs, rank) and B (1 + adapters, rank,
+    outputs).
 
     Layer 0 is the base model's, of zeros. The modules of one operator have their ranks after one another: x A is
-    computed for all of them at once, and B has a block for each. What has a smaller rank is filled up with zeros.
+    computed for all of them at once, and B has a block for each. An adapter of smaller rank is filled up with zeros.
     """
     stacks: dict[str, Tensor] = {}
     for modules in sorted({together(module) for module in shape.adapted}):

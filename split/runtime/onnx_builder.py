@@ -47,9 +47,9 @@ class GraphBuilder:
         folder: Path,
         adapted: Set[str] = frozenset(),
     ) -> None:
-        """shapes: of the tensors to be used. weights: of linear modules. BadRequest if not of WEIGHTS.
+        """Begin a graph. shapes: of the tensors to be used. weights: format of the linear modules' weights.
 
-        adapted: linear modules with adapters beside them, which need an input ADAPTER.
+        Raises BadRequest for a format that is none of WEIGHTS.
         """
         if weights not in WEIGHTS:
             raise BadRequest(f"weights cannot be {weights!r}; choose {', '.join(WEIGHTS)}")
@@ -81,7 +81,7 @@ class GraphBuilder:
     def node(
         self, operator: str, inputs: Sequence[str], outputs: Sequence[str] | int = 1, **attributes: Any
     ) -> list[str]:
-        """outputs: their names, or how many. Returns the names."""
+        """Add a node. outputs: their names, or how many. Returns the names."""
         names = [self._fresh() for _ in range(outputs)] if isinstance(outputs, int) else list(outputs)
         domain = _DOMAINS.get(operator, "")
         self._nodes.append(helper.make_node(operator, inputs, names, self._fresh(), domain=domain, **attributes))
@@ -124,7 +124,7 @@ class GraphBuilder:
         return self.node("Add", [*self.node("MatMul", inputs), bias], outputs)[0]
 
     def _beside(self, name: str, x: str, shape: Sequence[int]) -> str:
-        """What each row's adapter adds: x (rows, tokens, inputs) by its A and B. shape: (outputs, inputs)."""
+        """Add what each row's adapter adds to x, (rows, tokens, inputs). shape: (outputs, inputs) of the module."""
         rank = f"{name}.rank"
         for part, rows, columns in (("a", shape[1], rank), ("b", rank, shape[0])):
             stack = self.input(f"{name}.lora_{part}", ["adapters", rows, columns])

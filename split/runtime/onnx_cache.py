@@ -33,6 +33,7 @@ _DIGESTS = "digests.json"
 
 
 def default_cache() -> Path:
+    """The folder of graphs where nobody names one."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isthmus" / "onnx"
 
 
@@ -107,12 +108,12 @@ def _prune(cache: Path, limit: int) -> None:
 
 
 def _graphs(cache: Path) -> list[Path]:
-    """What another process removes meanwhile is passed over."""
+    """Folders of whole graphs; what another process removes meanwhile is passed over."""
     return [path.parent for path in cache.glob(f"*/{_DIGESTS}") if path.parent.suffix != ".part"]
 
 
 def _size(folder: Path) -> int:
-    """Bytes; 0 of one that another process has just removed."""
+    """Bytes of a graph; 0 if another process has just removed it."""
     try:
         return sum(file.stat().st_size for file in folder.iterdir())
     except FileNotFoundError:
@@ -120,7 +121,10 @@ def _size(folder: Path) -> int:
 
 
 def _last_used(folder: Path) -> float:
-    """Seconds since the epoch; of a graph of an earlier version, when it was made; 0 of one that is not there."""
+    """When a graph was last used, in seconds since the epoch.
+
+    For a graph of an earlier version this is when it was made; 0 if it is not there.
+    """
     for path in (_use_file(folder), folder):
         try:
             return path.stat().st_mtime
@@ -138,7 +142,7 @@ def _use_file(folder: Path) -> Path:
 
 
 def _identity(source: TensorSource, name: str) -> list[object]:
-    """Something that changes with the tensor's values: where they are and since when, or their digest."""
+    """Facts that change when the tensor's values do: where they are and since when, or their digest."""
     if isinstance(source, ModelFolder):
         place = source.place(name)
         stat = place.path.stat()
@@ -149,7 +153,7 @@ def _identity(source: TensorSource, name: str) -> list[object]:
 
 
 def _seal(folder: Path) -> None:
-    """Write down the digests of the folder's files, and bring all to the disk."""
+    """Write down the digests of the folder's files, and bring all of them to the disk."""
     (folder / _DIGESTS).write_text(json.dumps(_digests(folder)), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
         handle = os.open(path, os.O_RDONLY)
@@ -179,7 +183,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Whether it is locked now; False only without `wait`. The file's time stays as it was."""
+    """Lock a file. Gives whether it is locked now; False only without `wait`. The file's time stays as it was."""
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

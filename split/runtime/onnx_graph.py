@@ -17,7 +17,7 @@ from isthmus.split.runtime.onnx_builder import ADAPTER, GraphBuilder
 from isthmus.split.runtime.onnx_shape import StageShape, check_supported, together
 
 VERSION = 1
-"""Of the graphs made here: to be raised with every change to them."""
+"""The version of the graphs made here, to be raised with every change to them."""
 
 
 def write_blocks(source: TensorSource, shape: StageShape, weights: str, folder: Path) -> None:

@@ -22,15 +22,17 @@ from isthmus.split.runtime.onnx_session import OnnxOptions, bind_inputs, bind_ou
 from isthmus.split.runtime.onnx_shape import RotaryTables, shape_of
 
 _TOGETHER = 16
-"""So many tokens take hardly longer than one, for which all weights have to be read too; so rows with as many new
-tokens at most share a call."""
+"""The most new tokens of rows that share a call: so many take hardly longer than one, for which all weights have to be
+read, too."""
 
 _PIECE = 512
-"""New tokens of a row in a call: more are not faster, and need memory."""
+"""The most new tokens of a row in a call: more are not faster, and need memory."""
 
 
 class OnnxRuntime:
-    """A sequence has a slot in each block's buffer of keys and one of values, (sequences, kv_heads, tokens, head size),
+    """The runtime for processors.
+
+    A sequence has a slot in each block's buffer of keys and one of values, (sequences, kv_heads, tokens, head size),
     which the system fills with memory only as they are written. The graph reads and writes the slots in place, so those
     of a call have to be side by side: sequences that are computed together are moved together, once.
     """
@@ -123,8 +125,11 @@ class OnnxRuntime:
         adapters: Sequence[int],
         rotary: tuple[Tensor, Tensor],
     ) -> None:
-        """One call. parts: (count, hidden), the tokens from a position on, for each of the slots from first on; results
-        are written into tensors of the same shapes."""
+        """Compute one call.
+
+        parts: (count, hidden), a row's tokens from its position on, for each of the slots from first on. results:
+        tensors of the same shapes, into which the results are written.
+        """
         alone = len(parts) == 1
         x = parts[0][None] if alone else pad_sequence(list(parts), batch_first=True)
         computed = results[0][None] if alone else torch.empty_like(x)
@@ -150,7 +155,7 @@ class OnnxRuntime:
                 result.copy_(row[: len(result)])
 
     def _binding(self, first: int, count: int, adapted: bool) -> onnxruntime.IOBinding:
-        """With the keys and values of so many slots and the adapters bound; the rest is bound anew for every call."""
+        """The binding of so many slots' keys and values and of the adapters; the rest is bound anew for every call."""
         binding = self._bindings.get((first, count, adapted))
         if binding is None:
             binding = self._bindings[first, count, adapted] = self._session.io_binding()

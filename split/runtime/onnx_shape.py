@@ -104,7 +104,7 @@ class RotaryTables:
     """
 
     def __init__(self, config: PreTrainedConfig, tokens: int) -> None:
-        """tokens: the longest text."""
+        """Compute the tables for texts of up to so many tokens."""
         boundary = rotary_boundary(config)
         limits = [tokens] if boundary is None or tokens <= boundary else [boundary, tokens]
         self._tables = [(limit, *_rotary_table(config, limit)) for limit in limits]

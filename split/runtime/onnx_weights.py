@@ -11,7 +11,7 @@ from torch import Tensor
 BLOCK = 32
 BITS = {"int8": 8, "int4": 4}
 WEIGHTS = ("float32", *BITS)
-"""What weights can be: float32, or integers with one float32 scale for each 32 values of a row."""
+"""Formats of weights: float32, or integers with one float32 scale for each 32 values of a row."""
 
 _ALIGNMENT = 4096  # a page, so that a tensor can be mapped
 _TYPES = {torch.float32: TensorProto.FLOAT, torch.uint8: TensorProto.UINT8}
@@ -43,11 +43,11 @@ class WeightsFile:
 
 
 def quantise(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """weight: (outputs, inputs) float32 -> (values, scales) as MatMulNBits takes them.
+    """Quantise a weight, (outputs, inputs) float32, to (values, scales) as MatMulNBits takes them.
 
-    values: (outputs, blocks, 32 * bits / 8) uint8, of 4 bits the lower half first; a value v stands for
-    (v - 2 ** (bits - 1)) * scale. scales: (outputs, blocks) float32. A block's largest value in magnitude gets the one
-    end of the range that has no opposite, so that all 2 ** bits steps are in use.
+    values: (outputs, blocks, 32 * bits / 8) uint8, of 4 bits the lower half first; a value v stands for (v - 2 ** (bits
+    - 1)) * scale. scales: (outputs, blocks) float32. A block's largest value in magnitude gets the one end of the range
+    that has no opposite, so that all 2 ** bits steps are in use.
     """
     zero = 1 << (bits - 1)
     padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % BLOCK))

@@ -32,7 +32,7 @@ from isthmus.split.runtime.base import Row, Runtime
 from isthmus.split.runtime.choose import ONNX, TORCH, WEIGHTS, RuntimeChoice, make_runtime
 
 BYTES = {"float32": 4, "int8": 1.125, "int4": 0.625}
-"""Of a weight, with its share of a block's scale."""
+"""Bytes of a weight by its format, with its share of a block's scale."""
 
 _VERSION = 2  # of this measurement
 _NARROW, _FEW, _MANY = 64, 1, 9  # width, and numbers of blocks
@@ -47,7 +47,9 @@ _SECONDS = 0.5  # of one series of tokens, about
 
 @dataclass(frozen=True)
 class Speed:
-    """Of decoding one sequence. A batch takes batch_seconds, and for each block block_seconds and its weights."""
+    """The speed of decoding one sequence. A batch takes batch_seconds, and for each block block_seconds and its
+    weights.
+    """
 
     runtime: str
     weights: str
@@ -56,7 +58,7 @@ class Speed:
     batch_seconds: float
 
     def seconds(self, block_bytes: float) -> float:
-        """Of one block with so many bytes of weights."""
+        """Seconds of one block with so many bytes of weights."""
         return self.block_seconds + block_bytes / self.bytes_per_second
 
     def __str__(self) -> str:
@@ -71,7 +73,7 @@ _FASTEST = 1e14  # bytes a second: no memory is as fast
 
 
 def speeds_of(profile: pb.Profile) -> list[Speed]:
-    """Those that a node tells; what cannot be is left out."""
+    """The speeds that a node tells; those that cannot be true are left out."""
     told = [
         Speed(one.runtime, one.weights, one.bytes_per_second, one.block_seconds, one.batch_seconds)
         for one in profile.speeds
@@ -90,11 +92,11 @@ def accelerator_bytes(device: str) -> int:
 
 
 class Stopped(Exception):
-    """Somebody else needs the machine now."""
+    """The measurement was given up: somebody else needs the machine now."""
 
 
 def kept_speeds(path: Path, device: str, threads: int) -> list[Speed]:
-    """What was measured before under the same conditions; maybe not all of `kinds`."""
+    """The speeds that were measured before under the same conditions; maybe not of all `kinds`."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["of"] == _conditions(device, threads):
@@ -150,7 +152,7 @@ def _wide_blocks(choice: RuntimeChoice) -> Blocks:
 
 
 def _seconds(blocks: Blocks, choice: RuntimeChoice, stop: Callable[[], bool]) -> float:
-    """Of a token after a prompt: the median of some, as an answer has slow ones, too."""
+    """Seconds of a token after a prompt: the median of some, since an answer has slow ones, too."""
     if stop():
         raise Stopped
     room = _PROMPT + _WARM_UP + _TOKENS
@@ -203,7 +205,7 @@ class Blocks:
 
 
 def _cache_bytes() -> int:
-    """Of the processor's last cache, as Linux knows it; 0 where it does not."""
+    """Bytes of the processor's last cache, as Linux knows it; 0 where it does not."""
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()

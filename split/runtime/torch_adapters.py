@@ -16,7 +16,7 @@ class TorchAdapters:
     """Hooks on the modules that some adapter changes; those of no adapter are as they were."""
 
     def __init__(self, stage: Stage, adapters: Sequence[Mapping[str, Lora]]) -> None:
-        """adapters: by the modules' names in the whole model; of the stage's own blocks."""
+        """Take adapters by the modules' names in the whole model, of the stage's own blocks."""
         like = next(stage.parameters())
         self._device = like.device
         self._loras = [
@@ -30,7 +30,7 @@ class TorchAdapters:
                 module.register_forward_hook(partial(self._add, name))
 
     def use(self, adapters: Sequence[int]) -> None:
-        """For the next forward pass: the adapter of each of its rows, 0 for none."""
+        """Set the adapter of each row of the next forward pass; 0: none."""
         members: dict[int, list[int]] = {}
         for row, adapter in enumerate(adapters):
             members.setdefault(adapter, []).append(row)
@@ -41,7 +41,7 @@ class TorchAdapters:
         ]
 
     def _add(self, name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        """inputs: (rows, count, inputs); output: (rows, count, outputs)."""
+        """Add an adapter's part. inputs: (rows, count, inputs). output: (rows, count, outputs)."""
         (x,) = inputs
         for loras, rows in self._groups:
             if name in loras:

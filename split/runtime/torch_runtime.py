@@ -17,14 +17,16 @@ from isthmus.split.runtime.torch_adapters import TorchAdapters
 
 
 class TorchRuntime:
-    """Rows with as many new tokens are computed together. A sequence has a slot in each block's buffer of keys and one
-    of values, (sequences, heads, tokens, head size), which the system fills with memory only as they are written.
+    """The reference runtime. Rows with as many new tokens are computed together.
+
+    A sequence has a slot in each block's buffer of keys and one of values, (sequences, heads, tokens, head size), which
+    the system fills with memory only as they are written.
     """
 
     def __init__(
         self, stage: Stage, *, sequences: int, tokens: int, adapters: Sequence[Mapping[str, Lora]] = ()
     ) -> None:
-        """stage: blocks alone, without embedding and head. adapters: each one's part in these blocks."""
+        """Take a stage of blocks alone, without embedding and head. adapters: each one's part in these blocks."""
         if stage.spec.embeds or stage.spec.head or stage.spec.first == stage.spec.last:
             raise ValueError(f"{stage.spec} is not a stage of blocks alone")
         self.sequences, self.tokens, self.adapters = sequences, tokens, len(adapters)
@@ -79,7 +81,7 @@ class TorchRuntime:
                 self._free.append(self._slots.pop(sequence))
 
     def _forward(self, rows: Sequence[Row], x: Tensor) -> Tensor:
-        """x: (rows, count, hidden), each row's next tokens; the same shape back, float32 on the CPU."""
+        """Compute rows' next tokens, (rows, count, hidden). Returns the same shape, float32 on the CPU."""
         count = rows[0].count
         starts = torch.tensor([row.position for row in rows], device=self._device)
         positions = starts[:, None] + torch.arange(count, device=self._device)
@@ -108,7 +110,9 @@ class TorchRuntime:
 
 
 class _LongRope(torch.nn.Module):
-    """In the place of the library's module, which chooses frequencies by the last position of a batch: `long` does."""
+    """Stands for the library's rotary module, which chooses frequencies by a batch's last position: here `long`
+    does.
+    """
 
     def __init__(self, rotary: torch.nn.Module, boundary: int) -> None:
         super().__init__()
@@ -129,7 +133,7 @@ class _LongRope(torch.nn.Module):
 
 
 class _Cache:
-    """In the place of the library's cache: what the blocks put keys and values into, and get all of a row back."""
+    """Stands for the library's cache: the blocks put keys and values into it, and get all of a row back."""
 
     is_compileable = False
 
@@ -141,8 +145,10 @@ class _Cache:
         self._longest = 0
 
     def use(self, slots: list[int], positions: Tensor, longest: int) -> None:
-        """For the next forward pass: its rows' slots, their new tokens' positions (rows, count), and how much of the
-        buffers is in use."""
+        """Set what the next forward pass reads and writes.
+
+        That is its rows' slots, their new tokens' positions (rows, count), and how much of the buffers is in use.
+        """
         self._slots, self._positions, self._longest = slots, positions, longest
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -153,7 +159,7 @@ class _Cache:
         return int(self._positions[0, 0])
 
     def clear(self, slot: int, length: int) -> None:
-        """Nothing of a sequence stays behind: masked values count as 0 times what they are, and NaN would be seen."""
+        """Zero a sequence's slot: masked values count as 0 times what they are, and NaN would be seen."""
         for buffer in self._buffers.values():
             buffer[slot, :, :length].zero_()
 

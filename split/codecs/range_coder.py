@@ -27,7 +27,7 @@ _MODEL_BITS = 8  # symbols larger than this are cut
 
 
 def encode(symbols: NDArray[np.int32]) -> bytes:
-    """symbols: (rows, width), at least one; 17 bits at most."""
+    """Encode symbols of 17 bits at most, (rows, width), at least one."""
     values = np.ascontiguousarray(symbols.T)
     size = np.abs(values)
     cut = max(0, int(size.max()).bit_length() - _MODEL_BITS)
@@ -119,7 +119,7 @@ def decode(reader: Reader, rows: int, width: int) -> NDArray[np.int32]:
 
 
 def _levels(size: NDArray[np.int32]) -> tuple[int, NDArray[np.uint8]]:
-    """size: (width, rows) -> how many columns share a level, and the level of each column."""
+    """Find how many columns share a level, and the level of each column. size: (width, rows), |symbol|."""
     width, rows = size.shape
     sums = size.sum(1, dtype=np.int64)
     best: tuple[float, int, NDArray[np.uint8]] | None = None
@@ -135,7 +135,7 @@ def _levels(size: NDArray[np.int32]) -> tuple[int, NDArray[np.uint8]]:
 
 
 def _order(levels: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Of the columns that are not all zero: the largest first."""
+    """The columns that are not all zero, the largest first."""
     order = np.argsort(contexts.CLASSES - levels, kind="stable")
     return order[: int(np.count_nonzero(levels))]
 

@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
-from isthmus.client import measuring
+from isthmus.client import measurements
 from isthmus.client.identity import Identity
-from isthmus.client.measuring import Measurements
+from isthmus.client.measurements import Measurements
 from isthmus.client.runner import DeviceOptions
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.errors import IsthmusError, LinkLost
@@ -35,10 +35,10 @@ def identity(monkeypatch: pytest.MonkeyPatch) -> Any:
         def __enter__(self) -> None: ...
         def __exit__(self, *_: object) -> None: ...
 
-    monkeypatch.setattr(measuring, "_IDLE", 0.001)
-    monkeypatch.setattr(measuring, "channel", lambda *_: Opened())
-    monkeypatch.setattr(measuring, "measure_link", lambda *_, **__: LINK)
-    monkeypatch.setattr(measuring, "measure_apart", lambda *_, **__: [SPEED])
+    monkeypatch.setattr(measurements, "_IDLE", 0.001)
+    monkeypatch.setattr(measurements, "channel", lambda *_: Opened())
+    monkeypatch.setattr(measurements, "measure_link", lambda *_, **__: LINK)
+    monkeypatch.setattr(measurements, "measure_apart", lambda *_, **__: [SPEED])
     return Here()
 
 
@@ -90,7 +90,7 @@ def test_a_task_that_comes_stops_it_and_it_is_done_later(
             raise Stopped
         return [SPEED]
 
-    monkeypatch.setattr(measuring, "measure_apart", measure)
+    monkeypatch.setattr(measurements, "measure_apart", measure)
     first_news(Measurements(identity, options(tmp_path)), lambda: working[0])
     assert tries == [True, False]
 
@@ -114,7 +114,7 @@ def test_a_link_that_cannot_be_measured_leaves_the_speeds(
     def older(*_: object, **__: object) -> LinkProfile:
         raise LinkLost("it does not answer")
 
-    monkeypatch.setattr(measuring, "measure_link", older)
+    monkeypatch.setattr(measurements, "measure_link", older)
     mine = Measurements(identity, options(tmp_path))
     first_news(mine)
     told = pb.Profile(**mine.told())
@@ -134,11 +134,11 @@ def test_speeds_are_measured_in_a_process_that_ends_when_it_is_stopped(tmp_path:
         return len(asked) > 3
 
     with pytest.raises(Stopped):
-        measuring.measure_apart(tmp_path / "speed.json", "cpu", 1, stop=stop)
+        measurements.measure_apart(tmp_path / "speed.json", "cpu", 1, stop=stop)
     assert max(asked) == 1
     assert {child.pid for child in children()} <= before
 
 
 def test_a_process_that_cannot_measure_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(IsthmusError, match="the process that measures ended with status"):
-        measuring.measure_apart(tmp_path / "speed.json", "nothing", 1, stop=lambda: False)
+        measurements.measure_apart(tmp_path / "speed.json", "nothing", 1, stop=lambda: False)

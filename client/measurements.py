@@ -111,7 +111,7 @@ def measure_training_apart(options: DeviceOptions, *, stop: Callable[[], bool]) 
 
 def _apart(arguments: Sequence[str], stop: Callable[[], bool]) -> str:
     """What `main` prints for these arguments."""
-    command = [sys.executable, "-m", "isthmus.client.measuring", *arguments]
+    command = [sys.executable, "-m", "isthmus.client.measurements", *arguments]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         try:
             while process.poll() is None:
