@@ -11,6 +11,7 @@ from torch import Tensor
 from isthmus.protos.v1 import stage_pb2
 from isthmus.split.aggregation.average import Average
 from isthmus.split.codecs import CodecState, for_matrices, parse
+from isthmus.split.finite import can_be_used
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.streams import choices
 from isthmus.split.link.coding import stream_seed
@@ -59,6 +60,13 @@ class Averager:
         self._encoder, self._decoder = CodecState(seed), CodecState(seed)
         self._initial = flatten(initial)
         self._like = dict(initial)
+
+    def unfit(self, sent: Mapping[str, Tensor], last: Tensor | None) -> set[str]:
+        """The devices whose adapters cannot be used. sent: (values,) of each."""
+        base = self._initial if last is None else last
+        return {
+            device for device, values in sent.items() if not can_be_used([values if self._up.exact else base + values])
+        }
 
     def error(self, shares: Sequence[tuple[Tensor, float]], last: Tensor | None) -> float:
         """Of averaging A and B each for itself (see Merged), for these shares."""

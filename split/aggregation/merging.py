@@ -24,6 +24,7 @@ from isthmus.split.aggregation.averaging import Merged, Share
 from isthmus.split.aggregation.refactor import refactored, turned_to
 from isthmus.split.aggregation.stacking import grown
 from isthmus.split.codecs import CodecState, for_matrices, parse
+from isthmus.split.finite import can_be_used
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import Shape, aggregation_of
 from isthmus.split.job.streams import choices
@@ -91,6 +92,10 @@ class Merging:
             self._held[device] = self._flat(device, self._global)
         frozen = self._frozen_for(device, self._frozen, replaces=True) if self._method.starts_anew else None
         return self._held[device], frozen
+
+    def unfit(self, shares: Mapping[str, Share]) -> set[str]:
+        """The devices whose adapters cannot be used."""
+        return {device for device, share in shares.items() if not can_be_used(self._own(device, share.values).values())}
 
     def merge(self, shares: Mapping[str, Share], server: Mapping[str, Tensor]) -> Merged:
         """shares: what each device sent, and its training sequences. server: its adapter, by name."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from isthmus.split.codecs.payload import Reader, Writer
 from isthmus.split.errors import CodecError
+from isthmus.split.finite import is_finite
 
 Keys = Sequence[int]  # of the samples of a batch: rows of the tensor's first dimension, across epochs
 
@@ -204,7 +205,7 @@ class Codec:
                 most_side = self.transform.side_bytes(width)
                 self.transform.receive(reader.section(most_side) if most_side else b"", width, state)
             decoded = self._decoded(reader.rest(), rows, width, state)
-            if not self.exact and not _is_finite(decoded):
+            if not self.exact and not is_finite(decoded):
                 raise CodecError(f"a payload of {self.name} that holds NaN or infinity")
         else:
             reader.done()
@@ -248,13 +249,8 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def check_finite(x: Tensor, name: str) -> None:
-    if x.numel() and not _is_finite(x):
+    if not is_finite(x):
         raise CodecError(f"NaN or infinity cannot be coded by {name}: if training has diverged, lower learning_rate")
-
-
-def _is_finite(x: Tensor) -> bool:
-    least, greatest = x.detach().aminmax()
-    return math.isfinite(least) and math.isfinite(greatest)
 
 
 def _matrix(x: Tensor) -> tuple[Tensor, int]:

@@ -19,7 +19,8 @@ from isthmus.protos.v1 import stage_pb2
 from isthmus.split.aggregation.averaging import Averager
 from isthmus.split.dlora.backbone import Active, Backbone
 from isthmus.split.dlora.passes import Passing
-from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost, WrongState
+from isthmus.split.errors import BadFrame, BadRequest, BadTensor, IsthmusError, LinkLost, WrongState
+from isthmus.split.finite import DIVERGED, can_be_used
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.groups import MERGE
 from isthmus.split.job.shapes import AVERAGE
@@ -312,6 +313,8 @@ class BackboneHost:
         if not numbers or not numbers <= layout.remote:
             raise BadFrame("MERGE of no module, or of one in the device's own blocks")
         values = tensor_of(frame)
+        if not can_be_used([values]):
+            raise BadTensor(f"MERGE of values that float32 cannot use: {DIVERGED}")
         for number in sorted(numbers):
             parts = []
             for shape in layout.shapes(number).values():
@@ -376,11 +379,24 @@ class BackboneHost:
         frames = {device: member.aggregate for device, member in members.items() if member.aggregate is not None}
         total = sum(member.samples for member in members.values())
         shares = [(tensor_of(frame), members[device].samples / total) for device, frame in frames.items()]
-        error = self._averager.error(shares, self._point.device_adapter)
-        average, encoded = self._averager.average(shares, self._point.device_adapter)
+        last = self._point.device_adapter
+        unfit = self._averager.unfit({device: tensor_of(frame) for device, frame in frames.items()}, last)
+        if unfit:
+            device = min(unfit)
+            line = f"{device}: the adapter's values after step {members[device].step} are none that float32 can use"
+            members[device].deliver(BadTensor(f"{line}: {DIVERGED}"))
+            self._leave(device, members[device].deliver)  # and the average is made of the others
+            return
+        error = self._averager.error(shares, last)
+        try:
+            average, encoded = self._averager.average(shares, last)
+        except BadTensor as problem:  # of no device alone
+            raise WrongState(f"the average of the adapters cannot be sent: {problem}") from None
         done = max(member.step for member in members.values())
         self.tell("aggregation", "", {"step": done, "method": AVERAGE, "aggregation_error": error})
-        self._point = self._average_of(done, average)
+        point = self._average_of(done, average)
+        point.check_finite()
+        self._point = point
         if self.config.checkpoints_after(done) and self._checkpoints:
             self._checkpoints.save(self._point)  # before anyone has it
             self.tell("checkpoint", "", {"step": done})

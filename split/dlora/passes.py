@@ -11,7 +11,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from isthmus.split.dlora.backbone import Active, Backbone, Pass
-from isthmus.split.errors import BadFrame, IsthmusError, LinkLost
+from isthmus.split.errors import BadFrame, BadTensor, IsthmusError, LinkLost
+from isthmus.split.finite import DIVERGED, is_finite
 from isthmus.split.link.session import INPUT_GRADIENT, Deliver, Frame, Phase
 from isthmus.split.lora.sites import Layout, Site
 from isthmus.split.training.device import seen_positions, tensor_of
@@ -83,18 +84,20 @@ class Passing:
         frame, backbone, going = self._frame, self._backbone, self._pass
         hidden_states = tensor_of(frame)
         if self.evaluating:
-            last = backbone.evaluate(going, hidden_states)
+            last = _checked(backbone.evaluate(going, hidden_states), "last hidden states")
             self.result = Frame(Phase.EVALUATE, frame.step, self.number, where_wanted(last, frame.wanted))
             return
         in_front = bool(going.active.trained & self._layout.front)
-        last = backbone.forward(going, hidden_states, needs_gradient=in_front)
+        last = _checked(backbone.forward(going, hidden_states, needs_gradient=in_front), "last hidden states")
         answer = Frame(Phase.FORWARD, frame.step, self.number, where_wanted(last, frame.wanted))
         gradient = backbone.backward(going, tensor_of(self._wait(answer, 0, tuple(last.shape), Phase.BACKWARD)))
-        self.result = Frame(Phase.BACKWARD, frame.step, self.number, None if gradient is None else gradient.float())
+        tensor = None if gradient is None else _checked(gradient.float(), "gradients at the cut")
+        self.result = Frame(Phase.BACKWARD, frame.step, self.number, tensor)
 
     def _ask(self, site: Site, backward: bool, values: Tensor, wanted: bool) -> Tensor | None:
         phase = Phase.BACKWARD if backward else self._frame.phase
         flags = {INPUT_GRADIENT: float(wanted)} if backward else {}
+        _checked(values, f"{'gradients' if backward else 'inputs'} of site {site.number}")
         asked = Frame(phase, self._frame.step, self.number, values, values=flags, site=site.number)
         if not wanted:
             self._deliver(asked)
@@ -110,3 +113,10 @@ class Passing:
         if frame is None:
             raise LinkLost("the device has gone")
         return frame
+
+
+def _checked(values: Tensor, what: str) -> Tensor:
+    """Raises BadTensor, to the pass's device alone, for what it has made overflow."""
+    if not is_finite(values):
+        raise BadTensor(f"the {what} are not finite: {DIVERGED}")
+    return values

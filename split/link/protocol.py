@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from isthmus.protos.v1 import stage_pb2
 from isthmus.split.codecs.packing import unpack_bits
 from isthmus.split.codecs.wire import Expected, check_tensor, decode_tensor
 from isthmus.split.errors import BadFrame, BadTensor
+from isthmus.split.finite import DIVERGED, LARGEST, is_finite
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.streams import stream_of
 from isthmus.split.link.coding import Coder, Plan, Terms
@@ -21,7 +20,6 @@ from isthmus.split.lora.sites import Layout
 _MAX_SESSION = 64  # characters
 _MAX_VALUES = 64  # scalars in a frame
 _MAX_NAME = 64  # characters of a scalar's name
-_DIVERGED = "if training has diverged, lower learning_rate or set max_gradient_norm"
 _MAX_CODECS = 64  # in a Measured, and families in an Open
 _REQUIRED_VALUES = {
     Phase.BACKWARD: ("tokens",),
@@ -78,10 +76,8 @@ class Rules:
             stream = stream_of(message.phase, upward=True, labels=self.config.devices.labels)
             place = message.step, message.micro_batch, message.site
             tensor = coder.decode(stream, message.tensor, expected, *place)
-            if not _finite(tensor):
-                raise BadTensor(
-                    f"{Phase.Name(message.phase)} of step {message.step} holds NaN or infinity: {_DIVERGED}"
-                )
+            if not is_finite(tensor):
+                raise BadTensor(f"{Phase.Name(message.phase)} of step {message.step} holds NaN or infinity: {DIVERGED}")
         if with_labels:
             labels = decode_tensor(message.labels, self._labels_of(message)).long()
             if bool(((labels != -100) & ((labels < 0) | (labels >= self.vocabulary_size))).any()):
@@ -139,8 +135,8 @@ class Rules:
             raise BadFrame(f"more than {_MAX_CODECS} codecs or times")
         if len(message.values) > _MAX_VALUES or any(len(name) > _MAX_NAME for name in message.values):
             raise BadFrame(f"more than {_MAX_VALUES} values, or one with a name of over {_MAX_NAME} characters")
-        if not all(math.isfinite(value) for value in message.values.values()):
-            raise BadFrame(f"{Phase.Name(message.phase)} with a value that is not finite: {_DIVERGED}")
+        if not all(abs(value) <= LARGEST for value in message.values.values()):  # so that their sums are finite, too
+            raise BadFrame(f"{Phase.Name(message.phase)} with a value that is not finite: {DIVERGED}")
         required = () if message.site else _REQUIRED_VALUES.get(message.phase, ())
         if message.phase == Phase.FORWARD and self.config.devices.labels == "server":
             required = ("tokens",)
@@ -180,11 +176,3 @@ class Rules:
         length = self.config.text.sequence_length
         rows = message.tensor.shape[0] if message.tensor.shape else 0  # as many as there are hidden states
         return Expected("int32", (rows, length), self.config.batch_size * length)
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Whether all values are: their least and their greatest tell (in one pass; isfinite().all() takes several)."""
-    if not tensor.numel():
-        return True
-    least, greatest = tensor.aminmax()
-    return math.isfinite(least) and math.isfinite(greatest)

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from isthmus.split.errors import WrongState
+from isthmus.split.finite import DIVERGED, is_finite
 
 _KEPT = 2  # the last one, and the one before it in case the other side had not got that far
 
@@ -33,6 +35,19 @@ class Checkpoint:
     merged: dict[str, Tensor] = field(default_factory=dict)  # of devices that differ: see split/aggregation/merging.py
     shapes: dict[str, list[int]] = field(default_factory=dict)  # of the devices: cut and rank, where they differ
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, by their names on the disk."""
+        tensors = {
+            **{f"server/{name}": value for name, value in self.server.items()},
+            **{f"optimizer/{name}": value for name, value in self.optimizer.items()},
+            **{f"merged/{name}": value for name, value in self.merged.items()},
+        }
+        return tensors if self.device_adapter is None else {**tensors, "device_adapter": self.device_adapter}
+
+    def check_finite(self) -> None:
+        """Raises WrongState for NaN or infinity: a job cannot go on from that."""
+        _check_finite(self.step, {**self.tensors(), "losses": torch.tensor(self.losses, dtype=torch.float64)})
+
 
 class CheckpointFolder:
     """Checkpoints of one job: FOLDER/step-00000100/{state.safetensors, state.json}."""
@@ -41,20 +56,15 @@ class CheckpointFolder:
         self.folder = folder
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        tensors = {
-            **{f"server/{name}": value for name, value in checkpoint.server.items()},
-            **{f"optimizer/{name}": value for name, value in checkpoint.optimizer.items()},
-            **{f"merged/{name}": value for name, value in checkpoint.merged.items()},
-        }
-        if checkpoint.device_adapter is not None:
-            tensors["device_adapter"] = checkpoint.device_adapter
+        """Raises WrongState where something in it is not finite; the checkpoints before stay as they are."""
+        checkpoint.check_finite()
         described = {
             "step": checkpoint.step,
             "losses": checkpoint.losses,
             "stage_digest": checkpoint.stage_digest,
             "shapes": checkpoint.shapes,
         }
-        return _save(self.folder, checkpoint.step, tensors, described)
+        return _save(self.folder, checkpoint.step, checkpoint.tensors(), described)
 
     def last(self) -> Checkpoint | None:
         """The newest checkpoint, or None before the first. Raises WrongState when it cannot be read."""
@@ -81,6 +91,7 @@ class OptimizerRecord:
         self.folder = folder
 
     def save(self, step: int, state: Mapping[str, Tensor]) -> None:
+        _check_finite(step, state)
         _save(self.folder, step, dict(state), {"step": step})
 
     def last_step(self) -> int:
@@ -118,6 +129,7 @@ class DeviceRecord:
 
     def save(self, state: DeviceState) -> None:
         tensors = {"adapter": state.adapter, **{f"optimizer/{name}": value for name, value in state.optimizer.items()}}
+        _check_finite(state.step, tensors)
         described = {name: getattr(state, name) for name in ("step", "controller", "trained", "told")}
         _save(self.folder, state.step, tensors, described)
 
@@ -152,6 +164,16 @@ def _save(folder: Path, step: int, tensors: dict[str, Tensor], described: Mappin
     for old in _steps(folder)[:-_KEPT]:
         shutil.rmtree(folder / f"step-{old:08d}", ignore_errors=True)
     return final
+
+
+def _check_finite(step: int, tensors: Mapping[str, Tensor]) -> None:
+    """Raises WrongState for NaN or infinity: whoever goes on from what is kept could not train."""
+    broken = next((name for name, value in tensors.items() if not is_finite(value)), None)
+    if broken is not None:
+        raise WrongState(
+            f"{broken} is not finite after step {step}, so nothing is kept of it: {DIVERGED}; "
+            "--resume goes on from the last checkpoint"
+        )
 
 
 def _load(folder: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

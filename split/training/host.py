@@ -9,7 +9,7 @@ nobody is left, the stage goes back to the last aggregation: the devices' part o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -20,7 +20,8 @@ from torch import Tensor
 from isthmus.protos.v1 import stage_pb2
 from isthmus.split.aggregation.averaging import Share
 from isthmus.split.aggregation.merging import Merging
-from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost, WrongState
+from isthmus.split.errors import BadFrame, BadRequest, BadTensor, IsthmusError, LinkLost, WrongState
+from isthmus.split.finite import DIVERGED, is_finite
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.streams import remembers_samples, stream_of
 from isthmus.split.link.coding import Plan
@@ -283,10 +284,12 @@ class StageHost:
     def _forward(self, step: int, micro_batch: int, frames: Mapping[str, Frame]) -> None:
         batches = {device: tensor_of(frame) for device, frame in frames.items()}
         if self.config.devices.labels == "device":
-            for device, output in self.trainer.forward(batches, micro_batch=micro_batch).items():
+            outputs = self.trainer.forward(batches, micro_batch=micro_batch)
+            for device, output in outputs.items():
                 self._answer(
                     device, Frame(Phase.FORWARD, step, micro_batch, where_wanted(output.float(), frames[device].wanted))
                 )
+            self._refuse(frames.keys() - outputs.keys(), frames, f"hidden states of step {step}")
             return
         labels = {device: frame.labels for device, frame in frames.items() if frame.labels is not None}
         tokens = {device: int(frame.values["tokens"]) for device, frame in frames.items()}
@@ -296,14 +299,31 @@ class StageHost:
             loss, count = sums[device]
             values = {"nll": loss, "tokens": float(count)}
             self._answer_gradient(device, Frame(Phase.FORWARD, step, micro_batch, gradient, values=values))
-        self._step_at_once(step, last)
+        self._end_backward(step, frames, gradients, last=last)
 
     def _backward(self, step: int, micro_batch: int, frames: Mapping[str, Frame]) -> None:
         gradients = {device: (tensor_of(frame), int(frame.values["tokens"])) for device, frame in frames.items()}
         last = self._is_last(micro_batch, frames)
-        for device, gradient in self.trainer.backward(gradients, micro_batch=micro_batch, last=last).items():
+        at_cut = self.trainer.backward(gradients, micro_batch=micro_batch, last=last)
+        for device, gradient in at_cut.items():
             self._answer_gradient(device, Frame(Phase.BACKWARD, step, micro_batch, gradient))
-        self._step_at_once(step, last)
+        self._end_backward(step, frames, at_cut, last=last)
+
+    def _end_backward(self, step: int, frames: Collection[str], answered: Collection[str], *, last: bool) -> None:
+        if answered:
+            self._step_at_once(step, last)
+        self._refuse(set(frames) - set(answered), frames, f"gradients of step {step}")
+
+    def _refuse(self, devices: Collection[str], of: Collection[str], what: str) -> None:
+        """Goes on without the devices whose share gives no finite numbers, as if they had left. Where that is so of
+        several and of all, it is the stage that has diverged: raises WrongState, which ends the job."""
+        if len(of) > 1 and len(devices) == len(of):
+            raise WrongState(f"{what} are not finite for any device: {DIVERGED}; --resume goes on from a checkpoint")
+        for device in sorted(devices):
+            member = self._members.get(device)
+            if member is not None:
+                member.deliver(BadTensor(f"{device}: {what} give values that float32 does not hold: {DIVERGED}"))
+                self._leave(device, member.deliver)
 
     def _is_last(self, micro_batch: int, frames: Mapping[str, Frame]) -> bool:
         return micro_batch + 1 == self._members[next(iter(frames))].plan.micro_batches
@@ -352,12 +372,19 @@ class StageHost:
     def _aggregate(self, step: int, frames: Mapping[str, Frame]) -> None:
         """The devices' adapters, averaged by their numbers of training sequences, on disk before anyone has it."""
         shares = {device: Share(tensor_of(frame), self._members[device].samples) for device, frame in frames.items()}
-        average, answers = self._adapters.merge(step, shares, self._point)
+        unfit = self._adapters.unfit(shares, self._point)
+        self._refuse(unfit, frames, f"the adapter's values after step {step + 1}")
+        frames = {device: frame for device, frame in frames.items() if device not in unfit}
+        if not frames:
+            return
+        average, answers = self._merge({device: shares[device] for device in frames}, step)
         for device, frame in frames.items():
             self._members[device].measured = frame.measured or self._members[device].measured
         measured = {device: self._members[device].measured for device in frames}
         answers |= self._adapters.move(step, measured, self._steps_timed)
-        self._point = self._snapshot(average)
+        point = self._snapshot(average)
+        point.check_finite()
+        self._point = point
         if self.config.checkpoints_after(self.step) and self._checkpoints:
             self._checkpoints.save(self._point)
             self.tell("checkpoint", "", {"step": self.step})
@@ -369,6 +396,12 @@ class StageHost:
         for device in frames:
             self._members[device].answer(replace(answers[device], plan=plans.get(device)))
         self._admit()
+
+    def _merge(self, shares: Mapping[str, Share], step: int) -> tuple[Tensor | None, dict[str, Frame]]:
+        try:
+            return self._adapters.merge(step, shares, self._point)
+        except BadTensor as error:  # of no device alone
+            raise WrongState(f"the average of the adapters after step {step + 1} cannot be sent: {error}") from None
 
     def _snapshot(self, average: Tensor | None) -> Checkpoint:
         stepper = self.trainer.stepper
@@ -386,6 +419,8 @@ class StageHost:
 
     def _evaluated(self, device: str, frame: Frame) -> Frame:
         outputs = self.trainer.evaluate(tensor_of(frame), device)
+        if not is_finite(outputs):
+            raise BadTensor(f"{device}: held-out text gives values that float32 does not hold: {DIVERGED}")
         if frame.labels is None:
             return Frame(Phase.EVALUATE, frame.step, tensor=where_wanted(outputs.float(), frame.wanted))
         loss, tokens = nll(outputs, frame.labels.to(outputs.device))

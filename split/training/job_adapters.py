@@ -94,6 +94,13 @@ class JobAdapters:
 
     # ---- aggregation ----
 
+    def unfit(self, shares: Mapping[str, Share], point: Checkpoint) -> set[str]:
+        """The devices whose adapters nobody could compute with: NaN, infinity, or so large that they lead there."""
+        if self._merging is not None:
+            return self._merging.unfit(shares)
+        sent = {device: share.values for device, share in shares.items()}
+        return self._averager.unfit(sent, point.device_adapter)
+
     def merge(
         self, step: int, shares: Mapping[str, Share], point: Checkpoint
     ) -> tuple[Tensor | None, dict[str, Frame]]:

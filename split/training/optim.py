@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from isthmus.split.errors import BadTensor
+from isthmus.split.errors import BadTensor, WrongState
+from isthmus.split.finite import DIVERGED, sum_of_squares
 from isthmus.split.job.config import TrainingConfig
 
 
@@ -32,13 +34,15 @@ class Stepper:
     def gradient_norm_squared(self, names: Iterable[str] | None = None) -> float:
         """The sum of squares of this side's gradients, or of those of these parameters."""
         chosen = self.parameters.values() if names is None else [self.parameters[name] for name in names]
-        gradients = [p.grad for p in chosen if p.grad is not None]
-        if not gradients:
-            return 0.0
-        return float(torch.stack([gradient.double().square().sum() for gradient in gradients]).sum())
+        return sum_of_squares(p.grad for p in chosen if p.grad is not None)
 
     def step(self, step: int, whole_norm_squared: float) -> None:
-        """Clips by the norm of the whole model's gradient (this side's and the other's), then applies `step`."""
+        """Clips by the norm of the whole model's gradient (this side's and the other's), then applies `step`.
+
+        Raises WrongState, and changes nothing, where that norm is not finite.
+        """
+        if not math.isfinite(whole_norm_squared):
+            raise WrongState(f"the gradient of step {step} is not finite, and was not applied: {DIVERGED}")
         if self._optimizer is None:
             return
         limit = self.config.optimizer.max_gradient_norm

@@ -9,13 +9,15 @@ aggregation weights it like the devices that it stands for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from isthmus.split.errors import WrongState
+from isthmus.split.finite import DIVERGED, can_be_used, is_finite
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.lora.frozen import FrozenPart
 from isthmus.split.lora.lora import lora_parameters
@@ -40,8 +42,16 @@ class _Graph:
     rows: dict[str, slice]
 
 
+_Objective = Callable[[_Graph, Mapping[str, float]], tuple[Tensor, Tensor | None]]
+"""(graph, each device's share of the step's tokens) -> what is differentiated, and the gradient by it."""
+
+
 class ServerTrainer:
-    """The coordinator's blocks and their LoRA. cuts: of devices that do not enter at the first segment."""
+    """The coordinator's blocks and their LoRA. cuts: of devices that do not enter at the first segment.
+
+    What a device sends can be finite and still make its rows overflow. Such a device is left out of what `forward`,
+    `backward` and `forward_backward` return, and of the step's gradient from there on.
+    """
 
     def __init__(
         self,
@@ -73,7 +83,8 @@ class ServerTrainer:
     def forward(self, batches: Mapping[str, Tensor], *, micro_batch: int = 0) -> dict[str, Tensor]:
         """Each device's hidden states at the cut (rows, sequence, hidden) -> its last hidden states, same shape."""
         graph = self._forward(batches, micro_batch)
-        return {device: graph.outputs[rows].detach() for device, rows in graph.rows.items()}
+        outputs = {device: graph.outputs[rows].detach() for device, rows in graph.rows.items()}
+        return {device: values for device, values in outputs.items() if is_finite(values)}
 
     def backward(
         self, gradients: Mapping[str, tuple[Tensor, int]], *, micro_batch: int = 0, last: bool = True
@@ -83,14 +94,16 @@ class ServerTrainer:
 
         last: it is the step's last micro-batch, after which `norm_squared` is that of the whole step.
         """
+
+        def objective(graph: _Graph, weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+            joint = torch.zeros_like(graph.outputs)
+            for device in gradients.keys() & graph.rows.keys():
+                joint[graph.rows[device]] = gradients[device][0].to(self._device) * weights[device]
+            return graph.outputs, joint
+
         graph = self._graphs.pop(micro_batch)
-        joint = torch.zeros_like(graph.outputs)
-        weights = self._weights({device: tokens for device, (_, tokens) in gradients.items()}, micro_batch)
-        for device, (gradient, _) in gradients.items():
-            joint[graph.rows[device]] = gradient.to(self._device) * weights[device]
-        with self.ledger.computing(("backward", graph.outputs.shape, *self._entries(graph))):
-            graph.outputs.backward(joint)
-        return self._gradients_at_cut(graph, weights, last)
+        tokens = {device: count for device, (_, count) in gradients.items()}
+        return self._backward(graph, objective, tokens, micro_batch=micro_batch, last=last)
 
     def forward_backward(
         self,
@@ -103,16 +116,21 @@ class ServerTrainer:
     ) -> tuple[dict[str, Tensor], dict[str, tuple[float, int]]]:
         """With labels at the server: hidden states and labels (rows, sequence), and the predicted tokens of each
         device's whole batch -> gradients at the cut, and each device's summed loss and predicted tokens in it."""
+        sums: dict[str, tuple[float, int]] = {}
+
+        def objective(graph: _Graph, weights: Mapping[str, float]) -> tuple[Tensor, None]:
+            losses = []
+            for device, rows in graph.rows.items():
+                loss, count = nll(graph.outputs[rows], labels[device].to(self._device))
+                sums[device] = float(loss.detach()), count
+                losses.append(loss)
+            return torch.stack(losses).sum() / max(1, self._total), None
+
         graph = self._forward(batches, micro_batch)
         del self._graphs[micro_batch]
-        sums = {
-            device: nll(graph.outputs[rows], labels[device].to(self._device)) for device, rows in graph.rows.items()
-        }
-        weights = self._weights(tokens, micro_batch)
-        with self.ledger.computing(("backward", graph.outputs.shape, *self._entries(graph))):
-            (torch.stack([loss for loss, _ in sums.values()]).sum() / max(1, self._total)).backward()
-        gradients = self._gradients_at_cut(graph, weights, last)
-        return gradients, {device: (float(loss.detach()), count) for device, (loss, count) in sums.items()}
+        gradients = self._backward(graph, objective, tokens, micro_batch=micro_batch, last=last)
+        fit = {device: sums[device] for device in gradients if math.isfinite(sums[device][0])}
+        return {device: gradients[device] for device in fit}, fit
 
     def step(self, step: int, device_norms_squared: Mapping[str, tuple[float, int]]) -> None:
         """Applies optimiser step `step`. The whole gradient's norm is this side's and the devices' mean, by tokens."""
@@ -220,21 +238,76 @@ class ServerTrainer:
             }
         return {device: count / max(1, self._total) for device, count in tokens.items()}
 
+    def _backward(
+        self, graph: _Graph, objective: _Objective, tokens: Mapping[str, int], *, micro_batch: int, last: bool
+    ) -> dict[str, Tensor]:
+        """Adds a micro-batch to the step's gradient, without the devices that would make it something else than
+        numbers: it is then computed anew of the others. Returns the gradients at the cut, by device."""
+        while True:
+            present = {device: count for device, count in tokens.items() if device in graph.rows}
+            weights = self._weights(present, micro_batch)
+            at_cut, of_parameters = self._differentiate(graph, objective, weights)
+            unfit = {device for device, gradient in at_cut.items() if not is_finite(gradient)}
+            if not unfit and can_be_used(of_parameters.values()):
+                break
+            unfit = unfit or self._unfit_alone(graph, objective, weights, micro_batch)
+            if not unfit:
+                raise WrongState(f"the gradient of all devices together is not finite: {DIVERGED}")
+            if not present.keys() - unfit:
+                return {}
+            graph = self._without(graph, unfit, micro_batch)
+        for name, gradient in of_parameters.items():
+            parameter = self.stepper.parameters[name]
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        if last:
+            self._finish_gradients()
+        return {device: at_cut[device] for device in weights}
+
+    def _differentiate(
+        self, graph: _Graph, objective: _Objective, weights: Mapping[str, float]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The gradients by what each device sent, of its own mean loss, and those of the LoRA parameters, by name."""
+        parameters = {name: one for name, one in self.stepper.parameters.items() if one.requires_grad}
+        leaves = list(graph.leaves)
+        inputs = [*graph.leaves.values(), *parameters.values()]
+        outputs, by_outputs = objective(graph, weights)
+        with self.ledger.computing(("backward", graph.outputs.shape, *self._entries(graph))):
+            found = torch.autograd.grad(outputs, inputs, by_outputs, allow_unused=True)
+        by_cut = dict(zip(leaves, found[: len(leaves)], strict=True))
+        at_cut = {}
+        for device, (cut, rows) in graph.entered.items():
+            gradient = by_cut[cut]
+            assert gradient is not None
+            # A batch without a predicted token has weight 0 and no gradient; there is nothing to free it of.
+            at_cut[device] = gradient[rows] / (weights.get(device) or 1.0)
+        of_parameters = zip(parameters, found[len(leaves) :], strict=True)
+        return at_cut, {name: one.contiguous() for name, one in of_parameters if one is not None}
+
+    def _unfit_alone(
+        self, graph: _Graph, objective: _Objective, weights: Mapping[str, float], micro_batch: int
+    ) -> set[str]:
+        """The devices whose rows by themselves give LoRA a gradient that cannot be used."""
+        unfit = set()
+        for device in graph.rows:
+            alone = self._without(graph, graph.rows.keys() - {device}, micro_batch)
+            _, of_parameters = self._differentiate(alone, objective, weights)
+            if not can_be_used(of_parameters.values()):
+                unfit.add(device)
+        return unfit
+
+    def _without(self, graph: _Graph, devices: Collection[str], micro_batch: int) -> _Graph:
+        """The graph of the other devices, computed anew."""
+        kept = {
+            device: graph.leaves[cut].detach()[rows]
+            for device, (cut, rows) in graph.entered.items()
+            if device not in devices
+        }
+        self._forward(kept, micro_batch)
+        return self._graphs.pop(micro_batch)
+
     def _share(self, first: int) -> float:
         """Of the step's tokens: those that ran through a segment."""
         return self._below[first] / max(1, self._total)
-
-    def _gradients_at_cut(self, graph: _Graph, weights: Mapping[str, float], last: bool) -> dict[str, Tensor]:
-        if last:
-            self._finish_gradients()
-        gradients = {}
-        for device, weight in weights.items():
-            cut, rows = graph.entered[device]
-            gradient = graph.leaves[cut].grad
-            assert gradient is not None
-            # A batch without a predicted token has weight 0 and no gradient; there is nothing to free it of.
-            gradients[device] = gradient[rows] / (weight or 1.0)
-        return gradients
 
     def _finish_gradients(self) -> None:
         """Each segment's gradient becomes that of the mean over the tokens of those who use it."""

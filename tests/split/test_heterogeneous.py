@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from isthmus.protos.v1 import stage_pb2
 from isthmus.split.codecs import FAMILIES
-from isthmus.split.errors import BadRequest, WrongState
+from isthmus.split.errors import BadRequest, BadTensor, WrongState
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import Shape, fixed_shapes
 from isthmus.split.link.coding import Terms
@@ -231,3 +231,18 @@ def test_adapters_of_a_lower_rank_begin_as_the_first_rows_of_those_of_a_higher_o
     high, low = (lora_parameters(device_stages(source, config, Shape(2, rank), "cpu")) for rank in (8, 3))
     for name, value in low.items():
         assert torch.equal(value, high[name][:3] if "lora_A" in name else high[name][:, :3])
+
+
+@pytest.mark.parametrize("aggregation", ["padding", "stacking", "svd"])
+@pytest.mark.parametrize("value", [1e30, 1e12])
+def test_an_adapter_whose_products_overflow_is_merged_with_no_other(
+    llama: Path, aggregation: str, value: float
+) -> None:
+    job = Devices(llama, LEAVING.but(aggregation=aggregation), ["a", "b", "c"])
+    job.run({"a": {}, "b": {}, "c": {"large": (Phase.AGGREGATE, 3, value)}})
+    assert job.errors.keys() == {"c"}
+    assert isinstance(job.errors["c"], BadTensor)
+    assert [step["step"] for step in job.steps()] == list(range(1, 13))
+    merged = job.host.outcome().merged
+    assert merged is not None
+    assert all(value.abs().max() < 10 for value in merged.values())

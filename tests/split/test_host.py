@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import torch
 
 from isthmus.protos.v1 import stage_pb2
 from isthmus.split.codecs import FAMILIES
-from isthmus.split.errors import BadRequest, IsthmusError, LinkLost, WrongState
+from isthmus.split.errors import BadRequest, BadTensor, IsthmusError, LinkLost, WrongState
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.link.coding import Terms
 from isthmus.split.link.session import Frame, LocalLink, Phase
 from isthmus.split.resources.ledger import Ledger
-from isthmus.split.training.device import DeviceTrainer
+from isthmus.split.training.checkpoint import Checkpoint, CheckpointFolder
+from isthmus.split.training.device import DeviceTrainer, tensor_of
 from isthmus.split.training.host import StageHost
+from isthmus.split.training.optim import Stepper
 from tests.split.jobs import device_trainer, random_text, server_trainer
 from tests.split.tiny_models import VOCABULARY, make_model
 
@@ -54,10 +57,26 @@ class CutLink(LocalLink):
         super().send(frame)
 
 
+class LargeLink(LocalLink):
+    """A link of a device that sends very large numbers, once: in the frame of this phase and step."""
+
+    def __init__(self, host: StageHost, device: str, config: TrainingConfig, large: tuple[Phase, int, float]) -> None:
+        super().__init__(host, device, Terms(config, 20), Ledger(), timeout=60)
+        self._large = large
+
+    def send(self, frame: Frame) -> None:
+        phase, step, value = self._large
+        if (frame.phase, frame.step) == (phase, step):
+            frame = dataclasses.replace(frame, tensor=torch.full_like(tensor_of(frame), value))
+        super().send(frame)
+
+
 class Job:
     """A host and its devices' trainers."""
 
-    def __init__(self, folder: Path, config: TrainingConfig, names: list[str]) -> None:
+    def __init__(
+        self, folder: Path, config: TrainingConfig, names: list[str], checkpoints: CheckpointFolder | None = None
+    ) -> None:
         self.trainers = {
             name: device_trainer(
                 folder, config, random_text(i, 20, 8, VOCABULARY), random_text(90 + i, 3, 8, VOCABULARY)
@@ -72,6 +91,8 @@ class Job:
             config,
             set(names),
             initial_adapter=dict(self.trainers[names[0]].parameters),
+            checkpoints=checkpoints,
+            resume=checkpoints.last() if checkpoints else None,
             tell=self._tell,
         )
         self.errors: dict[str, IsthmusError] = {}
@@ -84,10 +105,20 @@ class Job:
     def steps(self) -> list[dict[str, Any]]:
         return [data for kind, _, data in self.events if kind == "step"]
 
-    def work(self, name: str, cut_after: int | None = None, *, rejoin: bool = False) -> None:
-        """Trains one device; with `cut_after` its link breaks once, and with `rejoin` it then comes back."""
+    def work(
+        self,
+        name: str,
+        cut_after: int | None = None,
+        *,
+        rejoin: bool = False,
+        large: tuple[Phase, int, float] | None = None,
+    ) -> None:
+        """Trains one device; with `cut_after` its link breaks once, and with `rejoin` it then comes back; with `large`
+        it sends very large numbers once."""
         trainer: DeviceTrainer = self.trainers[name]
         link = LocalLink(self.host, name, Terms(self.config, 20), Ledger(), timeout=60)
+        if large is not None:
+            link = LargeLink(self.host, name, self.config, large)
         if cut_after is not None:
             try:
                 trainer.run(CutLink(self.host, name, self.config, cut_after), cancelled=threading.Event())
@@ -289,3 +320,96 @@ def test_a_frame_before_the_session_is_agreed_is_refused(llama: Path) -> None:
     with pytest.raises(BadRequest, match="before the session was agreed"):
         link.receive()
     job.host.close()
+
+
+@pytest.mark.parametrize(
+    ("labels", "phase", "step", "value"),
+    [
+        ("device", Phase.FORWARD, 2, 3e38),
+        ("device", Phase.BACKWARD, 2, 3e38),
+        ("device", Phase.BACKWARD, 3, 1e25),
+        ("device", Phase.AGGREGATE, 1, 1e30),
+        ("device", Phase.AGGREGATE, 1, float("nan")),
+        ("device", Phase.EVALUATE, 4, float("nan")),
+        ("server", Phase.FORWARD, 2, 3e38),
+        ("server", Phase.EVALUATE, 4, float("nan")),
+    ],
+)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_numbers_that_overflow_end_the_device_that_sent_them_and_no_other(
+    llama: Path, labels: str, phase: Phase, step: int, value: float, micro_batches: int
+) -> None:
+    config = CONFIG.but(labels=labels, evaluate_every=2, micro_batches=micro_batches)
+    job = Job(llama, config, ["a", "b", "c"])
+    job.run({"a": {}, "b": {"large": (phase, step, value)}, "c": {}})
+    assert job.errors.keys() == {"b"}
+    assert isinstance(job.errors["b"], BadTensor), job.errors
+    assert [data["step"] for data in job.steps()] == [1, 2, 3, 4, 5, 6]
+    assert job.steps()[-1]["devices"] == ["a", "c"]
+    outcome = job.host.outcome()
+    assert 6 in outcome.perplexities
+    assert all(value.abs().max() < 10 for value in [*outcome.server.values(), outcome.device_adapter])
+
+
+@pytest.mark.parametrize("labels", ["device", "server"])
+def test_a_step_without_the_device_that_was_refused_is_that_of_the_others(llama: Path, labels: str) -> None:
+    config = CONFIG.but(labels=labels, validation_fraction=0.0)
+    alone, refused = Job(llama, config, ["a", "b"]), Job(llama, config, ["a", "b"])
+    alone.run({"a": {}, "b": {"cut_after": 1}})
+    refused.run({"a": {}, "b": {"large": (Phase.FORWARD, 0, 3e38)}})
+    assert refused.errors.keys() == {"b"}
+    expected, outcome = alone.host.outcome(), refused.host.outcome()
+    assert outcome.losses == pytest.approx(expected.losses, rel=1e-5)
+    for name, values in expected.server.items():
+        assert torch.allclose(outcome.server[name], values, atol=1e-6), name
+
+
+def test_numbers_that_overflow_are_in_no_checkpoint_and_the_job_can_be_resumed(llama: Path, tmp_path: Path) -> None:
+    config, folder = CONFIG.but(checkpoint_every=2), CheckpointFolder(tmp_path)
+    job = Job(llama, config, ["a", "b"], folder)
+    job.run({"a": {}, "b": {"large": (Phase.AGGREGATE, 3, 1e30)}})
+    assert isinstance(job.errors["b"], BadTensor)
+    point = folder.last()
+    assert point is not None
+    assert point.step == 6
+    assert all(value.abs().max() < 10 for value in point.tensors().values())
+    longer = Job(llama, config.but(steps=8), ["a", "b"], folder)
+    longer.run({"a": {}, "b": {}})
+    assert not longer.errors
+    assert [data["step"] for data in longer.steps()] == [7, 8]
+
+
+def test_a_stage_that_has_diverged_for_all_devices_ends_the_job_with_one_line(llama: Path, tmp_path: Path) -> None:
+    config, folder = CONFIG.but(checkpoint_every=2), CheckpointFolder(tmp_path)
+    job = Job(llama, config, ["a", "b"], folder)
+    large = {"large": (Phase.FORWARD, 3, 3e38)}
+    job.run({"a": large, "b": large})
+    [line] = [data["message"] for kind, _, data in job.events if kind == "failed"]
+    assert "not finite for any device: if training has diverged, lower learning_rate" in line
+    point = folder.last()
+    assert point is not None
+    assert point.step == 2
+
+
+@pytest.mark.parametrize("where", ["server", "optimizer", "device_adapter", "merged", "losses"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_saved(tmp_path: Path, where: str, value: float) -> None:
+    folder = CheckpointFolder(tmp_path)
+    good = Checkpoint(2, {"x": torch.ones(2)}, {}, torch.ones(2), [1.0])
+    folder.save(good)
+    bad = {"device_adapter": torch.tensor([1.0, value]), "losses": [1.0, value]}
+    contents = bad.get(where, {"x": torch.tensor([value])})
+    with pytest.raises(WrongState, match="not finite after step 4"):
+        folder.save(dataclasses.replace(good, step=4, **{where: contents}))
+    kept = folder.last()
+    assert kept is not None
+    assert kept.step == 2
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.tensor([1.0, float("inf")])
+    stepper = Stepper({"x": parameter}, CONFIG)
+    with pytest.raises(WrongState, match="step 1 is not finite, and was not applied"):
+        stepper.step(1, stepper.gradient_norm_squared())
+    assert torch.equal(parameter.detach(), torch.ones(2))

@@ -15,7 +15,7 @@ from isthmus.split.dlora.backbone import _in_one_thread
 from isthmus.split.dlora.device import DloraTrainer
 from isthmus.split.dlora.host import BackboneHost
 from isthmus.split.dlora.local import backbone_of, device_of, train_dlora_locally
-from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
+from isthmus.split.errors import BadFrame, BadRequest, BadTensor, IsthmusError, LinkLost
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import Shape
 from isthmus.split.link.session import INPUT_GRADIENT, Frame, LocalLink, Phase
@@ -372,6 +372,50 @@ def test_a_frame_that_is_not_due_ends_that_device_alone(llama: Path, what: str) 
     job.host.start_without({"d0"})
     assert job.finished.wait(60)
     job.host.close()
+
+
+LARGE: dict[str, tuple[dict[str, Any], Phase, bool, float]] = {  # options, the frame's phase, whether of a site, value
+    "outputs of modules": ({}, Phase.FORWARD, True, 3e38),
+    "hidden states": ({}, Phase.FORWARD, False, float("inf")),
+    "gradients": ({}, Phase.BACKWARD, False, 3e38),
+    "gradients of modules": ({}, Phase.BACKWARD, True, 3e38),
+    "held-out text": ({}, Phase.EVALUATE, True, 3e38),
+    "an adapter": ({"aggregate": True, "aggregate_every": 2}, Phase.AGGREGATE, False, 1e30),
+    "modules that are merged": (
+        {"killed": "merge", "active_fraction": 0.5, "kill_warmup": 1, "kill_anneal": 0, "kill_interval": 1},
+        Phase.MERGE, False, 1e30,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_numbers_that_overflow_end_the_device_that_sent_them_alone(llama: Path, tmp_path: Path, what: str) -> None:
+    options, phase, of_site, value = LARGE[what]
+
+    class Large(CutLink):
+        def send(self, frame: Frame) -> None:
+            if frame.phase == phase and bool(frame.site) == of_site and frame.tensor is not None:
+                frame = dataclasses.replace(frame, tensor=torch.full_like(frame.tensor, value))
+            super().send(frame)
+
+    job = Job(llama, SMALL.but(**options), 2, tmp_path)
+    large, good = job.trainer(0), job.trainer(1)
+    other = threading.Thread(target=run, args=(good, job.link(good, 1)))
+    other.start()
+    with pytest.raises(BadTensor, match="if training has diverged"):
+        run(large, Large(job.host, "d0", large, -1))
+    other.join(60)
+    job.host.start_without({"d0"})
+    assert job.finished.wait(60)
+    job.host.close()
+    assert not job.told("failed")
+    assert max(data["device_step"] for data in job.told("step") if data["devices"] == ["d1"]) == SMALL.steps
+    assert all(value.abs().max() < 10 for value in good.adapter().values())
+    if job.config.dlora.aggregate:
+        point = CheckpointFolder(tmp_path / "server").last()
+        assert point is not None
+        assert point.device_adapter is not None
+        assert float(point.device_adapter.abs().max()) < 10
 
 
 def test_a_device_refuses_what_it_has_not_asked_for(llama: Path) -> None:
