@@ -17,10 +17,10 @@ from isthmus.coordinator.cli.common import human_bytes
 from isthmus.split.data.documents import read_documents
 from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices, build_sequences
 from isthmus.split.dlora.device import seen_positions
-from isthmus.split.dlora.local import train_dlora_locally
 from isthmus.split.errors import BadData
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.lora.sites import Layout, layout_of
+from isthmus.split.methods.local import train_locally
 from isthmus.split.models.source import open_model
 from isthmus.split.resources.ledger import Ledger
 
@@ -48,7 +48,7 @@ def savings(layout: Layout, rows: int, rows_of_use: int) -> dict[str, int]:
 
 def measured(model: str, training: TrainingConfig, text: Sequences) -> int:
     """Bytes of modules in the job's steps."""
-    run = train_dlora_locally(open_model(model), training, [(text, None)])
+    run = train_locally(open_model(model), training, [(text, None)])
     return _of_modules(run.ledgers["d0"])
 
 

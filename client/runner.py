@@ -22,7 +22,6 @@ from isthmus.client.weights import device_source
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from isthmus.split.data.sequences import Sequences, sequences_of_file
-from isthmus.split.dlora.device import DloraTrainer
 from isthmus.split.errors import IsthmusError, LinkLost, NotAllowed, NotFound
 from isthmus.split.inference.holding import Holding
 from isthmus.split.inference.serving import ServingConfig
@@ -32,16 +31,18 @@ from isthmus.split.job.shapes import Shape, asked
 from isthmus.split.link.session import GrpcLink
 from isthmus.split.lora.lora import lora_config, save_adapter
 from isthmus.split.lora.served import LoraAdapter
+from isthmus.split.methods import method_of
 from isthmus.split.models.blobs import Blobs
 from isthmus.split.models.precision import pick_device, pick_precision
 from isthmus.split.models.source import TensorSource
-from isthmus.split.models.stage import Stage, StageSpec
-from isthmus.split.plan.parts import device_stages
+from isthmus.split.models.stage import StageSpec
 from isthmus.split.resources.ledger import Ledger
 from isthmus.split.runtime.choose import RuntimeChoice, make_runtime
 from isthmus.split.tls import channel, join_address, split_address
-from isthmus.split.training.checkpoint import DeviceRecord, OptimizerRecord
+from isthmus.split.training.checkpoint import DeviceRecord
 from isthmus.split.training.device import Cancelled, DeviceTrainer, Progress
+from isthmus.split.training.device_steps import DeviceContext
+from isthmus.split.training.method import DeviceResources
 
 log = logging.getLogger(__name__)
 
@@ -137,16 +138,13 @@ class Runner(threading.Thread):
         trainer = self._trainer(source, digest, config, train, validation)
         self._state(State.RUNNING)
         traffic = trainer.ledger.traffic
+        keep = partial(self._keep, lora_config(config, source.config, self._shape(config).rank or None))
 
         def train_over(stage: grpc.Channel, port: int) -> None:
             link = GrpcLink(stage, self.task.job, secrets.token_hex(8), trainer.terms, trainer.ledger, port=port)
             try:
                 self._stoppable(link.close)
-                if isinstance(trainer, DloraTrainer):
-                    keep = partial(self._keep, lora_config(config, source.config, trainer.layout.rank or None))
-                    trainer.run(link, cancelled=self._cancelled, tell=self._log_progress, keep=keep)
-                else:
-                    trainer.run(link, cancelled=self._cancelled, tell=self._log_progress)
+                trainer.run(link, cancelled=self._cancelled, tell=self._log_progress, keep=keep)
             finally:
                 link.close()
 
@@ -204,42 +202,20 @@ class Runner(threading.Thread):
 
     def _trainer(
         self, source: TensorSource, digest: str, config: TrainingConfig, train: Sequences, validation: Sequences | None
-    ) -> DeviceTrainer | DloraTrainer:
+    ) -> DeviceTrainer:
         device = pick_device(self._options.device)
-        shape = self._shape(config)
-        stages = device_stages(source, config, shape, device)
-        if config.devices_train_all:
-            return DloraTrainer(
-                stages,
-                source.config,
-                config,
-                train,
-                validation,
-                Ledger(slow_down=self._options.slow_down),
-                dtype=pick_precision(config.optimizer.precision, device),
-                record=DeviceRecord(self._folder),
-                stage_digest=digest,
-                shape=shape,
-            )
+        dtype = pick_precision(config.optimizer.precision, device)
+        context = DeviceContext(config, train, validation, Ledger(slow_down=self._options.slow_down), dtype)
 
-        def reshape(shape: Shape) -> tuple[list[Stage], str]:
-            moved, _, digest = self._weights(cut=shape.cut)
+        def reload(cut: int) -> tuple[TensorSource, str]:
+            moved, _, digest = self._weights(cut=cut)
             self._state(State.RUNNING)
-            return device_stages(moved, config, shape, device), digest
+            return moved, digest
 
         moves = asked(config)[0].automatic
-        return DeviceTrainer(
-            stages,
-            config,
-            train,
-            validation,
-            Ledger(slow_down=self._options.slow_down),
-            dtype=pick_precision(config.optimizer.precision, device),
-            record=OptimizerRecord(self._folder),
-            stage_digest=digest,
-            shape=shape if moves else None,
-            reshape=reshape if moves else None,
-        )
+        resources = DeviceResources(source, self._shape(config), device, reload if moves else None)
+        steps = method_of(config).device_steps(context, resources)
+        return DeviceTrainer(context, steps, record=DeviceRecord(self._folder), stage_digest=digest)
 
     @property
     def _folder(self) -> Path:

@@ -15,8 +15,7 @@ from isthmus.split.errors import BadFrame, BadTensor, IsthmusError, LinkLost
 from isthmus.split.finite import DIVERGED, is_finite
 from isthmus.split.link.session import INPUT_GRADIENT, Deliver, Frame, Phase
 from isthmus.split.lora.sites import Layout, Site
-from isthmus.split.training.device import seen_positions, tensor_of
-from isthmus.split.training.host import where_wanted
+from isthmus.split.training.frames import seen_positions, tensor_of, where_wanted
 
 log = logging.getLogger(__name__)
 

@@ -18,10 +18,12 @@ from isthmus.split.link.coding import Terms
 from isthmus.split.link.session import Frame, LocalLink, Phase
 from isthmus.split.resources.ledger import Ledger
 from isthmus.split.training.checkpoint import Checkpoint, CheckpointFolder
-from isthmus.split.training.device import DeviceTrainer, tensor_of
-from isthmus.split.training.host import StageHost
+from isthmus.split.training.device import DeviceTrainer
+from isthmus.split.training.frames import tensor_of
+from isthmus.split.training.host import JobHost
 from isthmus.split.training.optim import Stepper
-from tests.split.jobs import device_trainer, random_text, server_trainer
+from isthmus.split.training.patience import Patience
+from tests.split.jobs import device_trainer, job_host, random_text
 from tests.split.tiny_models import VOCABULARY, make_model
 
 CONFIG = TrainingConfig.of(
@@ -45,7 +47,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class CutLink(LocalLink):
     """A link that breaks after a number of frames sent."""
 
-    def __init__(self, host: StageHost, device: str, config: TrainingConfig, frames: int) -> None:
+    def __init__(self, host: JobHost, device: str, config: TrainingConfig, frames: int) -> None:
         super().__init__(host, device, Terms(config, 20), Ledger(), timeout=60)
         self._left = frames
 
@@ -60,7 +62,7 @@ class CutLink(LocalLink):
 class LargeLink(LocalLink):
     """A link of a device that sends very large numbers, once: in the frame of this phase and step."""
 
-    def __init__(self, host: StageHost, device: str, config: TrainingConfig, large: tuple[Phase, int, float]) -> None:
+    def __init__(self, host: JobHost, device: str, config: TrainingConfig, large: tuple[Phase, int, float]) -> None:
         super().__init__(host, device, Terms(config, 20), Ledger(), timeout=60)
         self._large = large
 
@@ -86,15 +88,8 @@ class Job:
         self.events: list[tuple[str, str, dict[str, Any]]] = []
         self.finished = threading.Event()
         self.config = config
-        self.host = StageHost(
-            server_trainer(folder, config),
-            config,
-            set(names),
-            initial_adapter=dict(self.trainers[names[0]].parameters),
-            checkpoints=checkpoints,
-            resume=checkpoints.last() if checkpoints else None,
-            tell=self._tell,
-        )
+        last = checkpoints.last() if checkpoints else None
+        self.host = job_host(folder, config, names, checkpoints=checkpoints, resume=last, tell=self._tell)
         self.errors: dict[str, IsthmusError] = {}
 
     def _tell(self, kind: str, device: str, data: dict[str, Any]) -> None:
@@ -186,7 +181,7 @@ def test_a_job_whose_only_device_loses_its_link_ends_with_the_very_same_adapter(
 
 def test_a_device_that_is_connected_and_silent_does_not_stop_the_others(llama: Path) -> None:
     job = Job(llama, CONFIG, ["a", "b"])
-    job.host._patience = 0.5
+    job.host.job.deadlines.patience = Patience(0.5)
     other = threading.Thread(target=job.work, args=("a",))
     other.start()
     link = _open(job, "b")
@@ -247,7 +242,7 @@ def test_a_device_that_does_not_fit_the_job_is_not_let_in(
 
 def test_another_model_than_the_coordinators_is_not_let_in(llama: Path) -> None:
     job = Job(llama, CONFIG, ["a"])
-    job.host._adapters._stage_digest = "0" * 64
+    job.host = job_host(llama, CONFIG, ["a"], digests={1: "0" * 64})
     with pytest.raises(BadRequest, match="model files differ from the coordinator's"):
         _open(job, "a", stage_digest="1" * 64).receive()
     job.host.close()

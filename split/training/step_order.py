@@ -1,81 +1,46 @@
-"""The devices of a job as its stage sees them: who has joined, what each one's next frame has to be."""
+"""The order of a device's frames where devices do each step together: what its next frame has to be."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from isthmus.protos.v1 import stage_pb2
 from isthmus.split.errors import BadFrame
 from isthmus.split.job.config import TrainingConfig
-from isthmus.split.job.streams import missing_families
 from isthmus.split.link.coding import Plan
-from isthmus.split.link.profile import LinkProfile
-from isthmus.split.link.session import Deliver, Frame, Phase
-
-if TYPE_CHECKING:
-    pass
-
-
-def problem_with_open(
-    device: str, opened: stage_pb2.Open | None, devices: Collection[str], config: TrainingConfig
-) -> str:
-    """Why a device cannot take part, whatever the method; empty: it can, as far as this goes."""
-    if device not in devices:
-        return f"device {device} has no part in this job"
-    if opened is None:
-        return "OPEN without its contents"
-    missing = missing_families(config.link.codec, opened.codecs)
-    if missing:
-        return f"the device lacks codecs of this job: {', '.join(missing)}; update its software, or choose others"
-    if not 0 < opened.samples < 2**40:
-        return f"{opened.samples} training sequences; at least one is needed"
-    return ""
+from isthmus.split.link.session import Frame, Phase
 
 
 @dataclass
-class Member:
-    """A device that has joined, and what its next training frames have to be.
+class StepOrder:
+    """What a device's next training frames have to be.
 
     Every part of a step comes once and in order: its micro-batches forward, backward (with labels on the device), STEP,
     and AGGREGATE where one is due. `forward` and `backward` are (step, micro-batch) of the next ones.
     """
 
-    deliver: Deliver
-    samples: int  # training sequences that it has
-    families: frozenset[str] = frozenset()  # of codecs
-    measured: stage_pb2.Measured = field(default_factory=stage_pb2.Measured)
-    plan: Plan = field(default_factory=Plan)
-    link: LinkProfile = field(default_factory=LinkProfile)  # that the plan was made for
-    step: int = 0  # that STEP has not come for
-    forward: tuple[int, int] = (0, 0)
-    backward: tuple[int, int] = (0, 0)
+    plan: Plan
+    step: int  # that STEP has not come for
+    forward: tuple[int, int]
+    backward: tuple[int, int]
     aggregates: bool = False  # AGGREGATE of the step before `step` is due
-    averaging: bool = False  # it has come and was not answered: nothing else may come, for the plan may change
-    admitted: bool = False
-    moves: bool = False  # its cut has moved, and it does not know yet
-    answered: float = field(default_factory=time.monotonic)  # when it last got an answer, so that it is its turn
 
-    def answer(self, frame: Frame) -> None:
-        self.answered = time.monotonic()
+    @classmethod
+    def at(cls, step: int, plan: Plan) -> StepOrder:
+        """Of a device that begins with this step."""
+        return cls(plan, step, (step, 0), (step, 0))
+
+    def answered(self, frame: Frame) -> None:
+        """The device has got this answer."""
         if frame.plan is not None:
             self.plan = frame.plan
-        if frame.phase == Phase.AGGREGATE:
-            self.averaging = False
-        self.deliver(frame)
-
-    def admit(self, step: int) -> None:
-        self.admitted, self.step, self.forward, self.backward = True, step, (step, 0), (step, 0)
-        self.aggregates = self.averaging = False
 
     def take(self, device: str, frame: Frame, config: TrainingConfig) -> None:
         """Checks that a training frame is one that is due, and moves on. Raises BadFrame."""
         at, u_shaped = (frame.step, frame.micro_batch), config.devices.labels == "device"
         if frame.phase == Phase.AGGREGATE and self.aggregates and at == (self.step - 1, 0):
-            self.aggregates, self.averaging = False, True
-        elif self.aggregates or self.averaging or frame.step >= config.steps:
+            self.aggregates = False
+        elif self.aggregates or frame.step >= config.steps:
             raise self._not_due(device, frame)
         elif frame.phase == Phase.FORWARD and at == self.forward and self._may_go_ahead(config):
             self.forward = self._next(self.forward)
@@ -98,9 +63,7 @@ class Member:
 
     def check_evaluates(self, frame: Frame, config: TrainingConfig) -> None:
         """An evaluation is of the model after `step` steps, before the next one. Raises BadFrame elsewhere."""
-        between = (
-            self.forward == (self.step, 0) and not self.aggregates and not self.averaging and frame.step == self.step
-        )
+        between = self.forward == (self.step, 0) and not self.aggregates and frame.step == self.step
         if not between or not config.evaluates_after(frame.step):
             raise BadFrame(f"{Phase.Name(frame.phase)} after step {frame.step}, where no evaluation is due")
 
@@ -120,9 +83,7 @@ class Member:
         return (step, number + 1) if number + 1 < self.plan.micro_batches else (step + 1, 0)
 
     def _not_due(self, device: str, frame: Frame) -> BadFrame:
-        if self.averaging:
-            due = f"nothing until AGGREGATE of step {self.step - 1} is answered"
-        elif self.aggregates:
+        if self.aggregates:
             due = self._named(Phase.AGGREGATE, self.step - 1, 0)
         elif self.backward < self.forward:
             due = self._named(Phase.BACKWARD, *self.backward)
