@@ -115,6 +115,18 @@ def check_ended_well(job: pb.Job) -> None:
         raise WrongState(f"job {job.id} was {pb.JobState.Name(job.state).lower()}: {job.message}{kept}")
 
 
+def _reported(device: dict[str, Any]) -> tuple[str, ...]:
+    """What a device itself said: its peak memory, FLOPs, seconds of waiting for the link and for others."""
+    if device["peak_bytes"] is None:
+        return ("unknown",) * 4
+    return (
+        human_bytes(device["peak_bytes"]),
+        f"{device.get('flops', 0):.3g}",
+        f"{device.get('link_seconds', 0):.1f} s",
+        f"{device.get('wait_seconds', 0) - device.get('link_seconds', 0):.1f} s",
+    )
+
+
 def print_report(report: dict[str, Any]) -> None:
     """The end of a job, for people."""
     before, after = report["perplexity_before"], report["perplexity_after"]
@@ -127,10 +139,7 @@ def print_report(report: dict[str, Any]) -> None:
             device["name"],
             human_bytes(device["bytes_sent"]),
             human_bytes(device["bytes_received"]),
-            human_bytes(device["peak_bytes"]),
-            f"{device.get('flops', 0):.3g}",
-            f"{device.get('link_seconds', 0):.1f} s",
-            f"{device.get('wait_seconds', 0) - device.get('link_seconds', 0):.1f} s",
+            *_reported(device),
         )
     console.print(table)
     for device, picture in report.get("heat_maps", {}).items():

@@ -57,7 +57,8 @@ def _device_row(name: str, finished: dict[str, Any]) -> dict[str, Any]:
     received = sum(r["payload_bytes"] + r["overhead_bytes"] for r in traffic if r["direction"] == "sent")
     resources = finished["resources"].get(name, {})
     row = {**resources, "name": name, "bytes_sent": sent, "bytes_received": received, "traffic": traffic}
-    return {**row, "peak_bytes": int(resources.get("peak_bytes", 0))}
+    peak = resources.get("peak_bytes")  # unknown of a device that ended without its report
+    return {**row, "peak_bytes": None if peak is None else int(peak)}
 
 
 def finite(value: Any) -> Any:

@@ -136,7 +136,7 @@ class Rules:
         if len(message.values) > _MAX_VALUES or any(len(name) > _MAX_NAME for name in message.values):
             raise BadFrame(f"more than {_MAX_VALUES} values, or one with a name of over {_MAX_NAME} characters")
         if not all(abs(value) <= LARGEST for value in message.values.values()):  # so that their sums are finite, too
-            raise BadFrame(f"{Phase.Name(message.phase)} with a value that is not finite: {DIVERGED}")
+            raise BadFrame(f"{Phase.Name(message.phase)} with a value that is not finite in float32: {DIVERGED}")
         required = () if message.site else _REQUIRED_VALUES.get(message.phase, ())
         if message.phase == Phase.FORWARD and self.config.devices.labels == "server":
             required = ("tokens",)

@@ -41,6 +41,15 @@ class _Graph:
     outputs: Tensor
     rows: dict[str, slice]
 
+    def entries(self) -> tuple[tuple[int, int], ...]:
+        """What makes two graphs of one output's shape differ in work: how many rows enter where."""
+        return tuple((cut, len(leaf)) for cut, leaf in sorted(self.leaves.items()))
+
+    def batches_without(self, devices: Collection[str]) -> dict[str, Tensor]:
+        """What the other devices sent."""
+        others = {device: place for device, place in self.entered.items() if device not in devices}
+        return {device: self.leaves[cut].detach()[rows] for device, (cut, rows) in others.items()}
+
 
 _Objective = Callable[[_Graph, Mapping[str, float]], tuple[Tensor, Tensor | None]]
 """(graph, each device's share of the step's tokens) -> what is differentiated, and the gradient by it."""
@@ -82,7 +91,7 @@ class ServerTrainer:
 
     def forward(self, batches: Mapping[str, Tensor], *, micro_batch: int = 0) -> dict[str, Tensor]:
         """Each device's hidden states at the cut (rows, sequence, hidden) -> its last hidden states, same shape."""
-        graph = self._forward(batches, micro_batch)
+        graph = self._graphs[micro_batch] = self._forward(batches)
         outputs = {device: graph.outputs[rows].detach() for device, rows in graph.rows.items()}
         return {device: values for device, values in outputs.items() if is_finite(values)}
 
@@ -126,8 +135,7 @@ class ServerTrainer:
                 losses.append(loss)
             return torch.stack(losses).sum() / max(1, self._total), None
 
-        graph = self._forward(batches, micro_batch)
-        del self._graphs[micro_batch]
+        graph = self._forward(batches)
         gradients = self._backward(graph, objective, tokens, micro_batch=micro_batch, last=last)
         fit = {device: sums[device] for device in gradients if math.isfinite(sums[device][0])}
         return {device: gradients[device] for device in fit}, fit
@@ -197,7 +205,7 @@ class ServerTrainer:
     def _cut_of(self, device: str) -> int:
         return self.cuts.get(device, self.stages[0].spec.first)
 
-    def _forward(self, batches: Mapping[str, Tensor], micro_batch: int) -> _Graph:
+    def _forward(self, batches: Mapping[str, Tensor]) -> _Graph:
         graph = _Graph({}, {}, torch.empty(0), {})
         hidden: Tensor | None = None
         end = 0
@@ -220,13 +228,7 @@ class ServerTrainer:
                 hidden = stage(hidden)
         assert hidden is not None, "no device at work"
         graph.outputs = hidden
-        self._graphs[micro_batch] = graph
         return graph
-
-    @staticmethod
-    def _entries(graph: _Graph) -> tuple[tuple[int, int], ...]:
-        """What makes two graphs of one output's shape differ in work: how many rows enter where."""
-        return tuple((cut, len(leaf)) for cut, leaf in sorted(graph.leaves.items()))
 
     def _weights(self, tokens: Mapping[str, int], micro_batch: int) -> dict[str, float]:
         """Each device's share of the step's tokens: the same through all micro-batches, whoever goes meanwhile."""
@@ -250,12 +252,12 @@ class ServerTrainer:
             unfit = {device for device, gradient in at_cut.items() if not is_finite(gradient)}
             if not unfit and can_be_used(of_parameters.values()):
                 break
-            unfit = unfit or self._unfit_alone(graph, objective, weights, micro_batch)
+            unfit = unfit or self._unfit_alone(graph, objective, weights)
             if not unfit:
                 raise WrongState(f"the gradient of all devices together is not finite: {DIVERGED}")
             if not present.keys() - unfit:
                 return {}
-            graph = self._without(graph, unfit, micro_batch)
+            graph = self._forward(graph.batches_without(unfit))
         for name, gradient in of_parameters.items():
             parameter = self.stepper.parameters[name]
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
@@ -271,7 +273,7 @@ class ServerTrainer:
         leaves = list(graph.leaves)
         inputs = [*graph.leaves.values(), *parameters.values()]
         outputs, by_outputs = objective(graph, weights)
-        with self.ledger.computing(("backward", graph.outputs.shape, *self._entries(graph))):
+        with self.ledger.computing(("backward", graph.outputs.shape, *graph.entries())):
             found = torch.autograd.grad(outputs, inputs, by_outputs, allow_unused=True)
         by_cut = dict(zip(leaves, found[: len(leaves)], strict=True))
         at_cut = {}
@@ -283,27 +285,15 @@ class ServerTrainer:
         of_parameters = zip(parameters, found[len(leaves) :], strict=True)
         return at_cut, {name: one.contiguous() for name, one in of_parameters if one is not None}
 
-    def _unfit_alone(
-        self, graph: _Graph, objective: _Objective, weights: Mapping[str, float], micro_batch: int
-    ) -> set[str]:
+    def _unfit_alone(self, graph: _Graph, objective: _Objective, weights: Mapping[str, float]) -> set[str]:
         """The devices whose rows by themselves give LoRA a gradient that cannot be used."""
         unfit = set()
         for device in graph.rows:
-            alone = self._without(graph, graph.rows.keys() - {device}, micro_batch)
+            alone = self._forward(graph.batches_without(graph.rows.keys() - {device}))
             _, of_parameters = self._differentiate(alone, objective, weights)
             if not can_be_used(of_parameters.values()):
                 unfit.add(device)
         return unfit
-
-    def _without(self, graph: _Graph, devices: Collection[str], micro_batch: int) -> _Graph:
-        """The graph of the other devices, computed anew."""
-        kept = {
-            device: graph.leaves[cut].detach()[rows]
-            for device, (cut, rows) in graph.entered.items()
-            if device not in devices
-        }
-        self._forward(kept, micro_batch)
-        return self._graphs.pop(micro_batch)
 
     def _share(self, first: int) -> float:
         """Of the step's tokens: those that ran through a segment."""

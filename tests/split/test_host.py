@@ -408,3 +408,60 @@ def test_a_gradient_that_is_not_finite_is_not_applied() -> None:
     with pytest.raises(WrongState, match="step 1 is not finite, and was not applied"):
         stepper.step(1, stepper.gradient_norm_squared())
     assert torch.equal(parameter.detach(), torch.ones(2))
+
+
+class QuietLink(LocalLink):
+    """A link of a device that stays connected and says nothing more, from this phase of this step or a later one on."""
+
+    def __init__(self, job: Job, device: str, phase: Phase, step: int) -> None:
+        super().__init__(job.host, device, Terms(job.config, 20), Ledger(), timeout=60)
+        self._phase, self._step, self._quiet = phase, step, False
+
+    def send(self, frame: Frame) -> None:
+        self._quiet = self._quiet or (frame.phase == self._phase and frame.step >= self._step)
+        if not self._quiet:
+            super().send(frame)
+
+
+@pytest.mark.parametrize("phase", [Phase.EVALUATE, Phase.REPORT, Phase.CLOSE])
+@pytest.mark.parametrize("patience", [Patience(0.5), Patience(60.0, closing=0.5)])
+@pytest.mark.parametrize("others", [["a"], []])
+def test_a_device_that_never_closes_does_not_keep_a_job_that_is_done(
+    llama: Path, phase: Phase, patience: Patience, others: list[str]
+) -> None:
+    job = Job(llama, CONFIG, [*others, "b"])
+    job.host.job.deadlines.patience = dataclasses.replace(patience)
+    threads = [threading.Thread(target=job.work, args=(name,)) for name in others]
+    for thread in threads:
+        thread.start()
+    with pytest.raises(LinkLost, match="b has not closed the job"):
+        job.trainers["b"].run(QuietLink(job, "b", phase, 6), cancelled=threading.Event())
+    for thread in threads:
+        thread.join(60)
+    assert job.finished.wait(10)
+    job.host.close()
+    assert not job.errors
+    assert [kind for kind, _, _ in job.events][-1] == "finished"
+    outcome = job.host.outcome()
+    assert outcome.resources.keys() == ({*others, "b"} if phase == Phase.CLOSE else set(others))
+    assert (6 in outcome.perplexities) == (bool(others) or phase == Phase.CLOSE)
+    assert any("its last report is missing" in data["message"] for kind, _, data in job.events if kind == "log")
+
+
+def test_a_device_that_is_silent_again_and_again_is_waited_for_less_each_time(llama: Path) -> None:
+    job = Job(llama, CONFIG.but(steps=100), ["a", "b"])
+    job.host.job.deadlines.patience = Patience(1.0)
+    other = threading.Thread(target=job.work, args=("a",))
+    other.start()
+    patience = []
+    for _ in range(3):
+        with pytest.raises(LinkLost) as ended:
+            job.trainers["b"].run(QuietLink(job, "b", Phase.FORWARD, 0), cancelled=threading.Event())
+        assert "b owed a frame" in str(ended.value)
+        patience.append(job.host.job.deadlines.patience.of("b"))
+    assert patience == [0.5, 0.25, 0.125]
+    other.join(60)
+    assert job.finished.wait(10)
+    job.host.close()
+    assert not job.errors
+    assert job.steps()[-1]["step"] == 100

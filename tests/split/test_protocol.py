@@ -18,6 +18,7 @@ from isthmus.split.codecs.packing import pack_bits
 from isthmus.split.codecs.wire import DTYPES, Expected, check_tensor, decode_tensor, encode_tensor
 from isthmus.split.data.sequences import micro_batch_slices
 from isthmus.split.errors import BadFrame, BadTensor
+from isthmus.split.finite import LARGEST
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.streams import TRAINING
 from isthmus.split.link.coding import Coder, Plan, Terms
@@ -125,7 +126,7 @@ def test_any_frame_is_refused_or_fits_the_job(
     except (BadFrame, BadTensor):
         return
     assert 0 <= frame.step <= CONFIG.steps
-    assert all(math.isfinite(value) for value in frame.values.values())
+    assert all(abs(value) <= LARGEST for value in frame.values.values())
     rows = 2 // micro_batches
     shapes = {Phase.FORWARD: (rows, 3, HIDDEN), Phase.BACKWARD: (rows, 3, HIDDEN), Phase.AGGREGATE: (ADAPTER,)}
     if frame.phase in shapes:
@@ -348,6 +349,9 @@ def test_a_probe_is_let_in_before_and_after_open_and_none_that_is_too_large(sess
         ),
         ({"phase": Phase.BACKWARD, "tensor": hidden_states()}, "BACKWARD without its value tokens"),
         ({"phase": Phase.STEP, "values": {"tokens": 7.0, "nll": 1.0, "norm_squared": 1.0}}, "more predicted tokens"),
+        ({"phase": Phase.STEP, "values": {"tokens": 6.0, "nll": 1e308, "norm_squared": 1.0}}, "is not finite"),
+        ({"phase": Phase.STEP, "values": {"tokens": 6.0, "nll": 1.0, "norm_squared": 1e308}}, "is not finite"),
+        ({"phase": Phase.REPORT, "values": {"evaluation_nll": 1e308, "evaluation_tokens": 1.0}}, "is not finite"),
     ],
 )
 def test_what_is_not_a_frame_of_this_protocol_is_refused(changes: dict[str, Any], line: str) -> None:

@@ -20,6 +20,7 @@ from isthmus.split.models.source import ModelFolder
 from isthmus.split.training.checkpoint import CheckpointFolder, DeviceRecord
 from isthmus.split.training.device import DeviceTrainer
 from isthmus.split.training.host import JobHost
+from isthmus.split.training.patience import Patience
 from tests.split.dlora.jobs import CONFIG, assert_same, dlora_run, text
 from tests.split.jobs import device_trainer, job_host
 from tests.split.tiny_models import make_model
@@ -444,3 +445,71 @@ def test_an_error_of_the_blocks_is_told_to_the_device(llama: Path, monkeypatch: 
     with pytest.raises(IsthmusError, match="the stage failed: MemoryError"):
         run(trainer, job.link(trainer))
     job.host.close()
+
+
+class QuietLink(CutLink):
+    """A link of a device that stays connected and says nothing more, from this phase of this step or a later one on."""
+
+    def __init__(self, job: Job, trainer: DeviceTrainer, number: int, phase: Phase, step: int) -> None:
+        super().__init__(job.host, f"d{number}", trainer, -1)
+        self._phase, self._step, self._quiet = phase, step, False
+
+    def send(self, frame: Frame) -> None:
+        self._quiet = self._quiet or (frame.phase == self._phase and frame.step >= self._step)
+        if not self._quiet:
+            super().send(frame)
+
+
+@pytest.mark.parametrize("phase", [Phase.EVALUATE, Phase.REPORT, Phase.CLOSE])
+@pytest.mark.parametrize("patience", [Patience(1.0), Patience(60.0, closing=0.5)])
+@pytest.mark.parametrize("aggregate", [False, True])
+def test_a_device_that_never_closes_does_not_keep_a_job_that_is_done(
+    llama: Path, phase: Phase, patience: Patience, aggregate: bool
+) -> None:
+    options: dict[str, Any] = {"aggregate": True, "aggregate_every": 2} if aggregate else {}
+    job = Job(llama, SMALL.but(**options), 2)
+    job.host.job.deadlines.patience = dataclasses.replace(patience)
+    quiet, good = job.trainer(0), job.trainer(1)
+    other = threading.Thread(target=run, args=(good, job.link(good, 1)))
+    other.start()
+    with pytest.raises(LinkLost, match="d0 has not closed the job"):
+        run(quiet, QuietLink(job, quiet, 0, phase, SMALL.steps))
+    other.join(60)
+    assert job.finished.wait(60)
+    job.host.close()
+    assert not job.told("failed")
+    assert job.host.outcome().resources.keys() == ({"d0", "d1"} if phase == Phase.CLOSE else {"d1"})
+    assert any("its last report is missing" in data["message"] for data in job.told("log"))
+
+
+def test_a_silent_device_holds_up_the_average_of_the_others_for_less_each_time(llama: Path) -> None:
+    job = Job(llama, SMALL.but(steps=40, aggregate=True, aggregate_every=2, checkpoint_every=40), 2)
+    job.host.job.deadlines.patience = Patience(2.0)
+    quiet, good = job.trainer(0), job.trainer(1)
+    other = threading.Thread(target=run, args=(good, job.link(good, 1)))
+    other.start()
+    patience = []
+    for _ in range(2):
+        with pytest.raises(LinkLost, match="d0 owed a frame"):
+            run(quiet, QuietLink(job, quiet, 0, Phase.AGGREGATE, 0))
+        patience.append(job.host.job.deadlines.patience.of("d0"))
+    assert patience == [1.0, 0.5]
+    other.join(60)
+    job.host.start_without({"d0"})
+    assert job.finished.wait(60)
+    job.host.close()
+    assert job.told("step")[-1]["device_step"] == 40
+
+
+def test_a_device_that_is_silent_again_and_again_is_left_out_when_the_others_are_done(llama: Path) -> None:
+    job = Job(llama, SMALL, 2)
+    job.host.job.deadlines.patience = Patience(1.0)
+    quiet, good = job.trainer(0), job.trainer(1)
+    run(good, job.link(good, 1))
+    for _ in range(4):
+        assert not job.finished.is_set()
+        with pytest.raises(LinkLost, match="d0 owed a frame"):
+            run(quiet, QuietLink(job, quiet, 0, Phase.FORWARD, 1))
+    assert job.finished.wait(10)
+    job.host.close()
+    assert any("silent again and again" in data["message"] for data in job.told("log"))

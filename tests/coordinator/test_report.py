@@ -1,0 +1,22 @@
+"""What the report of a job says of a device that ended without its own."""
+
+from __future__ import annotations
+
+from coordinator.report import _device_row
+
+from coordinator.cli.watch import _reported
+
+_TRAFFIC = [{"direction": "received", "payload_bytes": 5, "overhead_bytes": 1}]
+
+
+def test_a_device_that_did_not_report_has_unknown_figures_and_not_zeros() -> None:
+    row = _device_row("b", {"traffic": {"b": _TRAFFIC}, "resources": {}})
+    assert row == {"name": "b", "bytes_sent": 6, "bytes_received": 0, "traffic": _TRAFFIC, "peak_bytes": None}
+    assert set(_reported(row)) == {"unknown"}
+
+
+def test_a_device_that_reported_has_its_figures() -> None:
+    resources = {"peak_bytes": 2048.0, "flops": 2e9, "wait_seconds": 3.0, "link_seconds": 1.0}
+    row = _device_row("b", {"traffic": {"b": _TRAFFIC}, "resources": {"b": resources}})
+    assert row["peak_bytes"] == 2048
+    assert _reported(row) == ("2.0 KiB", "2e+09", "1.0 s", "2.0 s")
