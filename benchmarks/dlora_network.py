@@ -67,7 +67,7 @@ def over_the_link(cluster: LocalCluster, name: str, model: str, training: Traini
         job = start_job(connection, model, _DATASET, [name], training)
         report = wait_for_job(connection, job)
         events = events_of(connection, job, "step")
-    times = [event.time for event, data in events if data["step"] > 3 * training.steps // 4]
+    times = [event.time for event in events if event.step.step > 3 * training.steps // 4]
     device = report["devices"][0]
     sizes = sum(
         row["payload_bytes"] + row["overhead_bytes"]

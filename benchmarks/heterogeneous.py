@@ -62,8 +62,12 @@ def job(cluster: LocalCluster, model: str, training: TrainingConfig, name: str) 
         started = start_job(connection, model, _DATASET, list(DEVICES), training)
         report = wait_for_job(connection, started)
         events = events_of(connection, started)
-    steps = {data["step"]: event.time for event, data in events if event.kind == "step"}
-    evaluated = {data["step"]: (event.time, data["perplexity"]) for event, data in events if event.kind == "evaluation"}
+    steps = {event.step.step: event.time for event in events if event.HasField("step")}
+    evaluated = {
+        event.evaluation.step: (event.time, event.evaluation.perplexity)
+        for event in events
+        if event.HasField("evaluation")
+    }
     seconds, before = {}, evaluated[0][0]
     total = 0.0
     for step in sorted(steps):  # an evaluation's own time is that between its step and it

@@ -8,7 +8,6 @@ its own with its own prediction.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -43,14 +42,14 @@ def chains(links: list[str], layers: int) -> dict[str, str]:
     return found
 
 
-def told(model: Served) -> dict[str, Any]:
-    """The data of the event with predictions; none for the coordinator alone."""
+def told(model: Served) -> pb.ServingPlanned:
+    """The predictions; none of the coordinator alone."""
     events = model.connection.stub.WatchJob(pb.WatchJobRequest(id=model.job), timeout=60)
-    found: dict[str, Any] = {}
+    found = pb.ServingPlanned()
     for event in events:
-        if event.kind == "plan":
-            found = json.loads(event.data)
-        if event.kind == "started":
+        if event.HasField("plan"):
+            found = event.plan
+        if event.HasField("serving"):
             break
     events.cancel()
     return found
@@ -102,10 +101,10 @@ def main(
                     run = {"measured": measured(here, vocabulary)}
                     foretold = told(here)
                     runs.setdefault(name, []).append(run)
-                if foretold.get("tokens_per_second"):
-                    run["predicted"] = foretold["tokens_per_second"]
-                if foretold.get("single") == CLOUD and ALONE in runs:
-                    runs[ALONE][-1]["predicted"] = foretold["single_tokens_per_second"]
+                if foretold.tokens_per_second:
+                    run["predicted"] = foretold.tokens_per_second
+                if foretold.single == CLOUD and ALONE in runs:
+                    runs[ALONE][-1]["predicted"] = foretold.single_tokens_per_second
     show(runs)
     result["runs"] = runs
     result |= errors(runs)

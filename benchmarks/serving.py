@@ -113,8 +113,8 @@ def served(cluster: LocalCluster, model: str, stages: str, **settings: Any) -> I
         job = submit(connection, spec).id
         url = ""
         for event in connection.stub.WatchJob(pb.WatchJobRequest(id=job), timeout=300):
-            if event.kind == "started":
-                url = json.loads(event.data)["url"]
+            if event.HasField("serving"):
+                url = event.serving.url
                 break
         if not url:
             raise LinkLost(f"the model is not served: {connection.stub.GetJob(pb.JobRequest(id=job)).message}")

@@ -59,10 +59,10 @@ def job(cluster: LocalCluster, device: str, model: str, training: TrainingConfig
         started = start_job(connection, model, _DATASET, [device], training)
         report = wait_for_job(connection, started)
         events = events_of(connection, started)
-    times = {data["step"]: event.time for event, data in events if event.kind == "step"}
+    times = {event.step.step: event.time for event in events if event.HasField("step")}
     settled = [times[step] for step in sorted(times) if step >= training.steps // 2]
     seconds = [after - before for before, after in pairwise(settled)]
-    plans = [data["message"] for event, data in events if event.kind == "log"]
+    plans = [event.log.message for event in events if event.HasField("log")]
     row = report["devices"][0]
     mean = sum(seconds) / len(seconds)
     return Measured(

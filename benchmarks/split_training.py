@@ -26,6 +26,7 @@ from benchmarks.turns import Turns, child, over_grpc, take_turns
 from isthmus.coordinator.cli.common import human_bytes
 from isthmus.coordinator.connection import Connection
 from isthmus.coordinator.emulation.local_cluster import LocalCluster, wait_for_job
+from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.data.sequences import Sequences, batch_indices, sequences_of_file
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.lora.lora import lora_config
@@ -142,8 +143,8 @@ def train_split(model: str, text_file: Path, config: TrainingConfig, step_done: 
     """The same over a LocalLink, device and server in one process."""
     source, text = _text(model, text_file, config)
 
-    def tell(kind: str, device: str, data: dict[str, Any]) -> None:
-        if kind == "step":
+    def tell(event: Event) -> None:
+        if event.HasField("step"):
             step_done()
 
     train_locally(source, config, [(text, None)], tell=tell)

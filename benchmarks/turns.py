@@ -96,7 +96,7 @@ def over_grpc(cluster: LocalCluster, connection: Connection, devices: Sequence[s
 
     def watch() -> None:
         for event in connection.stub.WatchJob(pb.WatchJobRequest(id=job)):
-            if event.kind == "step":
+            if event.HasField("step"):
                 times.put(event.time)
         times.put(IsthmusError(f"job {job} ended before its last turn"))
 

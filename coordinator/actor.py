@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,10 @@ import grpc.aio
 import ray
 
 from isthmus.coordinator.control.authority import Authority
+from isthmus.coordinator.control.database import Database
 from isthmus.coordinator.control.enrolment import start_enrolment
 from isthmus.coordinator.control.interceptors import ErrorInterceptor
 from isthmus.coordinator.control.sessions import Sessions
-from isthmus.coordinator.control.store import Store
 from isthmus.coordinator.gateway.actor import GatewayActor, GatewayTask
 from isthmus.coordinator.jobs.jobs import Jobs
 from isthmus.coordinator.servicer import CoordinatorServicer
@@ -59,17 +58,19 @@ class ControlActor:
         options = self._options
         state = Path(options.state)
         self._authority = Authority.open(state)
-        self._store = Store(state / "state.db")
+        self._database = Database(state / "state.db")
         self._sessions = Sessions()
-        self._jobs = Jobs(self._store, self._sessions, state, self._start_stage, self._measure, self._measure_training)
+        self._jobs = Jobs(
+            self._database, self._sessions, state, self._start_stage, self._measure, self._measure_training
+        )
         server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
         port = bind(server, options.host, options.port, self._authority.control_credentials())
         enrolment, enrolment_port = await start_enrolment(
-            self._authority, self._store, options.host, options.enrolment_port, port
+            self._authority, self._database.devices, options.host, options.enrolment_port, port
         )
         self._servers = [enrolment, server]
-        interrupted = self._store.interrupt_running_jobs()
-        servicer = CoordinatorServicer(self._store, self._sessions, self._jobs, self._authority.pin, enrolment_port)
+        interrupted = self._database.jobs.interrupt_running()
+        servicer = CoordinatorServicer(self._database, self._sessions, self._jobs, self._authority.pin, enrolment_port)
         coordinator_pb2_grpc.add_CoordinatorServicer_to_server(servicer, server)
         await server.start()
         self._port = port
@@ -81,9 +82,9 @@ class ControlActor:
             "interrupted": interrupted,
         }
 
-    async def stage_event(self, job: str, kind: str, device: str, data: str) -> None:
-        """Called by a job's stage actor."""
-        await self._jobs.stage_event(job, kind, device, json.loads(data))
+    async def stage_event(self, job: str, event: bytes) -> None:
+        """Called by a job's stage or gateway actor. event: a serialised Event."""
+        await self._jobs.stage_event(job, pb.Event.FromString(event))
 
     async def alive(self) -> bool:
         return True
@@ -96,7 +97,7 @@ class ControlActor:
             session.end()
         for server in self._servers:
             await server.stop(grace=1)
-        self._store.close()
+        self._database.close()
 
     async def _measure(self, quiet: bool) -> pb.Profile:
         """Of a node that serves, measured when it is first asked for. quiet: nothing else is at work, so that it is

@@ -10,9 +10,9 @@ from typing import Any
 import grpc.aio
 
 from isthmus.coordinator.control import sessions
+from isthmus.coordinator.control.database import Database
 from isthmus.coordinator.control.interceptors import caller
 from isthmus.coordinator.control.sessions import Sessions
-from isthmus.coordinator.control.store import Store
 from isthmus.coordinator.jobs.jobs import Jobs
 from isthmus.coordinator.jobs.weights import DeviceWeights
 from isthmus.protos.v1 import coordinator_pb2 as pb
@@ -30,8 +30,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
-    def __init__(self, store: Store, sessions: Sessions, jobs: Jobs, pin: bytes, enrolment_port: int) -> None:
-        self._store, self._sessions, self._jobs = store, sessions, jobs
+    def __init__(self, database: Database, sessions: Sessions, jobs: Jobs, pin: bytes, enrolment_port: int) -> None:
+        self._database, self._sessions, self._jobs = database, sessions, jobs
         self._pin, self._enrolment_port = pin, enrolment_port
 
     # ---- devices ----
@@ -74,7 +74,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
                     raise LinkLost(f"no heartbeat for {3 * HEARTBEAT_SECONDS} s") from None
                 if message is None:
                     return
-                self._store.seen(session.name)
+                self._database.devices.seen(session.name)
                 if message.WhichOneof("kind") == "task":
                     message.task.message = message.task.message[:_MAX_TEXT]
                     await self._jobs.task_state(session, message.task)
@@ -87,7 +87,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         if profile.ByteSize() > _MAX_PROFILE:
             raise BadRequest(f"a profile of {profile.ByteSize()} bytes; {_MAX_PROFILE} are taken: offer fewer datasets")
         session.profile = profile
-        self._store.record_device(session.name, profile)
+        self._database.devices.record(session.name, profile)
 
     async def MeasureLink(
         self, requests: AsyncIterator[stage_pb2.Probe], context: Context
@@ -113,13 +113,13 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def CreateToken(self, request: pb.CreateTokenRequest, context: Context) -> pb.CreateTokenReply:
         self._caller(context, "user")
-        secret, expires = self._store.create_token(request.name, request.lifetime_seconds)
+        secret, expires = self._database.devices.create_token(request.name, request.lifetime_seconds)
         token = Token(secret, self._pin, self._enrolment_port)
         return pb.CreateTokenReply(token=token.format(), enrolment_port=self._enrolment_port, expires=expires)
 
     async def ListDevices(self, request: pb.ListDevicesRequest, context: Context) -> pb.ListDevicesReply:
         self._caller(context, "user")
-        devices = self._store.devices()
+        devices = self._database.devices.all()
         for device in devices:
             device.connected = self._sessions.get(device.name) is not None
             device.job = self._jobs.job_of(device.name)
@@ -127,7 +127,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def RevokeDevice(self, request: pb.RevokeDeviceRequest, context: Context) -> pb.RevokeDeviceReply:
         self._caller(context, "user")
-        self._store.revoke(request.name)
+        self._database.devices.revoke(request.name)
         await self._jobs.revoke(request.name)
         session = self._sessions.get(request.name)
         if session is not None:
@@ -140,16 +140,16 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def GetJob(self, request: pb.JobRequest, context: Context) -> pb.Job:
         self._caller(context, "user")
-        return self._store.job(request.id)
+        return self._database.jobs.get(request.id)
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsReply:
         self._caller(context, "user")
-        jobs = self._store.jobs()
+        jobs = self._database.jobs.all()
         for job in jobs:
             job.ClearField("report")  # GetJob has it: those of all jobs would not fit a message for ever
         return pb.ListJobsReply(jobs=jobs)
 
-    async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.JobEvent]:
+    async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.Event]:
         self._caller(context, "user")
         async for event in self._jobs.events(request.id, request.after):
             yield event
@@ -178,7 +178,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         return self._jobs.weights_for(request.job, peer.name, request.blocks)
 
     def _caller(self, context: Context, role: str) -> Peer:
-        return caller(context, self._store, role)
+        return caller(context, self._database.devices, role)
 
     def _check(self, peer: Peer) -> None:
-        self._store.check_certificate(peer.name, peer.serial)
+        self._database.devices.check_certificate(peer.name, peer.serial)

@@ -155,7 +155,7 @@ def _whole_model_peak(folder: Path, text: Path, training: TrainingConfig) -> int
 
 def _libraries_peak() -> int:
     """Peak memory of a process that has imported what a device imports, and has no model."""
-    program = "import isthmus.client.runner, isthmus.split.resources.ledger; print(split.ledger.peak_bytes())"
+    program = "import isthmus.client.runner; from isthmus.split.resources.memory import peak_bytes; print(peak_bytes())"
     return int(_output_of([sys.executable, "-c", program], "importing the device's libraries"))
 
 
@@ -198,7 +198,7 @@ def _result(
 def _messages(connection: Connection, job: str) -> list[str]:
     """What the job said, such as how tensors were to cross and why."""
     events = connection.stub.WatchJob(pb.WatchJobRequest(id=job))
-    return [json.loads(event.data)["message"] for event in events if event.kind == "log"]
+    return [event.log.message for event in events if event.HasField("log")]
 
 
 def _reduction(traffic: list[dict[str, Any]], training: TrainingConfig) -> float:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import secrets
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,7 +17,6 @@ from isthmus.coordinator.cli.common import (
     Address,
     CredentialsFolder,
     Json,
-    as_dict,
     console,
     model_name,
     print_json,
@@ -27,6 +25,7 @@ from isthmus.coordinator.cli.watch import check_ended_well
 from isthmus.coordinator.connection import connected
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.errors import BadRequest
+from isthmus.split.job.events import event_as_json
 from isthmus.split.terminal import ExitThreshold
 
 
@@ -165,22 +164,26 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _show(event: pb.JobEvent, key: str, *, as_json: bool) -> None:
+def _show(event: pb.Event, key: str, *, as_json: bool) -> None:
     """key: to tell once, when there is something to use it for; empty: the user knows it."""
-    data: dict[str, Any] = json.loads(event.data or "{}")
+    kind, who = event.WhichOneof("kind"), event.device or "the coordinator"
     if as_json:
-        if event.kind == "started" and key:
-            data["api_key"] = key
-        print_json({**as_dict(event), "data": data})
+        shown = event_as_json(event)
+        if kind == "serving" and key:
+            shown["data"]["api_key"] = key
+        print_json(shown)
         return
     line = {
-        "state": lambda: f"{data['state']} {data.get('message', '')}".strip(),
-        "device": lambda: f"{event.device}: {data['state']} {data['message']}".strip(),
-        "joined": lambda: f"blocks {data['span']}: {event.device or 'the coordinator'} holds them ({data['runtime']})",
-        "left": lambda: f"blocks {data['span']}: {event.device or 'the coordinator'} has gone",
-        "started": lambda: f"{data['model']} is served at {data['url']}" + (f"\nAPI key: {key}" if key else ""),
-        "log": lambda: str(data["message"]),
-        "plan": lambda: str(data["message"]),
-    }.get(event.kind)
+        "state": lambda: f"{pb.JobState.Name(event.state.state).lower()} {event.state.message}".strip(),
+        "task": lambda: f"{who}: {pb.TaskState.State.Name(event.task.state).lower()} {event.task.message}".strip(),
+        "holder_joined": lambda: f"blocks {event.holder_joined.span}: {who} holds them ({event.holder_joined.runtime})",
+        "holder_left": lambda: f"blocks {event.holder_left.span}: {who} has gone",
+        "serving": lambda: (
+            f"{event.serving.model} is served at {event.serving.url}" + (f"\nAPI key: {key}" if key else "")
+        ),
+        "log": lambda: event.log.message,
+        "took_over": lambda: event.took_over.message,
+        "plan": lambda: event.plan.message,
+    }.get(kind or "")
     if line is not None:
-        console.print(line(), soft_wrap=True, style="yellow" if data.get("slower") else None)
+        console.print(line(), soft_wrap=True, style="yellow" if event.plan.slower else None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from rich.console import Group
@@ -11,10 +12,11 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from isthmus.coordinator.cli.common import as_dict, console, human_bytes, print_json
+from isthmus.coordinator.cli.common import console, human_bytes, print_json
 from isthmus.coordinator.connection import Connection
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.errors import IsthmusError, WrongState
+from isthmus.split.job.events import event_as_json
 
 
 @dataclass
@@ -22,6 +24,30 @@ class _DeviceLine:
     state: str = "waiting"
     step: int = 0
     perplexity: float | None = None
+
+
+_DEVICE_STATES: Mapping[str, Callable[[pb.Event], str]] = {
+    "task": lambda event: _joined(pb.TaskState.State.Name(event.task.state).lower(), event.task.message),
+    "joined": lambda event: "training",
+    "left": lambda event: "done" if event.left.done else f"left at step {event.left.step}",
+    "holder_joined": lambda event: f"holds blocks {event.holder_joined.span}",
+    "holder_left": lambda event: "left",
+}
+"""What a device's line says after an event about it, by its kind."""
+
+_NOTES: Mapping[str, Callable[[pb.Event], str]] = {
+    "evaluation": lambda event: (
+        f"held-out perplexity after step {event.evaluation.step}: {event.evaluation.perplexity:.3f}"
+    ),
+    "checkpoint": lambda event: f"checkpoint at step {event.checkpoint.step}",
+    "serving": lambda event: f"{event.serving.model} is served at {event.serving.url}",
+    "modules": lambda event: f"{event.device}, step {event.modules.step}: {event.modules.message}",
+    "log": lambda event: event.log.message,
+    "plan": lambda event: event.plan.message,
+    "shape": lambda event: event.shape.message,
+    "took_over": lambda event: event.took_over.message,
+}
+"""Sentences for people, by kind of event."""
 
 
 @dataclass
@@ -47,36 +73,27 @@ class _View:
         )
         self.task = self.bar.add_task("steps", total=self.steps, loss="")
 
-    def apply(self, event: pb.JobEvent) -> None:
-        data: dict[str, Any] = json.loads(event.data or "{}")
+    def apply(self, event: pb.Event) -> None:
+        kind = event.WhichOneof("kind")
         line = self.devices.setdefault(event.device, _DeviceLine()) if event.device else None
-        if event.kind == "state":
-            self.state = " ".join(filter(None, [data["state"], data.get("message", "")]))
-        elif event.kind == "device" and line is not None:
-            line.state = " ".join(filter(None, [data["state"], data["message"]]))
-        elif event.kind == "joined" and line is not None:
-            line.state = f"holds blocks {data['span']}" if "span" in data else "training"
-        elif event.kind == "left" and line is not None:
-            line.state = "done" if data["done"] else f"left at step {data['step']}"
-        elif event.kind == "step":
-            loss = data["loss"]
-            self.bar.update(self.task, completed=data["step"], loss="" if loss is None else f"loss {loss:.4f}")
-            for name in data["devices"]:
-                self.devices.setdefault(name, _DeviceLine()).step = data.get("device_step", data["step"])
-        elif event.kind == "evaluation":
-            for name, value in data["devices"].items():
+        if line is not None and kind in _DEVICE_STATES:
+            line.state = _DEVICE_STATES[kind](event)
+        elif kind == "state":
+            self.state = _joined(pb.JobState.Name(event.state.state).lower(), event.state.message)
+        elif kind == "step":
+            step = event.step
+            self.bar.update(self.task, completed=step.step, loss=f"loss {step.loss:.4f}" if isfinite(step.loss) else "")
+            for name in step.devices:
+                done = step.device_step if step.HasField("device_step") else step.step
+                self.devices.setdefault(name, _DeviceLine()).step = done
+        elif kind == "evaluation":
+            for name, value in event.evaluation.devices.items():
                 self.devices.setdefault(name, _DeviceLine()).perplexity = value
-            self.notes.append(f"held-out perplexity after step {data['step']}: {data['perplexity']:.3f}")
-        elif event.kind == "checkpoint":
-            self.notes.append(f"checkpoint at step {data['step']}")
-        elif event.kind == "started" and "url" in data:
-            self.notes.append(f"{data['model']} is served at {data['url']}")
-        elif event.kind == "modules":
-            self.notes.append(f"{event.device}, step {data['step']}: {data['message']}")
-        elif event.kind == "aggregation":
-            self.aggregation = f", {data['method']} (error {data['aggregation_error'] or 0.0:.2g})"
-        elif event.kind in ("log", "plan", "shape"):
-            self.notes.append(data["message"])
+        elif kind == "aggregation":
+            told = event.aggregation
+            self.aggregation = f", {told.method} (error {told.aggregation_error:.2g})"
+        if kind in _NOTES:
+            self.notes.append(_NOTES[kind](event))
 
     @property
     def _title(self) -> str:
@@ -89,12 +106,16 @@ class _View:
         return Group(table, self.bar, *self.notes[-4:])
 
 
+def _joined(*parts: str) -> str:
+    return " ".join(filter(None, parts))
+
+
 def follow(connection: Connection, job: pb.Job, *, as_json: bool, after: int = 0) -> pb.Job:
     """Shows the job until it ends; returns it as it then is. Raises what a failed job ended with."""
     events = connection.stub.WatchJob(pb.WatchJobRequest(id=job.id, after=after))
     if as_json:
         for event in events:
-            print_json({**as_dict(event), "data": json.loads(event.data or "{}")})
+            print_json(event_as_json(event))
     else:
         view = _View(job.id, job.steps)
         with Live(view.draw(), console=console, refresh_per_second=4, get_renderable=view.draw):

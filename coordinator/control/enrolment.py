@@ -13,8 +13,8 @@ from urllib.parse import unquote
 import grpc.aio
 
 from isthmus.coordinator.control.authority import MAX_CSR_BYTES, Authority
+from isthmus.coordinator.control.devices import DeviceTable
 from isthmus.coordinator.control.interceptors import ErrorInterceptor
-from isthmus.coordinator.control.store import Store
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1 import coordinator_pb2_grpc as rpc
 from isthmus.split.errors import IsthmusError, NotEnrolled
@@ -56,10 +56,10 @@ class FailureLimit:
 
 class EnrolmentServicer(rpc.EnrolmentServicer):
     def __init__(
-        self, authority: Authority, store: Store, control_port: int, limit: FailureLimit | None = None
+        self, authority: Authority, devices: DeviceTable, control_port: int, limit: FailureLimit | None = None
     ) -> None:
         self._authority = authority
-        self._store = store
+        self._devices = devices
         self._control_port = control_port
         self._limit = limit or FailureLimit()
 
@@ -71,9 +71,9 @@ class EnrolmentServicer(rpc.EnrolmentServicer):
         try:
             # Signed before the token is used: a CSR that cannot be signed does not cost the token, and what was
             # signed for a token that someone else used meanwhile is never sent and never valid.
-            name = self._store.token_name(request.token)
+            name = self._devices.token_name(request.token)
             certificate, serial = self._authority.sign_device(request.csr, name)
-            self._store.redeem_token(request.token, serial)
+            self._devices.redeem_token(request.token, serial)
         except IsthmusError as error:
             self._limit.failed(address)
             log.warning("enrolment from %s refused: %s", address, error)
@@ -83,7 +83,7 @@ class EnrolmentServicer(rpc.EnrolmentServicer):
 
 
 async def start_enrolment(
-    authority: Authority, store: Store, host: str, port: int, control_port: int
+    authority: Authority, devices: DeviceTable, host: str, port: int, control_port: int
 ) -> tuple[grpc.aio.Server, int]:
     """Serve enrolment on host:port (0: any free one). Returns the server, to be stopped, and its port."""
     sizes: list[tuple[str, Any]] = [
@@ -92,7 +92,7 @@ async def start_enrolment(
     ]
     options = [option for option in SERVER_OPTIONS if option[0] != sizes[0][0]] + sizes
     server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=options)
-    rpc.add_EnrolmentServicer_to_server(EnrolmentServicer(authority, store, control_port), server)
+    rpc.add_EnrolmentServicer_to_server(EnrolmentServicer(authority, devices, control_port), server)
     bound = bind(server, host, port, authority.enrolment_credentials())
     await server.start()
     return server, bound

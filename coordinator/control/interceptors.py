@@ -86,7 +86,7 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], method: str, error
 
 
 class Certificates(Protocol):
-    """Who knows which certificate of a device is the valid one: the store."""
+    """Who knows which certificate of a device is the valid one."""
 
     def check_certificate(self, name: str, serial: str) -> None:
         """Raises NotEnrolled if this is not the device's present certificate, or the device is revoked."""

@@ -278,12 +278,10 @@ def wait_for_job(connection: Connection, job: str) -> dict[str, Any]:
     return report
 
 
-def events_of(
-    connection: Connection, job: str, kind: str = "", *, timeout: float | None = None
-) -> list[tuple[pb.JobEvent, dict[str, Any]]]:
-    """All events of a job that has ended, or those of a kind, with their data. timeout: seconds."""
+def events_of(connection: Connection, job: str, kind: str = "", *, timeout: float | None = None) -> list[pb.Event]:
+    """All events of a job that has ended, or those of a kind. timeout: seconds."""
     events = connection.stub.WatchJob(pb.WatchJobRequest(id=job), timeout=timeout)
-    return [(event, json.loads(event.data or "{}")) for event in events if not kind or event.kind == kind]
+    return [event for event in events if not kind or event.WhichOneof("kind") == kind]
 
 
 def _free_ports(count: int) -> range:

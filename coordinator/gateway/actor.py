@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import time
@@ -25,6 +24,7 @@ from isthmus.coordinator.gateway.holder_actor import HolderActor, HolderTask
 from isthmus.coordinator.gateway.models import ServedModel
 from isthmus.coordinator.stages.stage_actor import ServingOptions
 from isthmus.protos.v1 import chain_pb2_grpc
+from isthmus.protos.v1.events_pb2 import Event, HolderTookOver, ServingStarted
 from isthmus.split.errors import IsthmusError
 from isthmus.split.inference.chain import Recovery, Span
 from isthmus.split.inference.drafts import Drafter
@@ -33,6 +33,7 @@ from isthmus.split.inference.engine import Engine
 from isthmus.split.inference.exits import parse_exit
 from isthmus.split.inference.local import make_drafter
 from isthmus.split.inference.serving import CLOUD, ServingConfig, SpanConfig
+from isthmus.split.job.events import log_line
 from isthmus.split.models.source import ModelFolder, end_tokens, open_model
 from isthmus.split.runtime.choose import RuntimeChoice
 from isthmus.split.tls import SERVER_OPTIONS, Peer, bind_one_of, join_address, server_credentials
@@ -66,7 +67,7 @@ class GatewayActor:
         self._serving = ServingConfig.from_json(task.serving)
         self._devices = dict(task.devices)
         self._closing = contextlib.AsyncExitStack()
-        self._events: asyncio.Queue[tuple[str, str, dict[str, Any]]] = asyncio.Queue()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._failed: asyncio.Future[dict[str, Any]] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._url = ""
@@ -108,7 +109,7 @@ class GatewayActor:
             self._task.digests,
             self._task.user_digests,
             self._allowed,
-            self._tell,
+            self._events.put_nowait,
         )
         server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
         chain_pb2_grpc.add_ChainServicer_to_server(self._servicer, server)
@@ -211,7 +212,7 @@ class GatewayActor:
             began = time.monotonic()
             try:
                 pid = await actor.pid.remote()
-                self._tell("log", "", {"message": f"blocks {span}: actor {number}, process {pid}"})
+                self._events.put_nowait(log_line(f"blocks {span}: actor {number}, process {pid}"))
                 await actor.run.remote()
                 why = "the stream ended"
             except (RayError, IsthmusError) as error:
@@ -219,30 +220,27 @@ class GatewayActor:
             finally:
                 ray.kill(actor)
             delay = 0.0 if time.monotonic() - began > _SOON else min(max(_AGAIN, 2 * delay), _AT_MOST)
-            self._tell("log", "", {"message": f"blocks {span}: actor {number} died ({why}); again"})
+            self._events.put_nowait(log_line(f"blocks {span}: actor {number} died ({why}); again"))
             await asyncio.sleep(delay)
 
     async def _tell_when_complete(self) -> None:
         """Once every span has a holder."""
         for span in self._spans:
             await span.complete()
-        self._tell("started", "", {"url": self._url, "model": self._serving.name})
+        self._events.put_nowait(Event(serving=ServingStarted(url=self._url, model=self._serving.name)))
 
     def _tell_recovery(self, one: Recovery) -> None:
         message = (
             f"blocks {one.span}: {one.holder} took over from {one.lost or 'nobody'}: {one.tokens} tokens of a sequence "
             f"sent again, {one.seconds:.2f} s"
         )
-        self._tell("log", "", {"message": message, **dataclasses.asdict(one)})
-
-    def _tell(self, kind: str, device: str, data: dict[str, Any]) -> None:
-        self._events.put_nowait((kind, device, data))
+        self._events.put_nowait(Event(took_over=HolderTookOver(message=message, **dataclasses.asdict(one))))
 
     async def _tell_events(self) -> None:
         while True:
-            kind, device, data = await self._events.get()
+            event = await self._events.get()
             try:
-                await self._control.stage_event.remote(self._task.job, kind, device, json.dumps(data))
+                await self._control.stage_event.remote(self._task.job, event.SerializeToString())
             except Exception as error:  # a full disk, say: what cannot be recorded must not go on unseen
                 log.exception("job %s: the coordinator did not take an event", self._task.job)
                 assert self._failed is not None

@@ -13,23 +13,21 @@ import grpc.aio
 from isthmus.coordinator.gateway.guests import LAST_WORD, Guests
 from isthmus.protos.v1 import chain_pb2 as pb
 from isthmus.protos.v1 import chain_pb2_grpc
+from isthmus.protos.v1.events_pb2 import Event, HolderJoined, HolderLeft
 from isthmus.split.codecs import parse
 from isthmus.split.errors import BadFrame, IsthmusError, LinkLost, NotAllowed, WrongState
 from isthmus.split.inference.chain import Span
 from isthmus.split.inference.remote import RemoteHolder
 from isthmus.split.inference.serving import CLOUD, ServingConfig
+from isthmus.split.job.events import Tell
 from isthmus.split.tls import Peer, peer_of
 
 _HELLO = 30.0  # seconds in which a holder has to say what it has, and a user what it wants
-Tell = Callable[[str, str, dict[str, Any]], None]
 Message = TypeVar("Message")
 
 
 class ChainServicer(chain_pb2_grpc.ChainServicer):
-    """allowed: whether this certificate counts. digests: by span, of its tensors; user_digests: as in `Guests`.
-
-    tell(kind, device, data).
-    """
+    """allowed: whether this certificate counts. digests: by span, of its tensors; user_digests: as in `Guests`."""
 
     def __init__(
         self,
@@ -67,7 +65,8 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
         mine[holder] = asyncio.current_task()
         reading = asyncio.create_task(_read(holder, requests))
         await span.add(holder, self._rank(peer, span))
-        self._tell("joined", _device(peer), {"span": str(span), "holder": name, "runtime": first.hello.runtime[:32]})
+        joined = HolderJoined(span=str(span), holder=name, runtime=first.hello.runtime[:32])
+        self._tell(Event(device=_device(peer), holder_joined=joined))
         try:
             async for message in holder.messages():
                 yield message
@@ -80,7 +79,7 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
             with contextlib.suppress(asyncio.CancelledError, IsthmusError):
                 await reading
             self._open[peer.name].pop(holder, None)
-            self._tell("left", _device(peer), {"span": str(span), "holder": name, "done": False, "step": 0})
+            self._tell(Event(device=_device(peer), holder_left=HolderLeft(span=str(span), holder=name)))
 
     async def Use(
         self, requests: AsyncIterator[pb.ToHolder], context: grpc.aio.ServicerContext[Any, Any]

@@ -18,16 +18,17 @@ import psutil
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from isthmus.coordinator.control.database import Database
 from isthmus.coordinator.control.sessions import Session, Sessions
-from isthmus.coordinator.control.store import Store
 from isthmus.coordinator.gateway.actor import GatewayTask
 from isthmus.coordinator.jobs.methods import Method, Serving, Training, method_of
-from isthmus.coordinator.jobs.report import finite, job_report
+from isthmus.coordinator.jobs.report import job_report
 from isthmus.coordinator.jobs.weights import DeviceWeights
 from isthmus.coordinator.stages.stage_actor import StageTask
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.errors import BadRequest, IsthmusError, NotAllowed, NotEnrolled, NotFound, WrongState
 from isthmus.split.inference.serving import CLOUD
+from isthmus.split.job.events import finite, log_line
 from isthmus.split.job.shapes import Shape
 
 log = logging.getLogger(__name__)
@@ -64,14 +65,14 @@ class Jobs:
 
     def __init__(
         self,
-        store: Store,
+        database: Database,
         sessions: Sessions,
         state: Path,
         start_stage: StartStage,
         measure: Measure,
         measure_training: Callable[[], Awaitable[float]],
     ) -> None:
-        self._store, self._sessions, self._state = store, sessions, state
+        self._database, self._sessions, self._state = database, sessions, state
         self._start_stage, self._measure, self._measure_training = start_stage, measure, measure_training
         self._runs: dict[str, Run] = {}
         self._news = asyncio.Condition()
@@ -82,7 +83,7 @@ class Jobs:
         """Records a job and starts to work on it. Everything that can be seen to be wrong is refused here."""
         if resume:
             self._check_resumable(resume)
-            spec = self._store.job(resume).spec
+            spec = self._database.jobs.get(resume).spec
         if not 0 <= spec.wait_seconds < math.inf:
             raise BadRequest(f"a wait of {spec.wait_seconds} s for devices: choose one above 0")
         self._check_devices(spec)
@@ -92,34 +93,37 @@ class Jobs:
         await asyncio.to_thread(method.folder.tokenizer)
         if resume:
             self._check_resumable(resume)  # again: somebody else may have resumed it meanwhile
-        identifier = resume or self._store.create_job(spec)
+        identifier = resume or self._database.jobs.create(spec)
         run = Run(identifier, spec, method, f"{identifier}-{secrets.token_hex(4)}", bool(resume))
         self._runs[identifier] = run
-        self._store.update_job(identifier, state=pb.WAITING, message="", steps=method.steps)
-        await self._tell(run, "state", {"state": "waiting", "resumed": bool(resume)})
+        self._database.jobs.update(identifier, state=pb.WAITING, message="", steps=method.steps)
+        await self._tell(run, pb.Event(state=pb.StateChanged(state=pb.WAITING, resumed=bool(resume))))
         run.worker = asyncio.create_task(self._work(run))
-        return self._store.job(identifier)
+        return self._database.jobs.get(identifier)
 
     async def cancel(self, identifier: str) -> pb.Job:
-        job = self._store.job(identifier)
+        job = self._database.jobs.get(identifier)
         run = self._runs.get(identifier)
         if run is None or run.worker is None or job.state not in ALIVE:
             raise WrongState(f"job {identifier} is not at work: it is {pb.JobState.Name(job.state).lower()}")
         run.worker.cancel()
         await asyncio.wait({run.worker})  # unlike `await run.worker`, not another cancel if this caller goes away
-        return self._store.job(identifier)
+        return self._database.jobs.get(identifier)
 
-    async def events(self, identifier: str, after: int) -> AsyncIterator[pb.JobEvent]:
+    async def events(self, identifier: str, after: int) -> AsyncIterator[pb.Event]:
         """Past and coming events; ends with the job."""
         while True:
-            job = self._store.job(identifier)
-            for event in self._store.events(identifier, after):
+            job = self._database.jobs.get(identifier)
+            for event in self._database.events.of(identifier, after):
                 after = event.number
                 yield event
             if job.state not in ALIVE:
                 return
             async with self._news:
-                if not self._store.events(identifier, after) and self._store.job(identifier).state in ALIVE:
+                if (
+                    not self._database.events.of(identifier, after)
+                    and self._database.jobs.get(identifier).state in ALIVE
+                ):
                     await self._news.wait()
 
     def job_of(self, device: str) -> str:
@@ -169,7 +173,7 @@ class Jobs:
 
     def adapter_folder(self, identifier: str) -> Path:
         """Of a job that is done. Raises WrongState for others."""
-        job = self._store.job(identifier)
+        job = self._database.jobs.get(identifier)
         folder = self._state / "jobs" / identifier / "adapter"
         if job.state == pb.SUCCEEDED and not folder.is_dir():
             raise WrongState(
@@ -201,31 +205,31 @@ class Jobs:
                 cancel = pb.CancelTask(id=state.task, reason="the coordinator does not know this task any more")
                 session.send(pb.CoordinatorMessage(cancel=cancel))
             return
-        name = pb.TaskState.State.Name(state.state).lower()
-        await self._tell(run, "device", {"state": name, "message": state.message}, session.name)
+        await self._tell(run, pb.Event(device=session.name, task=state))
         if state.state == pb.TaskState.FAILED:
             run.failed[session.name] = state.message
 
-    async def stage_event(self, identifier: str, kind: str, device: str, data: dict[str, Any]) -> None:
+    async def stage_event(self, identifier: str, event: pb.Event) -> None:
         run = self._runs.get(identifier)
         if run is None:
             return
-        if kind == "joined":
+        kind, device = event.WhichOneof("kind"), event.device
+        if kind in ("joined", "holder_joined"):
             run.joined.add(device)
             run.failed.pop(device, None)
-        elif kind == "left":
+        elif kind in ("left", "holder_left"):
             run.joined.discard(device)
-            if data["done"]:
+            if event.left.done:
                 run.done.add(device)
-        elif kind == "started":
+        elif kind in ("started", "serving"):
             run.started = True
         elif kind == "step":
-            self._store.update_job(identifier, step=data["step"])
+            self._database.jobs.update(identifier, step=event.step.step)
         elif kind == "shape" and isinstance(run.method, Training):
-            run.method.moved(device, Shape(data["cut"], data["rank"]))
+            run.method.moved(device, Shape(event.shape.cut, event.shape.rank))
         elif kind == "checkpoint":
-            self._store.update_job(identifier, checkpoint_step=data["step"])
-        await self._tell(run, kind, data, device)
+            self._database.jobs.update(identifier, checkpoint_step=event.checkpoint.step)
+        await self._tell(run, event)
 
     async def revoke(self, device: str) -> None:
         run = self._runs.get(self.job_of(device))
@@ -256,10 +260,10 @@ class Jobs:
             await self._state_is(run, pb.PREPARING, "starting the stage")
             await self._start(run)
             finished = await self._wait(run)
-            report = job_report(run.job, run.spec, run.devices, self._store.events(run.job), finished)
+            report = job_report(run.job, run.spec, run.devices, self._database.events.of(run.job), finished)
             folder = self._state / "jobs" / run.job
             report["heat_maps"] = await asyncio.to_thread(run.method.heat_maps, report["modules"], folder)
-            self._store.update_job(run.job, report=json.dumps(finite(report)))
+            self._database.jobs.update(run.job, report=json.dumps(finite(report)))
             await self._state_is(run, pb.SUCCEEDED, "")
         except asyncio.CancelledError as cancelled:
             if "stop" in cancelled.args:
@@ -293,12 +297,12 @@ class Jobs:
                 names, missing = self._sessions.available(run.spec, self.job_of)
                 if not missing:
                     run.devices = names
-                    self._store.update_job(run.job, devices=names)
+                    self._database.jobs.update(run.job, devices=names)
                     return
                 message = f"waiting for {missing}"
-                if self._store.job(run.job).message != message:
-                    self._store.update_job(run.job, message=message)
-                    await self._tell(run, "log", {"message": message})
+                if self._database.jobs.get(run.job).message != message:
+                    self._database.jobs.update(run.job, message=message)
+                    await self._tell(run, log_line(message))
                 try:
                     async with asyncio.timeout(deadline - time.monotonic()):
                         await self._sessions.changed.wait()
@@ -314,34 +318,34 @@ class Jobs:
                 profiles[session.name] = session.profile
         if profiles or len(method.config.spans) > 1:
             everybody = ", ".join(["the coordinator", *sorted(profiles)])
-            await self._tell(run, "log", {"message": f"looking at what can be done by {everybody}"})
+            await self._tell(run, log_line(f"looking at what can be done by {everybody}"))
             try:
                 here = await self._measure(len(self._runs) == 1)
             except (RayError, IsthmusError) as error:
                 log.warning("job %s: the coordinator's speed could not be measured: %s", run.job, error)
         planned, told = await asyncio.to_thread(method.planned, {CLOUD: here, **profiles})
         if told is not None:
-            await self._tell(run, "plan", told)
+            await self._tell(run, pb.Event(plan=told))
         chosen = planned.config.devices
         taken = next((name for name in chosen if self.job_of(name) not in ("", run.job)), None)
         if taken is not None:
             raise WrongState(f"device {taken} was taken by job {self.job_of(taken)} meanwhile: serve the model again")
         run.method, run.devices = planned, chosen
-        self._store.update_job(run.job, devices=chosen)
+        self._database.jobs.update(run.job, devices=chosen)
 
     async def _shape(self, run: Run, method: Training) -> None:
         """Decides what each device holds and trains, and says so where the user left it open or they differ."""
         kept: dict[str, Shape] = {}
         if run.resume:
-            kept = method.kept_shapes(self._state / "jobs" / run.job, self._store.events(run.job))
+            kept = method.kept_shapes(self._state / "jobs" / run.job, self._database.events.of(run.job))
         server, profiles = 0.0, {}
         if method.automatic and not kept.keys() >= set(run.devices):
             profiles = await self._measured_profiles(run)
             server = await self._measure_training()
         else:
             profiles = {name: self._session(name).profile for name in run.devices}
-        for device, data in (await asyncio.to_thread(method.choose, profiles, server, kept)).items():
-            await self._tell(run, "shape", data, device)
+        for device, chosen in (await asyncio.to_thread(method.choose, profiles, server, kept)).items():
+            await self._tell(run, pb.Event(device=device, shape=chosen))
 
     async def _measured_profiles(self, run: Run) -> dict[str, pb.Profile]:
         """Of the job's devices, once they have measured their speed and link, which they do when they have no task."""
@@ -353,7 +357,7 @@ class Jobs:
                 return profiles
             message = f"waiting until {', '.join(missing)} have measured their speed and their link"
             if message != told:
-                await self._tell(run, "log", {"message": message})
+                await self._tell(run, log_line(message))
                 told = message
             await asyncio.sleep(_LOOK)
         raise WrongState(
@@ -362,7 +366,7 @@ class Jobs:
         )
 
     def _check_resumable(self, identifier: str) -> None:
-        if self._store.job(identifier).state == pb.SUCCEEDED:
+        if self._database.jobs.get(identifier).state == pb.SUCCEEDED:
             raise WrongState(f"job {identifier} is done; `isthmus export {identifier} --out DIR` writes its adapter")
         if identifier in self._runs:
             raise WrongState(f"job {identifier} is at work; `isthmus watch {identifier}` follows it")
@@ -377,7 +381,7 @@ class Jobs:
 
     def _check_enrolled(self, devices: Iterable[str]) -> None:
         for name in devices:
-            if self._store.device(name).revoked:  # raises NotFound for one that was never enrolled
+            if self._database.devices.get(name).revoked:  # raises NotFound for one that was never enrolled
                 raise WrongState(f"device {name} is revoked; `isthmus enroll {name}` lets it in again")
 
     async def _start(self, run: Run) -> None:
@@ -423,9 +427,8 @@ class Jobs:
                 )
             await run.stage.start_without.remote(missing)
             complete_since = time.monotonic()  # of those that are here now
-            await self._tell(
-                run, "log", {"message": f"going on without {', '.join(missing)}: they did not come in {wait:.0f} s"}
-            )
+            sentence = f"going on without {', '.join(missing)}: they did not come in {wait:.0f} s"
+            await self._tell(run, log_line(sentence))
 
     async def _clear(self, run: Run) -> None:
         """Whatever the end was: no device works on, no actor stays."""
@@ -452,7 +455,7 @@ class Jobs:
         Not to a session of a certificate that counts no more, which may be open for a moment yet.
         """
         try:
-            self._store.check_certificate(session.name, session.serial)
+            self._database.devices.check_certificate(session.name, session.serial)
         except NotEnrolled as refused:
             log.info("job %s: %s", run.job, refused)
             return
@@ -469,10 +472,10 @@ class Jobs:
         return session
 
     async def _state_is(self, run: Run, state: pb.JobState, message: str) -> None:
-        self._store.update_job(run.job, state=state, message=message)
-        await self._tell(run, "state", {"state": pb.JobState.Name(state).lower(), "message": message})
+        self._database.jobs.update(run.job, state=state, message=message)
+        await self._tell(run, pb.Event(state=pb.StateChanged(state=state, message=message)))
 
-    async def _tell(self, run: Run, kind: str, data: dict[str, Any], device: str = "") -> None:
-        self._store.append_event(run.job, kind, device, finite(data))
+    async def _tell(self, run: Run, event: pb.Event) -> None:
+        self._database.events.append(run.job, event)
         async with self._news:
             self._news.notify_all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -93,30 +92,29 @@ class Training:
         """Whether a cut or a rank is to be chosen here."""
         return any(wanted.automatic for wanted in asked(self.config))
 
-    def kept_shapes(self, folder: Path, events: Iterable[pb.JobEvent]) -> dict[str, Shape]:
+    def kept_shapes(self, folder: Path, events: Iterable[pb.Event]) -> dict[str, Shape]:
         """Of a job that goes on. events: of the job, which told what was chosen; a checkpoint that has shapes counts
         more, for cuts may have moved since."""
         shapes = {}
         for event in events:
-            if event.kind == "shape":
-                told = json.loads(event.data)
-                shapes[event.device] = Shape(told["cut"], told["rank"])
+            if event.HasField("shape"):
+                shapes[event.device] = Shape(event.shape.cut, event.shape.rank)
         last = CheckpointFolder(folder / "checkpoints").last()
         return {**shapes, **from_plain(last.shapes)} if last else shapes
 
     def choose(
         self, profiles: Mapping[str, pb.Profile], server_flops: float, kept: Mapping[str, Shape]
-    ) -> dict[str, dict[str, Any]]:
+    ) -> dict[str, pb.ShapeChosen]:
         """Decides what each device holds and trains. kept: of an earlier run; they stay. Returns what is to be told, by
         device: nothing where all are alike and nothing was chosen. Raises BadRequest where memory does not suffice."""
         costs = Costs(self.folder.config, self.config)
         check_named(self.config, profiles)
-        told: dict[str, dict[str, Any]] = {}
+        told: dict[str, pb.ShapeChosen] = {}
         if self.automatic and not kept.keys() >= profiles.keys():
             able = {name: Able(one.training_flops, _memory(one), _link(one)) for name, one in profiles.items()}
             choices = choose_shapes(costs, able, Able(server_flops), kept)
             shapes = {name: choice.shape for name, choice in choices.items()}
-            told = {name: choice.data(name) for name, choice in choices.items()}
+            told = {name: choice.told(name) for name, choice in choices.items()}
         elif self.automatic:
             shapes = {name: kept[name] for name in profiles}
         else:
@@ -125,7 +123,7 @@ class Training:
         for name, shape in shapes.items():
             check_memory(costs, name, shape, _memory(profiles[name]))
         if not told and len(set(shapes.values())) > 1:
-            told = {name: {"cut": s.cut, "rank": s.rank, "message": f"{name}: {s}"} for name, s in shapes.items()}
+            told = {n: pb.ShapeChosen(cut=s.cut, rank=s.rank, message=f"{n}: {s}") for n, s in shapes.items()}
         self.shaped(shapes)
         return told
 
@@ -255,7 +253,7 @@ class Serving:
             self.config, key_sha256="", http_certificate="", http_key="", draft=NONE, adapters=adapters
         ).to_json()
 
-    def planned(self, profiles: Mapping[str, pb.Profile]) -> tuple[Serving, dict[str, Any] | None]:
+    def planned(self, profiles: Mapping[str, pb.Profile]) -> tuple[Serving, pb.ServingPlanned | None]:
         """With the spans that were asked for or, where none were, the best ones; and what is to be told of them.
 
         profiles: of CLOUD and of the devices that may be used. Raises BadRequest if nobody has the memory.
@@ -264,13 +262,13 @@ class Serving:
         adapters = max(adapter_bytes(self._adapters, block, block + 1) for block in range(layers))
         plan = plan_serving(self.folder, self.asked, profiles, adapters)
         if self.asked.spans:
-            return self, plan.data
+            return self, plan.told
         config = replace(self.asked, spans=plan.spans)
         spec = pb.JobSpec()
         spec.CopyFrom(self._spec)
         spec.serving = config.to_json()
         spec.devices[:] = config.devices
-        return Serving(spec, self._cache), plan.data
+        return Serving(spec, self._cache), plan.told
 
     def weights(self, device: str, blocks: int = 0) -> DeviceWeights:
         return self._weights[str(self.config.span_of(device))]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.codecs import parse
@@ -22,10 +21,10 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """spans: that are served. data: of the event that tells about them; None: there is nothing to tell."""
+    """spans: that are served. told: what the job's event says of them; None: there is nothing to tell."""
 
     spans: tuple[SpanConfig, ...]
-    data: dict[str, Any] | None = None
+    told: pb.ServingPlanned | None = None
 
 
 def plan_serving(
@@ -77,7 +76,7 @@ def _spans(chain: Sequence[Part]) -> tuple[SpanConfig, ...]:
     return tuple(spans)
 
 
-def _comparison(stages: str, chain: Sequence[Part], nodes: Sequence[Node], served: Served) -> dict[str, Any]:
+def _comparison(stages: str, chain: Sequence[Part], nodes: Sequence[Node], served: Served) -> pb.ServingPlanned:
     """Of a chain with the best single node. Tokens a second of one answer, None: not known."""
     single = best_single(nodes, served)
     unknown = sorted({part.node.name for part in chain if not part.node.rate})
@@ -99,14 +98,14 @@ def _comparison(stages: str, chain: Sequence[Part], nodes: Sequence[Node], serve
     slower = mine is not None and alone is not None and not same and mine < alone
     if slower:
         line += f": use --stages {name}:0-{served.blocks}"
-    return {
-        "message": line,
-        "stages": stages,
-        "tokens_per_second": mine,
-        "single": name,
-        "single_tokens_per_second": alone,
-        "slower": slower,
-    }
+    return pb.ServingPlanned(
+        message=line,
+        stages=stages,
+        tokens_per_second=mine,
+        single=name,
+        single_tokens_per_second=alone,
+        slower=slower,
+    )
 
 
 def _node(name: str, profile: pb.Profile, source: TensorSource, serving: ServingConfig) -> Node:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
 from isthmus.protos.v1 import coordinator_pb2 as pb
+from isthmus.split.job.events import fields_of
 
 
 def job_report(
-    job: str, spec: pb.JobSpec, devices: Sequence[str], events: Iterable[pb.JobEvent], finished: dict[str, Any]
+    job: str, spec: pb.JobSpec, devices: Sequence[str], events: Iterable[pb.Event], finished: dict[str, Any]
 ) -> dict[str, Any]:
     """events: all of the job's, for the evaluations of its earlier runs. finished: what its stage knows at the end."""
     training = json.loads(spec.training)
@@ -20,19 +20,18 @@ def job_report(
     shapes: dict[str, dict[str, Any]] = {}
     errors, method = {}, ""
     for event in events:
-        if event.kind == "step" and "losses" not in finished:  # each device has steps of its own
-            data = json.loads(event.data)
-            losses.setdefault(data["device_step"], {})[data["devices"][0]] = data["loss"]
-        if event.kind == "modules":
-            modules.append({"device": event.device, **json.loads(event.data)})
-        if event.kind == "evaluation":
-            data = json.loads(event.data)
-            perplexities[str(data["step"])] = data["perplexity"]
-        elif event.kind == "aggregation":
-            data = json.loads(event.data)
-            method, errors[str(data["step"])] = data["method"], data["aggregation_error"]
-        elif event.kind == "shape":  # the last one: cuts move
-            shapes[event.device] = {key: value for key, value in json.loads(event.data).items() if key != "message"}
+        if event.HasField("step") and "losses" not in finished:  # each device has steps of its own
+            losses.setdefault(event.step.device_step, {})[event.step.devices[0]] = event.step.loss
+        elif event.HasField("modules"):
+            modules.append({"device": event.device, **fields_of(event.modules)})
+        elif event.HasField("evaluation"):
+            perplexities[str(event.evaluation.step)] = event.evaluation.perplexity
+        elif event.HasField("aggregation"):
+            told = event.aggregation
+            method = told.method
+            errors[str(told.step)] = told.aggregation_error if told.HasField("aggregation_error") else None
+        elif event.HasField("shape"):  # the last one: cuts move
+            shapes[event.device] = {name: value for name, value in fields_of(event.shape).items() if name != "message"}
     return {
         "job": job,
         "method": spec.method,
@@ -57,14 +56,6 @@ def _device_row(name: str, finished: dict[str, Any]) -> dict[str, Any]:
     received = sum(r["payload_bytes"] + r["overhead_bytes"] for r in traffic if r["direction"] == "sent")
     resources = finished["resources"].get(name, {})
     row = {**resources, "name": name, "bytes_sent": sent, "bytes_received": received, "traffic": traffic}
+    energy = resources.get("accelerator_energy_joules")  # None: unknown
     peak = resources.get("peak_bytes")  # unknown of a device that ended without its report
-    return {**row, "peak_bytes": None if peak is None else int(peak)}
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: a loss that is either is shown as null."""
-    if isinstance(value, dict):
-        return {key: finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return {**row, "peak_bytes": None if peak is None else int(peak), "accelerator_energy_joules": energy}

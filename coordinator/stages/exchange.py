@@ -27,8 +27,8 @@ from isthmus.split.link.session import (
     is_answer,
     kind_and_sizes,
 )
-from isthmus.split.resources.ledger import Traffic
 from isthmus.split.resources.tcp import Watch
+from isthmus.split.resources.traffic import Traffic
 from isthmus.split.tls import Peer, peer_of
 
 _WAITING = 8  # answers that a device may have waiting for it, beside those that gRPC has

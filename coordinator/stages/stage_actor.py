@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -20,8 +19,10 @@ from torch import Tensor
 from isthmus.coordinator.control.interceptors import ErrorInterceptor
 from isthmus.coordinator.stages.exchange import ExchangeServicer
 from isthmus.protos.v1 import stage_pb2_grpc
+from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.errors import IsthmusError
 from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.events import Tell
 from isthmus.split.job.shapes import asked, from_plain
 from isthmus.split.link.protocol import Rules
 from isthmus.split.lora.lora import lora_config, save_adapter
@@ -30,10 +31,10 @@ from isthmus.split.models.precision import pick_device
 from isthmus.split.models.source import open_model
 from isthmus.split.plan.costs import Costs
 from isthmus.split.plan.moving import Mover
-from isthmus.split.resources.ledger import Ledger, Traffic
+from isthmus.split.resources.ledger import Ledger
+from isthmus.split.resources.traffic import Traffic
 from isthmus.split.tls import SERVER_OPTIONS, Peer, bind_one_of, server_credentials
 from isthmus.split.training.checkpoint import CheckpointFolder
-from isthmus.split.training.evaluations import Tell
 from isthmus.split.training.host import JobHost
 from isthmus.split.training.hosted_job import HostContext
 from isthmus.split.training.method import StageResources
@@ -84,7 +85,7 @@ class StageActor:
         self._traffic = {name: Traffic() for name in task.devices}
         self._server: grpc.aio.Server | None = None
         self._host: JobHost | None = None
-        self._events: asyncio.Queue[tuple[str, str, dict[str, Any]]] = asyncio.Queue()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._telling: asyncio.Task[None] | None = None
 
     async def start(self) -> tuple[int, dict[str, str]]:
@@ -95,8 +96,8 @@ class StageActor:
         self._config = TrainingConfig.from_json(self._task.training)
         self._telling = asyncio.create_task(self._tell_events())
 
-        def tell(kind: str, device: str, data: dict[str, Any]) -> None:  # in the host's thread
-            loop.call_soon_threadsafe(self._events.put_nowait, (kind, device, data))
+        def tell(event: Event) -> None:  # in the host's thread
+            loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         self._host, rules = host, rules = await asyncio.to_thread(self._build, tell)
         self._servicer = ExchangeServicer(host, rules, self._allowed, self._traffic)
@@ -164,18 +165,18 @@ class StageActor:
     async def _tell_events(self) -> None:
         """One after the other, and the end after all others: Ray may run an async actor's calls in any order."""
         while True:
-            kind, device, data = await self._events.get()
-            if kind == "finished":
+            event = await self._events.get()
+            if event.HasField("finished"):
                 try:
                     self._end(await asyncio.to_thread(self._result))
                 except Exception as error:  # whatever it is, the job ends with it and does not wait for ever
                     log.exception("job %s: the adapter cannot be written", self._task.job)
                     self._give_up(f"the adapter cannot be written: {error}")
-            elif kind == "failed":
-                self._give_up(str(data["message"]))
+            elif event.HasField("failed"):
+                self._give_up(event.failed.message)
             else:
                 try:
-                    await self._control.stage_event.remote(self._task.job, kind, device, json.dumps(data))
+                    await self._control.stage_event.remote(self._task.job, event.SerializeToString())
                 except Exception as error:  # a full disk, say: what cannot be recorded must not go on unseen
                     log.exception("job %s: the coordinator did not take an event", self._task.job)
                     self._give_up(f"the coordinator could not record the job's progress: {error}")

@@ -1,31 +1,41 @@
+from isthmus.protos.v1 import events_pb2 as _events_pb2
 from isthmus.protos.v1 import stage_pb2 as _stage_pb2
 from google.protobuf.internal import containers as _containers
-from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+from isthmus.protos.v1.events_pb2 import Event as Event
+from isthmus.protos.v1.events_pb2 import StateChanged as StateChanged
+from isthmus.protos.v1.events_pb2 import TaskState as TaskState
+from isthmus.protos.v1.events_pb2 import LogLine as LogLine
+from isthmus.protos.v1.events_pb2 import JobFinished as JobFinished
+from isthmus.protos.v1.events_pb2 import JobFailed as JobFailed
+from isthmus.protos.v1.events_pb2 import DeviceJoined as DeviceJoined
+from isthmus.protos.v1.events_pb2 import DeviceLeft as DeviceLeft
+from isthmus.protos.v1.events_pb2 import TrainingStarted as TrainingStarted
+from isthmus.protos.v1.events_pb2 import StepDone as StepDone
+from isthmus.protos.v1.events_pb2 import Evaluated as Evaluated
+from isthmus.protos.v1.events_pb2 import Aggregated as Aggregated
+from isthmus.protos.v1.events_pb2 import CheckpointSaved as CheckpointSaved
+from isthmus.protos.v1.events_pb2 import ShapeChosen as ShapeChosen
+from isthmus.protos.v1.events_pb2 import ModulesChanged as ModulesChanged
+from isthmus.protos.v1.events_pb2 import ServingPlanned as ServingPlanned
+from isthmus.protos.v1.events_pb2 import ServingStarted as ServingStarted
+from isthmus.protos.v1.events_pb2 import HolderJoined as HolderJoined
+from isthmus.protos.v1.events_pb2 import HolderLeft as HolderLeft
+from isthmus.protos.v1.events_pb2 import HolderTookOver as HolderTookOver
+from isthmus.protos.v1.events_pb2 import JobState as JobState
 
 DESCRIPTOR: _descriptor.FileDescriptor
-
-class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    JOB_STATE_UNSPECIFIED: _ClassVar[JobState]
-    WAITING: _ClassVar[JobState]
-    PREPARING: _ClassVar[JobState]
-    RUNNING: _ClassVar[JobState]
-    SUCCEEDED: _ClassVar[JobState]
-    FAILED: _ClassVar[JobState]
-    CANCELLED: _ClassVar[JobState]
-    INTERRUPTED: _ClassVar[JobState]
-JOB_STATE_UNSPECIFIED: JobState
-WAITING: JobState
-PREPARING: JobState
-RUNNING: JobState
-SUCCEEDED: JobState
-FAILED: JobState
-CANCELLED: JobState
-INTERRUPTED: JobState
+JOB_STATE_UNSPECIFIED: _events_pb2.JobState
+WAITING: _events_pb2.JobState
+PREPARING: _events_pb2.JobState
+RUNNING: _events_pb2.JobState
+SUCCEEDED: _events_pb2.JobState
+FAILED: _events_pb2.JobState
+CANCELLED: _events_pb2.JobState
+INTERRUPTED: _events_pb2.JobState
 
 class EnrollRequest(_message.Message):
     __slots__ = ("token", "csr")
@@ -97,30 +107,6 @@ class Heartbeat(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class TaskState(_message.Message):
-    __slots__ = ("task", "state", "message")
-    class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-        __slots__ = ()
-        STATE_UNSPECIFIED: _ClassVar[TaskState.State]
-        PREPARING: _ClassVar[TaskState.State]
-        RUNNING: _ClassVar[TaskState.State]
-        DONE: _ClassVar[TaskState.State]
-        FAILED: _ClassVar[TaskState.State]
-        CANCELLED: _ClassVar[TaskState.State]
-    STATE_UNSPECIFIED: TaskState.State
-    PREPARING: TaskState.State
-    RUNNING: TaskState.State
-    DONE: TaskState.State
-    FAILED: TaskState.State
-    CANCELLED: TaskState.State
-    TASK_FIELD_NUMBER: _ClassVar[int]
-    STATE_FIELD_NUMBER: _ClassVar[int]
-    MESSAGE_FIELD_NUMBER: _ClassVar[int]
-    task: str
-    state: TaskState.State
-    message: str
-    def __init__(self, task: _Optional[str] = ..., state: _Optional[_Union[TaskState.State, str]] = ..., message: _Optional[str] = ...) -> None: ...
-
 class DeviceMessage(_message.Message):
     __slots__ = ("profile", "heartbeat", "task")
     PROFILE_FIELD_NUMBER: _ClassVar[int]
@@ -128,8 +114,8 @@ class DeviceMessage(_message.Message):
     TASK_FIELD_NUMBER: _ClassVar[int]
     profile: Profile
     heartbeat: Heartbeat
-    task: TaskState
-    def __init__(self, profile: _Optional[_Union[Profile, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., task: _Optional[_Union[TaskState, _Mapping]] = ...) -> None: ...
+    task: _events_pb2.TaskState
+    def __init__(self, profile: _Optional[_Union[Profile, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., task: _Optional[_Union[_events_pb2.TaskState, _Mapping]] = ...) -> None: ...
 
 class Task(_message.Message):
     __slots__ = ("id", "job", "spec", "stage_address", "first_block", "last_block", "shape")
@@ -293,7 +279,7 @@ class Job(_message.Message):
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     id: str
     spec: JobSpec
-    state: JobState
+    state: _events_pb2.JobState
     message: str
     created: float
     step: int
@@ -301,7 +287,7 @@ class Job(_message.Message):
     checkpoint_step: int
     report: str
     devices: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, id: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., state: _Optional[_Union[JobState, str]] = ..., message: _Optional[str] = ..., created: _Optional[float] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., checkpoint_step: _Optional[int] = ..., report: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., spec: _Optional[_Union[JobSpec, _Mapping]] = ..., state: _Optional[_Union[_events_pb2.JobState, str]] = ..., message: _Optional[str] = ..., created: _Optional[float] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., checkpoint_step: _Optional[int] = ..., report: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SubmitJobRequest(_message.Message):
     __slots__ = ("spec", "resume")
@@ -334,20 +320,6 @@ class WatchJobRequest(_message.Message):
     id: str
     after: int
     def __init__(self, id: _Optional[str] = ..., after: _Optional[int] = ...) -> None: ...
-
-class JobEvent(_message.Message):
-    __slots__ = ("number", "time", "kind", "device", "data")
-    NUMBER_FIELD_NUMBER: _ClassVar[int]
-    TIME_FIELD_NUMBER: _ClassVar[int]
-    KIND_FIELD_NUMBER: _ClassVar[int]
-    DEVICE_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
-    number: int
-    time: float
-    kind: str
-    device: str
-    data: str
-    def __init__(self, number: _Optional[int] = ..., time: _Optional[float] = ..., kind: _Optional[str] = ..., device: _Optional[str] = ..., data: _Optional[str] = ...) -> None: ...
 
 class Device(_message.Message):
     __slots__ = ("name", "connected", "revoked", "last_seen", "profile", "job")

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from isthmus.protos.v1 import coordinator_pb2 as isthmus_dot_protos_dot_v1_dot_coordinator__pb2
+from isthmus.protos.v1 import events_pb2 as isthmus_dot_protos_dot_v1_dot_events__pb2
 from isthmus.protos.v1 import stage_pb2 as isthmus_dot_protos_dot_v1_dot_stage__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
@@ -165,7 +166,7 @@ class CoordinatorStub:
         self.WatchJob = channel.unary_stream(
                 '/isthmus.v1.Coordinator/WatchJob',
                 request_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.WatchJobRequest.SerializeToString,
-                response_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobEvent.FromString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_events__pb2.Event.FromString,
                 _registered_method=True)
         self.CancelJob = channel.unary_unary(
                 '/isthmus.v1.Coordinator/CancelJob',
@@ -329,7 +330,7 @@ def add_CoordinatorServicer_to_server(servicer, server):
             'WatchJob': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchJob,
                     request_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.WatchJobRequest.FromString,
-                    response_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobEvent.SerializeToString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_events__pb2.Event.SerializeToString,
             ),
             'CancelJob': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelJob,
@@ -665,7 +666,7 @@ class Coordinator:
             target,
             '/isthmus.v1.Coordinator/WatchJob',
             isthmus_dot_protos_dot_v1_dot_coordinator__pb2.WatchJobRequest.SerializeToString,
-            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobEvent.FromString,
+            isthmus_dot_protos_dot_v1_dot_events__pb2.Event.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,12 +16,14 @@ from types import MappingProxyType
 from torch import Tensor
 
 from isthmus.protos.v1 import stage_pb2
+from isthmus.protos.v1.events_pb2 import Event, ModulesChanged
 from isthmus.split.aggregation.averaging import Share
 from isthmus.split.dlora.backbone import Active, Backbone
 from isthmus.split.dlora.passes import Passing
 from isthmus.split.errors import BadFrame, BadTensor, IsthmusError
 from isthmus.split.finite import DIVERGED, can_be_used
 from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.events import log_line
 from isthmus.split.job.groups import MERGE
 from isthmus.split.link.protocol import EVALUATIONS_AHEAD
 from isthmus.split.link.session import ENDS, Frame, Phase
@@ -224,7 +226,7 @@ class DloraHost(HostSteps):
         if frame.values.get(ENDS):
             self._tell_modules(device.name, frame.step, frozenset())
             line = f"{device.name}: after step {frame.step} no module is left that trains: its training has ended"
-            self.job.tell("log", device.name, {"message": line})
+            self.job.tell(log_line(line, device.name))
 
     def _tell_modules(self, device: str, step: int, trained: frozenset[int]) -> None:
         layout = self._layouts[device]
@@ -233,9 +235,14 @@ class DloraHost(HostSteps):
         if killed or revived:
             of = f"{len(trained)} of {len(layout.modules)} active"
             message = f"{len(killed)} modules killed, {len(revived)} revived; {of}"
-            names = {"killed": layout.names(killed), "revived": layout.names(revived)}
-            data = {"step": step, "message": message, **names, "active": layout.names(trained)}
-            self.job.tell("modules", device, data)
+            changed = ModulesChanged(
+                step=step,
+                killed=layout.names(killed),
+                revived=layout.names(revived),
+                active=layout.names(trained),
+                message=message,
+            )
+            self.job.tell(Event(device=device, modules=changed))
 
     # ---- aggregation ----
 

@@ -17,7 +17,7 @@ from isthmus.split.dlora.module_costs import costs_of
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.groups import KEEP
 from isthmus.split.lora.sites import Layout
-from isthmus.split.resources.ledger import Traffic
+from isthmus.split.resources.traffic import Traffic
 
 log = logging.getLogger(__name__)
 

@@ -25,6 +25,7 @@ _REQUIRED_VALUES = {
     Phase.BACKWARD: ("tokens",),
     Phase.STEP: ("tokens", "nll", "norm_squared"),
 }
+_MOST_TOKENS = 2**53  # that a device can have evaluated: a float counts no further
 _EVALUATION = ("evaluation_nll", "evaluation_tokens")  # in a REPORT: both or neither
 _FROM_DEVICES = (
     Phase.OPEN,
@@ -146,6 +147,8 @@ class Rules:
         evaluation = [message.values[name] for name in _EVALUATION if name in message.values]
         if len(evaluation) == 1 or any(value < 0 for value in evaluation):
             raise BadFrame(f"{' and '.join(_EVALUATION)} go together, and neither is below 0")
+        if message.values.get("evaluation_tokens", 0) > _MOST_TOKENS:
+            raise BadFrame(f"more than {_MOST_TOKENS} held-out tokens")
         if message.values.get("tokens", 0) > self.config.batch_size * self.config.text.sequence_length:
             raise BadFrame("more predicted tokens than the batch has")
 

@@ -6,16 +6,17 @@ No network and no processes, the same algorithm: what tests compare with and ben
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.data.sequences import Sequences
 from isthmus.split.errors import IsthmusError
 from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.events import Tell, tell_nobody
 from isthmus.split.job.shapes import Shape, fixed_shapes
 from isthmus.split.link.profile import LinkProfile
 from isthmus.split.link.session import LocalLink
@@ -32,7 +33,6 @@ from isthmus.split.training.hosted_job import HostContext, Outcome
 from isthmus.split.training.method import DeviceResources, Method, StageResources
 
 Text = tuple[Sequences, Sequences | None]  # to train on, and held out
-Tell = Callable[[str, str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class LocalJob:
         self._ended = threading.Event()
         self._errors: list[BaseException] = []
 
-    def told(self, kind: str, name: str, data: dict[str, Any]) -> None:
-        self._tell(kind, name, data)
-        if kind == "failed":
-            self._errors.append(IsthmusError(str(data["message"])))
-        if kind in ("finished", "failed"):
+    def told(self, event: Event) -> None:
+        self._tell(event)
+        if event.HasField("failed"):
+            self._errors.append(IsthmusError(event.failed.message))
+        if event.HasField("finished") or event.HasField("failed"):
             self._ended.set()
 
     def run(self, host: JobHost, trainers: Mapping[str, DeviceTrainer], profile: LinkProfile) -> None:
@@ -116,14 +116,14 @@ def train_locally(
     resume: bool = False,
     shapes: Mapping[str, Shape] | None = None,
     mover: Mover | None = None,
-    tell: Tell = lambda kind, device, data: None,
+    tell: Tell = tell_nobody,
 ) -> LocalRun:
     """Trains the devices d0, d1, ... on their texts, each in a thread with stages of its own, by the job's method.
 
     device: torch device of all stages. profile: of the network that the links stand for, for `auto`. checkpoints: a
     folder for the server's and the devices' records; `resume` goes on from the last. shapes: of the devices by name;
-    None: as the configuration says. mover: says when cuts move. tell(kind, device, data): the host's events, in its
-    thread (see HostContext). Raises the first error of a device or of the stage.
+    None: as the configuration says. mover: says when cuts move. tell(event): in the host's thread.
+    Raises the first error of a device or of the stage.
     """
     names = [f"d{index}" for index in range(len(texts))]
     shapes = dict(shapes) if shapes else fixed_shapes(config, names)

@@ -18,8 +18,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+from isthmus.protos.v1.events_pb2 import ShapeChosen
 from isthmus.split.codecs import FAMILIES
 from isthmus.split.errors import BadRequest
 from isthmus.split.job.shapes import ByName, Shape, asked
@@ -54,20 +54,20 @@ class Choice:
     deadline: float
     memory: float
 
-    def data(self, device: str) -> dict[str, Any]:
-        """Of the event that tells about it."""
+    def told(self, device: str, when: str = "") -> ShapeChosen:
+        """What the job's event says. when: what the sentence for people begins with."""
         line = (
-            f"{device}: {self.shape}; about {self.step_seconds:.2g} s a step expected, {self.deadline:.2g} s for all, "
-            f"and {self.memory / 2**30:.2g} GiB of memory"
+            f"{when}{device}: {self.shape}; about {self.step_seconds:.2g} s a step expected, "
+            f"{self.deadline:.2g} s for all, and {self.memory / 2**30:.2g} GiB of memory"
         )
-        return {
-            "cut": self.shape.cut,
-            "rank": self.shape.rank,
-            "step_seconds": self.step_seconds,
-            "deadline_seconds": self.deadline,
-            "memory_bytes": self.memory,
-            "message": line,
-        }
+        return ShapeChosen(
+            cut=self.shape.cut,
+            rank=self.shape.rank,
+            step_seconds=self.step_seconds,
+            deadline_seconds=self.deadline,
+            memory_bytes=self.memory,
+            message=line,
+        )
 
 
 def choose_shapes(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Collection
 
+from isthmus.protos.v1.events_pb2 import Evaluated, Event
+from isthmus.split.job.events import Tell
 from isthmus.split.training.perplexity import perplexity
-
-Tell = Callable[[str, str, dict[str, Any]], None]  # kind, device, data
 
 
 class Evaluations:
@@ -30,5 +29,5 @@ class Evaluations:
                 continue
             self.perplexities[step] = perplexity(total, tokens)
             each = {device: perplexity(loss, count) for device, (loss, count) in sums.items() if count}
-            data = {"step": step, "perplexity": self.perplexities[step], "tokens": tokens, "devices": each}
-            self._tell("evaluation", "", data)
+            told = Evaluated(step=step, perplexity=self.perplexities[step], tokens=tokens, devices=each)
+            self._tell(Event(evaluation=told))

@@ -16,16 +16,26 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from isthmus.protos.v1 import stage_pb2
+from isthmus.protos.v1.events_pb2 import (
+    Aggregated,
+    DeviceJoined,
+    DeviceLeft,
+    Event,
+    JobFailed,
+    JobFinished,
+    TrainingStarted,
+)
 from isthmus.split.aggregation.averaging import Share
 from isthmus.split.errors import BadFrame, BadTensor, IsthmusError, LinkLost, WrongState
 from isthmus.split.finite import DIVERGED
 from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.events import Tell, log_line, tell_nobody
 from isthmus.split.link.coding import Plan
 from isthmus.split.link.session import ENDS, Deliver, Frame, Phase
 from isthmus.split.training.barrier import Barrier
 from isthmus.split.training.checkpoint import Checkpoint, CheckpointFolder
 from isthmus.split.training.deadlines import Deadlines
-from isthmus.split.training.evaluations import Evaluations, Tell
+from isthmus.split.training.evaluations import Evaluations
 from isthmus.split.training.frames import tensor_of
 from isthmus.split.training.membership import JoinedDevice, Membership, check_open
 from isthmus.split.training.patience import Patience
@@ -35,17 +45,10 @@ from isthmus.split.training.recovery import Recovery
 from isthmus.split.training.steps import HostSteps
 
 
-def tell_nobody(kind: str, device: str, data: dict[str, object]) -> None:
-    """For a job that nobody watches."""
-
-
 @dataclass(frozen=True)
 class HostContext:
-    """A job as its host is given it. devices: that may take part. resume: the checkpoint to go on from.
-
-    tell(kind, device, data) is called in the host's thread, with kind one of: joined, left, started, step, aggregation,
-    evaluation, checkpoint, log, finished, failed, and what the method has besides (shape, modules).
-    """
+    """A job as its host is given it. devices: that may take part. resume: the checkpoint to go on from. tell: is called
+    in the host's thread."""
 
     config: TrainingConfig
     devices: Collection[str]
@@ -115,7 +118,8 @@ class HostedJob:
             self.leave(name, earlier.deliver)
         measured = frame.measured or stage_pb2.Measured()
         self.members.joined[name] = JoinedDevice(name, deliver, opened, measured, step=int(opened.last_step))
-        self.tell("joined", name, {"samples": opened.samples, "last_step": opened.last_step})
+        joined = DeviceJoined(samples=opened.samples, last_step=opened.last_step)
+        self.tell(Event(device=name, joined=joined))
         if not self._together or not self.members.at_work:
             self._admit()
 
@@ -160,7 +164,7 @@ class HostedJob:
         if done:
             self.members.done.add(name)
         step = self.progress.step if self._together else device.step
-        self.tell("left", name, {"step": step, "done": name in self.members.done})
+        self.tell(Event(device=name, left=DeviceLeft(step=step, done=name in self.members.done)))
         self.steps.left(device)
         self._barrier.drop(name)
         if self.members.at_work:
@@ -220,10 +224,10 @@ class HostedJob:
                 continue
             self.deadlines.patience.was_silent(device.name)
             if over:
-                self.tell("log", device.name, {"message": f"{late}: its last report is missing"})
+                self.tell(log_line(f"{late}: its last report is missing", device.name))
             elif last and self.deadlines.patience.is_least(device.name):
                 message = f"{device.name} was silent again and again: the job ends without it"
-                self.tell("log", device.name, {"message": message})
+                self.tell(log_line(message, device.name))
                 self.members.awaited.discard(device.name)
             self.put_out(device, LinkLost(late), done=over)
 
@@ -233,7 +237,7 @@ class HostedJob:
             device.deliver(error)
             self.steps.left(device)
         self.members.joined.clear()
-        self.tell("failed", "", {"message": str(error)})
+        self.tell(Event(failed=JobFailed(message=str(error))))
 
     # ---- parts of it ----
 
@@ -243,7 +247,7 @@ class HostedJob:
             if self.config.averages and not self.members.all_here:
                 return
             self.members.started = True
-            self.tell("started", "", {"step": self.point.step})
+            self.tell(Event(started=TrainingStarted(step=self.point.step)))
         waiting = self.members.waiting
         for name, plan in self._plans_for(waiting).items():
             device = waiting[name]
@@ -304,8 +308,8 @@ class HostedJob:
             made = self.steps.aggregate(step, {name: shares[name] for name in devices}, self.point.device_adapter)
         except BadTensor as error:  # of no device alone
             raise WrongState(f"the average of the adapters after step {step + 1} cannot be sent: {error}") from None
-        told = {"step": step + 1, "method": made.method, "aggregation_error": made.error}
-        self.tell("aggregation", "", told)
+        told = Aggregated(step=step + 1, method=made.method, aggregation_error=made.error)
+        self.tell(Event(aggregation=told))
         answers = {**made.answers, **self.steps.after_aggregation(step, devices)}
         self._recovery.keep(step + 1, made.average)
         plans: Mapping[str, Plan] = {}
@@ -328,7 +332,7 @@ class HostedJob:
             before, last = self.progress.step, self.point.step
             self._recovery.go_back()
             message = f"no device is left: back from step {before} to the last aggregation, of step {last}"
-            self.tell("log", "", {"message": message})
+            self.tell(log_line(message))
         if self.members.started and self.members.joined:
             self._admit()
 
@@ -347,5 +351,5 @@ class HostedJob:
             over = over and (done or evaluated)
         if over:
             self._finished = True
-            self.tell("finished", "", {"step": steps})
+            self.tell(Event(finished=JobFinished(step=steps)))
         return over

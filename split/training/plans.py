@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.events import Tell, log_line
 from isthmus.split.job.streams import stream_of
 from isthmus.split.link.coding import Plan
 from isthmus.split.link.profile import LinkProfile
 from isthmus.split.link.session import Frame
 from isthmus.split.plan.choose import Planner, View
-from isthmus.split.training.evaluations import Tell
 from isthmus.split.training.membership import JoinedDevice
 
 _FIRST, _EVERY = 2, 8  # aggregations: the first ones after which a plan is made anew, then every so many
@@ -48,7 +48,7 @@ class Plans:
             device.link = views[name].link
         plans, sentences = self._planner.plans(views, stage_seconds, micro_batches)
         for sentence in sentences:
-            self._tell("log", "", {"message": sentence})
+            self._tell(log_line(sentence))
         return plans
 
     def is_due(self, devices: Iterable[JoinedDevice]) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from isthmus.protos.v1.events_pb2 import Event, StepDone
+from isthmus.split.job.events import Tell
 from isthmus.split.link.session import Frame
-from isthmus.split.training.evaluations import Tell
 
 
 class Progress:
@@ -28,17 +29,17 @@ class Progress:
         tokens = sum(int(frame.values["tokens"]) for frame in frames.values())
         loss = sum(frame.values["nll"] for frame in frames.values()) / max(tokens, 1)
         self.losses.append(loss)
-        self._tell("step", "", {"step": self.step, "loss": loss, "tokens": tokens, "devices": sorted(frames)})
+        self._tell(Event(step=StepDone(step=self.step, loss=loss, tokens=tokens, devices=sorted(frames))))
 
     def alone(self, device: str, frame: Frame) -> None:
         """A device has done a step of its own: its STEP frame."""
         self.by_device[device] = frame.step + 1
         tokens = int(frame.values["tokens"])
-        data = {
-            "step": min(self.by_device.values()),
-            "device_step": frame.step + 1,
-            "loss": frame.values["nll"] / max(tokens, 1),
-            "tokens": tokens,
-            "devices": [device],
-        }
-        self._tell("step", device, data)
+        done = StepDone(
+            step=min(self.by_device.values()),
+            device_step=frame.step + 1,
+            loss=frame.values["nll"] / max(tokens, 1),
+            tokens=tokens,
+            devices=[device],
+        )
+        self._tell(Event(device=device, step=done))

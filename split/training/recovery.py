@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from isthmus.protos.v1.events_pb2 import CheckpointSaved, Event
 from isthmus.split.errors import WrongState
 from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.events import Tell
 from isthmus.split.training.checkpoint import Checkpoint, CheckpointFolder
-from isthmus.split.training.evaluations import Tell
 from isthmus.split.training.progress import Progress
 from isthmus.split.training.steps import HostSteps
 
@@ -45,7 +46,7 @@ class Recovery:
         self.point = point
         if self._config.checkpoints_after(step) and self._folder:
             self._folder.save(point)
-            self._tell("checkpoint", "", {"step": step})
+            self._tell(Event(checkpoint=CheckpointSaved(step=step)))
 
     def _snapshot(self, step: int, average: Tensor | None) -> Checkpoint:
         point = Checkpoint(step, {}, {}, average, list(self._progress.losses), self._steps.digest)

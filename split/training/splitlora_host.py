@@ -12,6 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from isthmus.protos.v1 import stage_pb2
+from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.aggregation.averaging import Share
 from isthmus.split.errors import BadTensor
 from isthmus.split.finite import DIVERGED, is_finite
@@ -170,8 +171,7 @@ class SplitLoraHost(HostSteps):
         measured = {name: device.measured for name, device in devices.items()}
         moves, answers = self.adapters.move(step, measured, self._steps_timed)
         for name, choice in moves.items():
-            data = choice.data(name)
-            self.job.tell("shape", name, {**data, "message": f"after step {step + 1} {data['message']}"})
+            self.job.tell(Event(device=name, shape=choice.told(name, f"after step {step + 1} ")))
         return answers
 
     def stage_seconds(self) -> Mapping[str, float]:

@@ -176,21 +176,19 @@ def write_text(path: Path, device: int, paragraphs: int = 40) -> Path:
     return path
 
 
-def events_until(
-    connection: Connection, job: str, wanted: Callable[[pb.JobEvent, dict[str, Any]], bool], after: int = 0
-) -> pb.JobEvent:
+def events_until(connection: Connection, job: str, wanted: Callable[[pb.Event], bool], after: int = 0) -> pb.Event:
     """Follows a job to the first event that is wanted. Fails when the job ends, or LIMIT passes, before it."""
     call = connection.stub.WatchJob(pb.WatchJobRequest(id=job, after=after), timeout=LIMIT)
     for event in call:
-        if wanted(event, json.loads(event.data or "{}")):
+        if wanted(event):
             call.cancel()
             return event
     ended = connection.stub.GetJob(pb.JobRequest(id=job))
     raise AssertionError(f"the job ended first: {pb.JobState.Name(ended.state)}: {ended.message}")
 
 
-def step_reached(connection: Connection, job: str, step: int, after: int = 0) -> pb.JobEvent:
-    return events_until(connection, job, lambda event, data: event.kind == "step" and data["step"] >= step, after)
+def step_reached(connection: Connection, job: str, step: int, after: int = 0) -> pb.Event:
+    return events_until(connection, job, lambda event: event.HasField("step") and event.step.step >= step, after)
 
 
 def ended(connection: Connection, job: str) -> pb.Job:
@@ -207,8 +205,8 @@ def succeeded(connection: Connection, job: str) -> dict[str, Any]:
     return json.loads(last.report)
 
 
-def events_of(connection: Connection, job: str, kind: str = "") -> list[tuple[pb.JobEvent, dict[str, Any]]]:
-    """All events of a job that has ended."""
+def events_of(connection: Connection, job: str, kind: str = "") -> list[pb.Event]:
+    """All events of a job that has ended, or those of a kind."""
     return local_cluster.events_of(connection, job, kind, timeout=LIMIT)
 
 

@@ -246,8 +246,8 @@ def test_a_bad_frame_ends_its_senders_stream_and_nothing_else(house: House) -> N
                     stream.send(bad)
                     refused(stream, wrong, line)
         report = succeeded(connection, job)
-        left = [data for event, data in events_of(connection, job, "left") if event.device == "d2"]
-        together = [data for _, data in events_of(connection, job, "step") if data["devices"] == ["d0", "d1"]]
+        left = [event.left for event in events_of(connection, job, "left") if event.device == "d2"]
+        together = [event.step for event in events_of(connection, job, "step") if event.step.devices == ["d0", "d1"]]
     assert len(left) == len(bad_frames(job, 0))  # it was let in again each time, and not one step more
     assert len(together) == len(report["losses"]) == CONFIG.steps
     assert report["perplexity_after"] < report["perplexity_before"]

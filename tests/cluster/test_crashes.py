@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -34,12 +33,12 @@ def test_a_device_that_is_killed_and_started_again_rejoins_its_job(house: House)
         job = house.submit(connection, config, ["d0"])
         step_reached(connection, job, 20)
         house.cluster.kill("d0")
-        left = events_until(connection, job, lambda event, data: event.kind == "left")
+        left = events_until(connection, job, lambda event: event.HasField("left"))
         house.start("d0")
         report = succeeded(connection, job)
-        joined = [event.number for event, _ in events_of(connection, job, "joined")]
-        steps = [(event.number, data["step"]) for event, data in events_of(connection, job, "step")]
-    assert json.loads(left.data)["done"] is False
+        joined = [event.number for event in events_of(connection, job, "joined")]
+        steps = [(event.number, event.step.step) for event in events_of(connection, job, "step")]
+    assert left.left.done is False
     assert len(joined) == 2
     assert joined[0] < left.number < joined[1]
     before = [step for number, step in steps if number < left.number]
@@ -60,12 +59,12 @@ def test_a_device_that_is_enrolled_anew_goes_on_with_its_job(house: House) -> No
         job = house.submit(connection, config, ["d0"])
         step_reached(connection, job, 20)
         house.cluster.kill("d0")
-        events_until(connection, job, lambda event, data: event.kind == "left")
+        events_until(connection, job, lambda event: event.HasField("left"))
         shutil.rmtree(house.cluster.folder / "d0")
         house.start("d0")
         succeeded(connection, job)
         joined = events_of(connection, job, "joined")
-        steps = [data["step"] for _, data in events_of(connection, job, "step")]
+        steps = [event.step.step for event in events_of(connection, job, "step")]
     assert len(joined) == 2
     assert steps[-1] == config.steps
 
@@ -76,7 +75,7 @@ def test_a_job_survives_the_death_of_its_stage_and_of_its_coordinator(house: Hou
     devices = ["d0", "d1"]
     with house.connect() as connection:
         job = house.submit(connection, config, devices)
-        events_until(connection, job, lambda event, data: event.kind == "checkpoint")
+        events_until(connection, job, lambda event: event.HasField("checkpoint"))
         coordinator = psutil.Process(house.cluster.processes["coordinator"].pid)
         house.stage().kill()
         row = ended(connection, job)
@@ -86,7 +85,7 @@ def test_a_job_survives_the_death_of_its_stage_and_of_its_coordinator(house: Hou
         submit(connection, pb.JobSpec(), resume=job)
         assert first_step_after_resume(connection, job, 1) in firsts_after(row, config)
         later = row.checkpoint_step + 20
-        events_until(connection, job, lambda event, data: event.kind == "checkpoint" and data["step"] >= later)
+        events_until(connection, job, lambda event: event.HasField("checkpoint") and event.checkpoint.step >= later)
 
     ports = house.cluster.ports
     ray = coordinator.children(recursive=True)
@@ -122,12 +121,12 @@ def first_step_after_resume(connection: Connection, job: str, time: int) -> int:
     """The first step that was done after the job was resumed for the first or second time."""
     resumed = 0
 
-    def wanted(event: pb.JobEvent, data: dict[str, Any]) -> bool:
+    def wanted(event: pb.Event) -> bool:
         nonlocal resumed
-        resumed += event.kind == "state" and data.get("resumed", False)
-        return resumed == time and event.kind == "step"
+        resumed += event.state.resumed
+        return resumed == time and event.HasField("step")
 
-    return int(json.loads(events_until(connection, job, wanted).data)["step"])
+    return events_until(connection, job, wanted).step.step
 
 
 def test_a_coordinator_that_is_told_to_stop_leaves_no_process(tmp_path: Path) -> None:

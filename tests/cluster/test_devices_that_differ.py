@@ -31,8 +31,8 @@ def test_a_job_of_devices_that_differ_equals_the_same_job_in_one_process(
     with house.connect() as connection:
         job = house.submit(connection, config, devices)
         report = succeeded(connection, job)
-        told = {event.device: data for event, data in events_of(connection, job, "shape")}
-    assert {name: (data["cut"], data["rank"]) for name, data in told.items()} == {
+        told = {event.device: event.shape for event in events_of(connection, job, "shape")}
+    assert {name: (shape.cut, shape.rank) for name, shape in told.items()} == {
         "d0": (3, 8), "d1": (1, 0), "d2": (2, 4),
     }  # fmt: skip
     status, _, _ = house.cli("export", job, "--out", str(tmp_path / "adapter"), "--json")
@@ -60,19 +60,19 @@ def test_the_deaths_of_a_device_and_of_the_stage_lose_nothing(house: House) -> N
         job = house.submit(connection, config, ["d0", "d1", "d2"])
         step_reached(connection, job, 10)
         house.cluster.kill("d0")
-        left = events_until(connection, job, lambda event, data: event.kind == "left")
-        assert json.loads(left.data)["done"] is False
+        left = events_until(connection, job, lambda event: event.HasField("left"))
+        assert left.left.done is False
         with house.stopped("d1"), house.stopped("d2"):  # without whom the job does not come to its end meanwhile
             house.start("d0")
-            events_until(connection, job, lambda event, data: event.kind == "joined", after=left.number)
-        events_until(connection, job, lambda event, data: event.kind == "checkpoint")
+            events_until(connection, job, lambda event: event.HasField("joined"), after=left.number)
+        events_until(connection, job, lambda event: event.HasField("checkpoint"))
         house.stage().kill()
         row = ended(connection, job)
         assert row.state == pb.FAILED
         assert row.checkpoint_step > 0
         submit(connection, pb.JobSpec(), resume=job)
         report = succeeded(connection, job)
-        steps = [data["step"] for _, data in events_of(connection, job, "step")]
+        steps = [event.step.step for event in events_of(connection, job, "step")]
     assert len(report["losses"]) == config.steps
     assert set(steps) == set(range(1, config.steps + 1))
     assert report["perplexity_after"] < report["perplexity_before"]

@@ -86,15 +86,15 @@ def test_a_device_that_is_killed_in_the_midst_of_an_exchange_does_each_step_once
     config = DLORA.but(steps=60, checkpoint_every=10)
     with house.connect() as connection:
         job = house.submit(connection, config, ["d0", "d1"])
-        events_until(connection, job, lambda event, data: event.kind == "step" and data["device_step"] >= 25)
+        events_until(connection, job, lambda event: event.HasField("step") and event.step.device_step >= 25)
         house.cluster.kill("d0")
         house.start("d0")
         report = succeeded(connection, job)
-        told = [data for _, data in events_of(connection, job, "step")]
+        told = [event.step for event in events_of(connection, job, "step")]
     local = local_run(house, config, ["d0", "d1"])
     for number, name in enumerate(("d0", "d1")):
         assert_same(own_adapter(house, name, job), local.adapters[f"d{number}"])
-    assert [data["device_step"] for data in told if data["devices"] == ["d1"]] == list(range(1, 61))
+    assert [step.device_step for step in told if step.devices == ["d1"]] == list(range(1, 61))
     assert len(report["losses"]) == config.steps
 
 

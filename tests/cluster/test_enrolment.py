@@ -22,6 +22,7 @@ import pytest
 
 from isthmus.client.identity import Identity, enrol
 from isthmus.coordinator.control.authority import Authority
+from isthmus.coordinator.control.database import Database
 from isthmus.coordinator.control.enrolment import (
     MAX_FAILURES,
     WINDOW_SECONDS,
@@ -30,7 +31,6 @@ from isthmus.coordinator.control.enrolment import (
     start_enrolment,
 )
 from isthmus.coordinator.control.interceptors import ErrorInterceptor, caller
-from isthmus.coordinator.control.store import Store
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1 import coordinator_pb2_grpc as rpc
 from isthmus.split.errors import BadRequest, IsthmusError, LinkLost, NotAllowed, NotEnrolled, WrongState
@@ -58,15 +58,15 @@ class Clock:
 class Control(rpc.CoordinatorServicer):
     """Two calls: one for anybody with a certificate, which answers who called, and one for users alone."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, database: Database) -> None:
+        self.database = database
 
     async def ListDevices(self, request: Any, context: Any) -> pb.ListDevicesReply:
-        peer = caller(context, self.store)
+        peer = caller(context, self.database.devices)
         return pb.ListDevicesReply(devices=[pb.Device(name=f"{peer.role}/{peer.name}")])
 
     async def RevokeDevice(self, request: Any, context: Any) -> pb.RevokeDeviceReply:
-        caller(context, self.store, role="user")
+        caller(context, self.database.devices, role="user")
         return pb.RevokeDeviceReply()
 
 
@@ -75,13 +75,13 @@ class House:
     """A coordinator's two servers in this process."""
 
     authority: Authority
-    store: Store
+    database: Database
     clock: Clock
     address: str
     enrolment_port: int
 
     def token(self, name: str = "edge") -> Token:
-        return Token(self.store.create_token(name)[0], self.authority.pin, self.enrolment_port)
+        return Token(self.database.devices.create_token(name)[0], self.authority.pin, self.enrolment_port)
 
     async def enrol(self, state: Path, token: Token | str) -> Identity:
         text = token if isinstance(token, str) else token.format()
@@ -91,18 +91,18 @@ class House:
 @asynccontextmanager
 async def house(folder: Path) -> AsyncIterator[House]:
     clock = Clock()
-    authority, store = Authority.open(folder), Store(folder / "db.sqlite", clock)
+    authority, database = Authority.open(folder), Database(folder / "db.sqlite", clock)
     control = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
-    rpc.add_CoordinatorServicer_to_server(Control(store), control)
+    rpc.add_CoordinatorServicer_to_server(Control(database), control)
     port = bind(control, "127.0.0.1", 0, authority.control_credentials())
     await control.start()
-    enrolment, enrolment_port = await start_enrolment(authority, store, "127.0.0.1", 0, port)
+    enrolment, enrolment_port = await start_enrolment(authority, database.devices, "127.0.0.1", 0, port)
     try:
-        yield House(authority, store, clock, f"127.0.0.1:{port}", enrolment_port)
+        yield House(authority, database, clock, f"127.0.0.1:{port}", enrolment_port)
     finally:
         await enrolment.stop(None)
         await control.stop(None)
-        store.close()
+        database.close()
 
 
 def in_a_house(tmp_path: Path, story: Callable[[House], Awaitable[None]]) -> None:
@@ -196,7 +196,7 @@ def test_a_token_of_another_coordinator_is_never_shown_to_this_one(tmp_path: Pat
         good = it.token()
         with pytest.raises(NotEnrolled, match="not the coordinator that the token was made for"):
             await it.enrol(tmp_path / "device", Token(good.secret, elsewhere.pin, good.port))
-        assert it.store.token_name(good.secret) == "edge"  # still unused
+        assert it.database.devices.token_name(good.secret) == "edge"  # still unused
 
     in_a_house(tmp_path, story)
 
@@ -234,7 +234,7 @@ def test_a_request_that_cannot_be_signed_does_not_cost_the_token(tmp_path: Path)
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await stub.Enroll(pb.EnrollRequest(token=token.secret, csr=csr), timeout=10)
                 assert caught.value.code() is status
-        assert it.store.token_name(token.secret) == "edge"
+        assert it.database.devices.token_name(token.secret) == "edge"
 
     in_a_house(tmp_path, story)
 
@@ -258,7 +258,7 @@ def test_of_racing_devices_with_one_token_exactly_one_is_enrolled(tmp_path: Path
 def test_a_revoked_device_is_put_out_and_a_fresh_token_lets_it_in(tmp_path: Path) -> None:
     async def story(it: House) -> None:
         first = await it.enrol(tmp_path / "device", it.token())
-        it.store.revoke("edge")
+        it.database.devices.revoke("edge")
         with pytest.raises(NotEnrolled, match="device edge is revoked"):
             await whoami(it.address, first.credentials)
         second = await it.enrol(tmp_path / "device", it.token())
@@ -305,7 +305,7 @@ def test_a_device_cannot_pose_as_the_coordinator(tmp_path: Path) -> None:
     async def story(it: House) -> None:
         thief, victim = [await it.enrol(tmp_path / name, it.token(name)) for name in ("thief", "victim")]
         server = grpc.aio.server()
-        rpc.add_CoordinatorServicer_to_server(Control(it.store), server)
+        rpc.add_CoordinatorServicer_to_server(Control(it.database), server)
         stolen = server_credentials(thief.credentials.certificate, thief.credentials.key, it.authority.ca_pem)
         port = bind(server, "127.0.0.1", 0, stolen)
         await server.start()
@@ -334,7 +334,7 @@ def test_an_expired_certificate_is_noticed_on_both_sides(tmp_path: Path, monkeyp
 def test_a_taken_port_gives_one_line(tmp_path: Path) -> None:
     async def story(it: House) -> None:
         with pytest.raises(WrongState, match="the port is taken"):
-            await start_enrolment(it.authority, it.store, "127.0.0.1", it.enrolment_port, 1)
+            await start_enrolment(it.authority, it.database.devices, "127.0.0.1", it.enrolment_port, 1)
 
     in_a_house(tmp_path, story)
 
@@ -389,7 +389,7 @@ def test_guessing_over_the_wire_is_stopped(tmp_path: Path) -> None:
         token = it.token()
         with pytest.raises(NotEnrolled, match="too many"):
             await it.enrol(tmp_path / "device", token)
-        assert it.store.token_name(token.secret) == "edge"
+        assert it.database.devices.token_name(token.secret) == "edge"
 
     in_a_house(tmp_path, story)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -35,16 +34,16 @@ def test_a_device_that_comes_back_slower_gives_blocks_up_and_the_loss_does_not_j
     house = house_of_a_slow_coordinator
     with house.connect() as connection:
         job = house.submit(connection, CONFIG, ["device"])
-        first = events_until(connection, job, lambda event, data: event.kind == "shape")
-        had = json.loads(first.data)["cut"]
+        first = events_until(connection, job, lambda event: event.HasField("shape"))
+        had = first.shape.cut
         assert had > 1
         reached = step_reached(connection, job, 4)
         house.cluster.kill("device")
         house.start("device", arguments=["--threads", "1", "--slow-down", "16"])
-        second = events_until(connection, job, lambda event, data: event.kind == "shape", after=reached.number)
-        moved = json.loads(second.data)
+        second = events_until(connection, job, lambda event: event.HasField("shape"), after=reached.number)
+        moved = second.shape
         report = succeeded(connection, job)
-        cuts = [data["cut"] for _, data in events_of(connection, job, "shape")]
+        cuts = [event.shape.cut for event in events_of(connection, job, "shape")]
     assert moved["cut"] < had
     assert moved["message"].startswith("after step ")
     assert cuts == sorted(cuts, reverse=True)  # it goes down, and stays there

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,7 +82,7 @@ def test_on_a_narrow_link_training_takes_an_eighth_of_the_bytes(house: FarHouse)
     with house.connect() as connection:
         job = house.submit(connection, config, ["far"], model=DEFAULT_MODEL_FOLDER)
         report = succeeded(connection, job)
-        said = [data["message"] for _, data in events_of(connection, job, "log")]
+        said = [event.log.message for event in events_of(connection, job, "log")]
     (device,) = report["devices"]
 
     values = (
@@ -144,7 +143,7 @@ def test_a_device_that_is_stopped_costs_the_stage_no_memory_and_goes_on_when_it_
         with house.stopped("far"):
             assert settled_memory(stage) < usual + 2**25
         report = succeeded(connection, job)
-        assert not [data for _, data in events_of(connection, job, "left") if not data["done"]]
+        assert not [event.left for event in events_of(connection, job, "left") if not event.left.done]
     assert len(report["losses"]) == config.steps
 
 
@@ -168,7 +167,7 @@ def test_a_device_that_takes_no_answers_gets_no_more_of_them(house: FarHouse) ->
             assert settled_memory(stage) < before + 2**25
             assert stream.receive().phase == stage_pb2.PROBE  # and it could have them still
         report = succeeded(connection, job)
-        left = [data["done"] for event, data in events_of(connection, job, "left") if event.device == "deaf"]
+        left = [event.left.done for event in events_of(connection, job, "left") if event.device == "deaf"]
     assert left == [False]
     assert len(report["losses"]) == config.steps
 
@@ -179,11 +178,11 @@ def test_a_link_that_breaks_in_the_middle_is_dialled_again_and_the_job_ends(hous
         job = house.submit(connection, config, ["far"])
         step_reached(connection, job, 8)
         house.link.set(replace(NARROW, cuts=(Cut(house.link.elapsed, 1.0, reset=True),)))
-        left = events_until(connection, job, lambda event, data: event.kind == "left")
-        assert json.loads(left.data)["done"] is False
+        left = events_until(connection, job, lambda event: event.HasField("left"))
+        assert left.left.done is False
         report = succeeded(connection, job)
         joined = events_of(connection, job, "joined")
-        steps = [data["step"] for _, data in events_of(connection, job, "step")]
+        steps = [event.step.step for event in events_of(connection, job, "step")]
     assert len(joined) == 2
     assert steps[-1] == config.steps
     assert len(report["losses"]) == config.steps
@@ -210,11 +209,11 @@ def test_a_link_that_becomes_slow_gets_another_plan_and_watchers_are_told(house:
         fast = step_reached(connection, job, 12)
         house.link.set(LinkSpec.parse_short("2mbit,60ms"))
 
-        def told(event: pb.JobEvent, data: dict[str, Any]) -> bool:
-            return event.kind == "log" and rate_in(data["message"]) < 3
+        def told(event: pb.Event) -> bool:
+            return event.HasField("log") and rate_in(event.log.message) < 3
 
         change = events_until(connection, job, told, after=fast.number)
-        message = json.loads(change.data)["message"]
+        message = change.log.message
         assert "as it was" in message
         assert "uniform" in message
         connection.stub.CancelJob(pb.JobRequest(id=job))

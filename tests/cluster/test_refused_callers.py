@@ -108,7 +108,7 @@ def test_a_job_keeps_out_whoever_has_no_part_in_it_and_goes_on_without_whoever_l
     forged = Credentials(ours.ca_pem, another.certificate, another.key)  # it trusts us; we do not trust it
     with house.connect() as connection:
         job = house.submit(connection, ENDLESS, ["d0", "d1", "d2"])
-        events_until(connection, job, lambda event, data: event.kind == "step")
+        events_until(connection, job, lambda event: event.HasField("step"))
         stage = stage_address(house, connection, job)
 
         for address, call in ((house.address, list_devices), (stage, open_stage)):
@@ -123,7 +123,7 @@ def test_a_job_keeps_out_whoever_has_no_part_in_it_and_goes_on_without_whoever_l
 
         process = house.cluster.processes["d1"]
         assert house.cli("revoke", "d1", "--json")[:2] == (0, '{"name": "d1", "revoked": true}\n')
-        events_until(connection, job, lambda event, data: event.kind == "step" and data["devices"] == ["d0", "d2"])
+        events_until(connection, job, lambda event: event.HasField("step") and event.step.devices == ["d0", "d2"])
         assert process.wait(LIMIT) == 1
         assert house.cluster.last_line("d1").startswith("isthmus-client: device d1 is revoked: to let it in again")
         assert isinstance(outcome(stage, d1, open_stage), NotAllowed)
@@ -134,12 +134,12 @@ def test_a_job_keeps_out_whoever_has_no_part_in_it_and_goes_on_without_whoever_l
 
         process = house.cluster.processes["d2"]
         process.send_signal(signal.SIGTERM)
-        events_until(connection, job, lambda event, data: event.kind == "step" and data["devices"] == ["d0"])
+        events_until(connection, job, lambda event: event.HasField("step") and event.step.devices == ["d0"])
         assert process.wait(LIMIT) == 0
         assert house.cluster.last_line("d2").endswith("left the coordinator")
 
         assert connection.stub.CancelJob(pb.JobRequest(id=job)).state == pb.CANCELLED
-        left = {event.device for event, data in events_of(connection, job, "left") if not data["done"]}
+        left = {event.device for event in events_of(connection, job, "left") if not event.left.done}
         assert left >= {"d1", "d2"}
 
         # Its owner gets a new token and runs the printed command with the state folder that is there.

@@ -84,10 +84,14 @@ class Served:
         event = events_until(
             self.connection,
             self.job,
-            lambda event, data: event.kind == "log" and re.search(pattern, data["message"]) is not None,
+            lambda event: re.search(pattern, _sentence(event)) is not None,
             after,
         )
-        return re.search(pattern, json.loads(event.data)["message"])
+        return re.search(pattern, _sentence(event))
+
+
+def _sentence(event: pb.Event) -> str:
+    return event.log.message or event.took_over.message
 
 
 @contextlib.contextmanager
@@ -102,8 +106,8 @@ def served(house: House, stages: str, **settings: Any) -> Iterator[Served]:
     )
     with house.connect() as connection:
         job = submit(connection, spec).id
-        started = events_until(connection, job, lambda event, data: event.kind == "started")
-        yield Served(house, connection, job, json.loads(started.data)["url"])
+        started = events_until(connection, job, lambda event: event.HasField("serving"))
+        yield Served(house, connection, job, started.serving.url)
         connection.stub.CancelJob(pb.JobRequest(id=job))
         assert ended(connection, job).state == pb.CANCELLED
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
+from isthmus.coordinator.control.database import Database
 from isthmus.coordinator.control.sessions import Session, Sessions
-from isthmus.coordinator.control.store import Store
 from isthmus.coordinator.jobs.jobs import Jobs
 from isthmus.coordinator.stages.stage_actor import StageTask
 from isthmus.protos.v1 import coordinator_pb2 as pb
@@ -48,19 +48,19 @@ def test_a_job_whose_stage_fails_ends_with_one_line(tmp_path: Path, raised: Exce
         raise AssertionError("a training job needs no measurement")
 
     async def story() -> pb.Job:
-        store, sessions = Store(tmp_path / "state.db"), Sessions()
+        database, sessions = Database(tmp_path / "state.db"), Sessions()
         device = pb.Profile(datasets=[pb.Dataset(name="notes")], task_kinds=["splitlora"])
         await sessions.opened(Session("edge", "1", device))
-        jobs = Jobs(store, sessions, tmp_path, start_stage, measure, measure)
+        jobs = Jobs(database, sessions, tmp_path, start_stage, measure, measure)
         model = make_model(tmp_path / "model", "llama", layers=2)
         training = TrainingConfig.of(sequence_length=16).to_json()
         spec = pb.JobSpec(method="splitlora", model=str(model), dataset="notes", device_count=1, training=training)
         job = await jobs.submit(spec, "")
         last = [event async for event in jobs.events(job.id, 0)][-1]
-        assert last.kind == "state"
-        ended = store.job(job.id)
+        assert last.HasField("state")
+        ended = database.jobs.get(job.id)
         assert jobs.job_of("edge") == ""
-        store.close()
+        database.close()
         return ended
 
     ended = asyncio.run(asyncio.wait_for(story(), 60))
@@ -84,8 +84,8 @@ def test_a_resumed_job_keeps_a_rank_that_would_be_another_now(tmp_path: Path, me
         return 1e10
 
     async def story() -> None:
-        store, sessions = Store(tmp_path / "state.db"), Sessions()
-        jobs = Jobs(store, sessions, tmp_path, start_stage, measure, measure_training)
+        database, sessions = Database(tmp_path / "state.db"), Sessions()
+        jobs = Jobs(database, sessions, tmp_path, start_stage, measure, measure_training)
         model = make_model(tmp_path / "model", "llama", layers=4)
         config = TrainingConfig.of(sequence_length=16, ranks="auto", method=method)
         costs = Costs(ModelFolder(model).config, config)
@@ -106,7 +106,7 @@ def test_a_resumed_job_keeps_a_rank_that_would_be_another_now(tmp_path: Path, me
         first = await run(costs.memory(1, 4) / 0.9 + 1)
         await run(2**36, resume=first)
         await run(2**36)
-        store.close()
+        database.close()
 
     asyncio.run(asyncio.wait_for(story(), 60))
     assert shapes == [{"edge": [1, 4]}, {"edge": [1, 4]}, {"edge": [1, 8]}]
@@ -152,16 +152,16 @@ def test_a_device_finds_the_models_that_it_may_use(tmp_path: Path, monkeypatch: 
     async def measure(quiet: bool) -> pb.Profile:
         return pb.Profile()
 
-    async def running(store: Store, job: pb.Job, jobs: Jobs) -> None:
+    async def running(database: Database, job: pb.Job, jobs: Jobs) -> None:
         async for _ in jobs.events(job.id, 0):
-            if store.job(job.id).state == pb.RUNNING:
+            if database.jobs.get(job.id).state == pb.RUNNING:
                 return
 
     async def story() -> None:
-        store, sessions = Store(tmp_path / "state.db"), Sessions()
+        database, sessions = Database(tmp_path / "state.db"), Sessions()
         for name in ("laptop", "phone"):
-            store.redeem_token(store.create_token(name)[0], f"serial-{name}")
-        jobs = Jobs(store, sessions, tmp_path, start_stage, measure, measure)
+            database.devices.redeem_token(database.devices.create_token(name)[0], f"serial-{name}")
+        jobs = Jobs(database, sessions, tmp_path, start_stage, measure, measure)
         model = make_model(tmp_path / "model", "llama", layers=2)
 
         async def serve(name: str, *users: str) -> pb.Job:
@@ -176,7 +176,7 @@ def test_a_device_finds_the_models_that_it_may_use(tmp_path: Path, monkeypatch: 
         with pytest.raises(WrongState, match="one is not served yet"):
             await jobs.find_served("", "laptop", "serial-laptop")
         ready.set()
-        await running(store, one, jobs)
+        await running(database, one, jobs)
         for name in ("", "one", one.id):
             found = await jobs.find_served(name, "laptop", "serial-laptop")
             assert (found.job, found.gateway) == (one.id, ":1")
@@ -196,7 +196,7 @@ def test_a_device_finds_the_models_that_it_may_use(tmp_path: Path, monkeypatch: 
         with pytest.raises(BadRequest, match="may have 0, 1 of its blocks, not 2"):
             jobs.user_weights_for(one.id, "laptop", 2)
         two = await serve("two", "laptop", "phone")
-        await running(store, two, jobs)
+        await running(database, two, jobs)
         with pytest.raises(BadRequest, match=f"several models are served: one .{one.id}., two .{two.id}.; name one"):
             await jobs.find_served("", "laptop", "serial-laptop")
         await jobs.find_served("two", "laptop", "serial-laptop")
@@ -204,6 +204,6 @@ def test_a_device_finds_the_models_that_it_may_use(tmp_path: Path, monkeypatch: 
         assert [gateway.allowed for gateway in gateways] == [{}, {}]
         for job in (one, two):
             await jobs.cancel(job.id)
-        store.close()
+        database.close()
 
     asyncio.run(asyncio.wait_for(story(), 60))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -53,7 +52,7 @@ def test_devices_that_are_alike_are_told_nothing_and_those_that_differ_what_they
     assert alike.shapes == {"a": Shape(2, 8), "b": Shape(2, 8)}
     differ = _training(tmp_path / "differ", TrainingConfig.of(cuts="a=3,1", ranks="b=2,8"), "a", "b")
     told = differ.choose(profiles, 0.0, {})
-    assert told["a"] == {"cut": 3, "rank": 8, "message": "a: cut 3, rank 8"}
+    assert told["a"] == pb.ShapeChosen(cut=3, rank=8, message="a: cut 3, rank 8")
     task = pb.Task()
     differ.device_task(task, "b")
     assert (task.shape.cut, task.shape.rank) == (1, 2)
@@ -71,15 +70,15 @@ def test_a_resumed_job_keeps_the_cuts_that_it_had(tmp_path: Path) -> None:
     assert job.weights("b").digest == job.weights("a", 2).digest
 
 
-def _shape_event(device: str, cut: int, rank: int) -> pb.JobEvent:
-    return pb.JobEvent(kind="shape", device=device, data=json.dumps({"cut": cut, "rank": rank, "message": "why"}))
+def _shape_event(device: str, cut: int, rank: int) -> pb.Event:
+    return pb.Event(device=device, shape=pb.ShapeChosen(cut=cut, rank=rank, message="why"))
 
 
 def test_what_was_chosen_is_known_from_a_jobs_events_and_where_cuts_have_moved_since_from_its_checkpoint(
     tmp_path: Path,
 ) -> None:
     job = _training(tmp_path, TrainingConfig.of(cuts="auto"), "a", "b")
-    events = [_shape_event("a", 1, 8), _shape_event("b", 2, 8), pb.JobEvent(kind="log"), _shape_event("a", 3, 8)]
+    events = [_shape_event("a", 1, 8), _shape_event("b", 2, 8), pb.Event(log=pb.LogLine()), _shape_event("a", 3, 8)]
     told = {"a": Shape(3, 8), "b": Shape(2, 8)}
     assert job.kept_shapes(tmp_path, events) == told
     folder = CheckpointFolder(tmp_path / "checkpoints")
@@ -93,7 +92,7 @@ def test_only_a_device_that_a_resumed_job_had_not_gets_a_new_choice(tmp_path: Pa
     job = _training(tmp_path, TrainingConfig.of(cuts="auto", ranks="auto"), "a", "b")
     told = job.choose({"a": PROFILE, "b": PROFILE}, 1e10, {"a": Shape(3, 5), "gone": Shape(2, 2)})
     assert job.shapes["a"] == Shape(3, 5)
-    assert told["b"]["step_seconds"] > 0
+    assert told["b"].step_seconds > 0
 
 
 def test_a_training_device_without_the_memory_for_its_share_is_refused_with_the_figures(tmp_path: Path) -> None:

@@ -44,72 +44,72 @@ def ends(model: ModelFolder) -> int:
 
 
 def test_a_slower_split_is_told_with_both_predictions(model: ModelFolder) -> None:
-    told = plan(model, "laptop:0-2,cloud:2-6", {CLOUD: profile(1e9), "laptop": profile(1e7, trip=0.1)}).data
+    told = plan(model, "laptop:0-2,cloud:2-6", {CLOUD: profile(1e9), "laptop": profile(1e7, trip=0.1)}).told
     assert told is not None
-    assert told["slower"]
-    assert told["single"] == CLOUD
-    assert told["tokens_per_second"] < 10 < told["single_tokens_per_second"]
-    wanted = f"{told['tokens_per_second']:.3g} tokens/s (one answer at a time); cloud alone has the memory and would"
-    assert told["message"].startswith(f"laptop:0-2,cloud:2-6 is predicted at {wanted}")
-    assert told["message"].endswith(f"give {told['single_tokens_per_second']:.3g}: use --stages cloud:0-6")
+    assert told.slower
+    assert told.single == CLOUD
+    assert told.tokens_per_second < 10 < told.single_tokens_per_second
+    wanted = f"{told.tokens_per_second:.3g} tokens/s (one answer at a time); cloud alone has the memory and would"
+    assert told.message.startswith(f"laptop:0-2,cloud:2-6 is predicted at {wanted}")
+    assert told.message.endswith(f"give {told.single_tokens_per_second:.3g}: use --stages cloud:0-6")
 
 
 def test_a_split_that_is_needed_is_not_called_slow(model: ModelFolder) -> None:
     here = profile(1e9, memory=ends(model) + blocks(model, 4))
-    told = plan(model, "laptop:0-2,cloud:2-6", {CLOUD: here, "laptop": profile(1e7, blocks(model, 2))}).data
+    told = plan(model, "laptop:0-2,cloud:2-6", {CLOUD: here, "laptop": profile(1e7, blocks(model, 2))}).told
     assert told is not None
-    assert not told["slower"]
-    assert told["message"].endswith("; no single node has the memory")
+    assert not told.slower
+    assert told.message.endswith("; no single node has the memory")
 
 
 def test_a_split_that_is_faster_than_the_slow_node_with_the_memory_is_not_called_slow(model: ModelFolder) -> None:
     here = profile(1e9, memory=ends(model) + blocks(model, 5))
-    told = plan(model, "laptop:0-1,cloud:1-6", {CLOUD: here, "laptop": profile(1e5)}).data
+    told = plan(model, "laptop:0-1,cloud:1-6", {CLOUD: here, "laptop": profile(1e5)}).told
     assert told is not None
-    assert not told["slower"]
-    assert "laptop alone has the memory and would give" in told["message"]
-    assert "use --stages" not in told["message"]
+    assert not told.slower
+    assert "laptop alone has the memory and would give" in told.message
+    assert "use --stages" not in told.message
 
 
 def test_a_device_without_speed_is_no_guess(model: ModelFolder) -> None:
-    told = plan(model, "laptop:0-2,cloud:2-6", {CLOUD: profile(1e9), "laptop": profile(0)}).data
+    told = plan(model, "laptop:0-2,cloud:2-6", {CLOUD: profile(1e9), "laptop": profile(0)}).told
     assert told is not None
-    assert told["tokens_per_second"] is None
-    assert not told["slower"]
-    assert told["message"].startswith(
+    assert not told.HasField("tokens_per_second")
+    assert not told.slower
+    assert told.message.startswith(
         "no prediction for laptop:0-2,cloud:2-6: speed and link of laptop are not known yet; cloud"
     )
-    away = plan(model, "gone:0-2,cloud:2-6", {CLOUD: profile(1e9)}).data
+    away = plan(model, "gone:0-2,cloud:2-6", {CLOUD: profile(1e9)}).told
     assert away is not None
-    assert "speed and link of gone are not known yet" in away["message"]
+    assert "speed and link of gone are not known yet" in away.message
 
 
 def test_a_device_without_a_measured_link_is_no_guess(model: ModelFolder) -> None:
-    told = plan(model, "laptop:0-2,cloud:2-6", {CLOUD: profile(1e9), "laptop": profile(1e9, link=None)}).data
+    told = plan(model, "laptop:0-2,cloud:2-6", {CLOUD: profile(1e9), "laptop": profile(1e9, link=None)}).told
     assert told is not None
-    assert told["tokens_per_second"] is None
+    assert not told.HasField("tokens_per_second")
 
 
 def test_a_single_node_of_which_nothing_is_known_is_named(model: ModelFolder) -> None:
     here = profile(1e9, memory=ends(model) + blocks(model, 4))
     nodes = {CLOUD: here, "laptop": profile(1e8), "new": profile(0)}
     nodes["laptop"].memory_bytes = blocks(model, 2)
-    told = plan(model, "laptop+new:0-2,cloud:2-6", nodes).data
+    told = plan(model, "laptop+new:0-2,cloud:2-6", nodes).told
     assert told is not None
-    assert told["message"].endswith("; of new alone nothing is known yet")
+    assert told.message.endswith("; of new alone nothing is known yet")
 
 
 def test_a_speed_of_other_weights_or_of_a_runtime_that_is_not_used_is_none(model: ModelFolder) -> None:
-    quantised = plan(model, "cloud:0-2,cloud:2-6", {CLOUD: profile(1e9)}, weights="int4").data
+    quantised = plan(model, "cloud:0-2,cloud:2-6", {CLOUD: profile(1e9)}, weights="int4").told
     assert quantised is not None
-    assert quantised["tokens_per_second"] is None
+    assert not quantised.HasField("tokens_per_second")
     onnx = [pb.Speed(runtime="onnxruntime", weights="float32", bytes_per_second=1e12)]
     both = {CLOUD: profile(1e9, speeds=[*profile(1e9).speeds, *onnx])}
     rates = []
     for runtime in ("auto", "torch"):
-        told = plan(model, "cloud:0-2,cloud:2-6", both, runtime=runtime).data
+        told = plan(model, "cloud:0-2,cloud:2-6", both, runtime=runtime).told
         assert told is not None
-        rates.append(told["tokens_per_second"])
+        rates.append(told.tokens_per_second)
     assert rates[0] > rates[1]
 
 
@@ -118,28 +118,28 @@ def test_a_codec_makes_a_slow_link_faster(model: ModelFolder) -> None:
     nodes = {CLOUD: profile(1e9), "laptop": profile(1e9, link=slow)}
     rates = []
     for codec in ("none", "float16"):
-        told = plan(model, "laptop:0-2,cloud:2-6", nodes, codec=codec).data
+        told = plan(model, "laptop:0-2,cloud:2-6", nodes, codec=codec).told
         assert told is not None
-        rates.append(told["tokens_per_second"])
+        rates.append(told.tokens_per_second)
     assert 1.8 < rates[1] / rates[0] < 2.1
 
 
 def test_auto_takes_the_coordinator_where_it_has_the_memory(model: ModelFolder) -> None:
     made = plan(model, "auto", {CLOUD: profile(1e9), "laptop": profile(1e9)})
     assert made.spans == parse_stages("cloud:0-6")
-    assert made.data is not None
-    assert not made.data["slower"]
+    assert made.told is not None
+    assert not made.told.slower
 
 
 def test_auto_keeps_blocks_at_the_coordinator_whatever_a_device_says_of_itself(model: ModelFolder) -> None:
     boaster = profile(1e13, 2**62, trip=0.0)
     found = plan(model, "auto", {CLOUD: profile(1e9), "boaster": boaster})
     assert found.spans == parse_stages("cloud:0-6")
-    assert found.data is not None
-    assert "boaster alone has the memory and would give" in found.data["message"]
-    beyond = plan(model, "cloud:0-3,boaster:3-6", {CLOUD: profile(1e9), "boaster": profile(1e300)}).data
+    assert found.told is not None
+    assert "boaster alone has the memory and would give" in found.told.message
+    beyond = plan(model, "cloud:0-3,boaster:3-6", {CLOUD: profile(1e9), "boaster": profile(1e300)}).told
     assert beyond is not None
-    assert "speed and link of boaster are not known yet" in beyond["message"]
+    assert "speed and link of boaster are not known yet" in beyond.message
 
 
 def test_what_auto_chooses_has_room_for_guests_and_adapters(model: ModelFolder) -> None:
@@ -172,8 +172,8 @@ def test_auto_without_devices_needs_no_measurement(model: ModelFolder) -> None:
 
 
 def test_one_span_at_the_coordinator_is_not_talked_about(model: ModelFolder) -> None:
-    assert plan(model, "cloud:0-6", {CLOUD: profile(1e9)}).data is None
-    assert plan(model, "laptop:0-6", {CLOUD: profile(1e9), "laptop": profile(1e9)}).data is not None
+    assert plan(model, "cloud:0-6", {CLOUD: profile(1e9)}).told is None
+    assert plan(model, "laptop:0-6", {CLOUD: profile(1e9), "laptop": profile(1e9)}).told is not None
 
 
 def test_memory_that_nobody_has_is_one_line_with_the_figures(model: ModelFolder) -> None:

@@ -13,6 +13,7 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.data.sequences import Sequences, batch_indices
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import Shape
@@ -40,7 +41,7 @@ class Run:
 
     outcome: Outcome
     adapter: dict[str, Tensor]  # names as in the whole model
-    events: list[tuple[str, str, dict]]
+    events: list[Event]
 
 
 def device_trainer(
@@ -83,7 +84,7 @@ def split_run(
     **options: Any,
 ) -> Run:
     """Trains the devices d0, d1, ... on their texts."""
-    events: list[tuple[str, str, dict]] = []
+    events: list[Event] = []
     pairs = [(text, validation[i] if validation else None) for i, text in enumerate(texts)]
     run = train_locally(
         ModelFolder(folder),
@@ -92,7 +93,7 @@ def split_run(
         checkpoints=checkpoints,
         resume=resume,
         **options,
-        tell=lambda kind, device, data: events.append((kind, device, data)),
+        tell=events.append,
     )
     return Run(run.outcome, run.adapter, events)
 

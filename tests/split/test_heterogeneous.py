@@ -92,10 +92,10 @@ def test_every_aggregation_trains_devices_of_all_ranks_and_exports_what_they_com
     held_out = [random_text(50 + i, 6, 16, VOCABULARY) for i in range(3)]
     run = split_run(folder, config, _texts(3), held_out)
     assert run.outcome.losses[-1] < run.outcome.losses[0]
-    errors = [data["aggregation_error"] for kind, _, data in run.events if kind == "aggregation"]
+    errors = [event.aggregation.aggregation_error for event in run.events if event.HasField("aggregation")]
     assert len(errors) == 4
     assert (max(errors) < 1e-5) == (aggregation == "stacking")
-    assert all(data["method"] == aggregation for kind, _, data in run.events if kind == "aggregation")
+    assert all(event.aggregation.method == aggregation for event in run.events if event.HasField("aggregation"))
     logits_of(folder, config, run.adapter, tmp_path / "adapter")  # loads
 
 
@@ -132,7 +132,7 @@ def test_a_resumed_job_of_different_devices_ends_where_an_uninterrupted_one_does
             file.unlink()
         folder.rmdir()
     resumed = split_run(llama, config, _texts(2), checkpoints=kept, resume=True)
-    assert [event[2]["step"] for event in resumed.events if event[0] == "step"] == list(range(11, 21))
+    assert [event.step.step for event in resumed.events if event.HasField("step")] == list(range(11, 21))
     assert resumed.outcome.losses == pytest.approx(whole.outcome.losses, rel=1e-6 if codec == "none" else 0.02)
     _assert_same(resumed.adapter, whole.adapter, 1e-6 if codec == "none" else 0.1)
 
@@ -175,7 +175,7 @@ def test_devices_of_any_shape_leave_and_come_back(llama: Path, leaves: str, fram
     job = Devices(llama, LEAVING.but(aggregation=aggregation), ["a", "b", "c"])
     job.run({name: {"cut_after": frames, "rejoin": True} if name == leaves else {} for name in "abc"})
     assert not job.errors
-    assert [step["step"] for step in job.steps()] == list(range(1, 13))
+    assert [step.step for step in job.steps()] == list(range(1, 13))
     assert 12 in job.host.outcome().perplexities
     assert all(torch.isfinite(value).all() for value in job.host.outcome().adapter.values())
 
@@ -223,7 +223,7 @@ def test_an_adapter_whose_products_overflow_is_merged_with_no_other(
     job.run({"a": {}, "b": {}, "c": {"large": (Phase.AGGREGATE, 3, value)}})
     assert job.errors.keys() == {"c"}
     assert isinstance(job.errors["c"], BadTensor)
-    assert [step["step"] for step in job.steps()] == list(range(1, 13))
+    assert [step.step for step in job.steps()] == list(range(1, 13))
     merged = job.host.outcome().adapter
     assert merged is not None
     assert all(value.abs().max() < 10 for value in merged.values())

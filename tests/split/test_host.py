@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from isthmus.protos.v1 import stage_pb2
+from isthmus.protos.v1.events_pb2 import DeviceJoined, Event, StepDone, TrainingStarted
 from isthmus.split.codecs import FAMILIES
 from isthmus.split.errors import BadRequest, BadTensor, IsthmusError, LinkLost, WrongState
 from isthmus.split.job.config import TrainingConfig
@@ -85,20 +86,20 @@ class Job:
             )
             for i, name in enumerate(names)
         }
-        self.events: list[tuple[str, str, dict[str, Any]]] = []
+        self.events: list[Event] = []
         self.finished = threading.Event()
         self.config = config
         last = checkpoints.last() if checkpoints else None
         self.host = job_host(folder, config, names, checkpoints=checkpoints, resume=last, tell=self._tell)
         self.errors: dict[str, IsthmusError] = {}
 
-    def _tell(self, kind: str, device: str, data: dict[str, Any]) -> None:
-        self.events.append((kind, device, data))
-        if kind in ("finished", "failed"):
+    def _tell(self, event: Event) -> None:
+        self.events.append(event)
+        if event.HasField("finished") or event.HasField("failed"):
             self.finished.set()
 
-    def steps(self) -> list[dict[str, Any]]:
-        return [data for kind, _, data in self.events if kind == "step"]
+    def steps(self) -> list[StepDone]:
+        return [event.step for event in self.events if event.HasField("step")]
 
     def work(
         self,
@@ -142,8 +143,8 @@ def test_a_device_that_leaves_for_good_does_not_stop_the_others(llama: Path, fra
     job = Job(llama, CONFIG.but(labels=labels), ["a", "b", "c"])
     job.run({"a": {}, "b": {"cut_after": frames}, "c": {}})
     assert not job.errors
-    assert [step["step"] for step in job.steps()] == [1, 2, 3, 4, 5, 6]
-    assert job.steps()[-1]["devices"] == ["a", "c"]
+    assert [step.step for step in job.steps()] == [1, 2, 3, 4, 5, 6]
+    assert job.steps()[-1].devices == ["a", "c"]
     assert 6 in job.host.outcome().perplexities
 
 
@@ -152,8 +153,8 @@ def test_a_device_that_comes_back_takes_part_again(llama: Path, frames: int) -> 
     job = Job(llama, CONFIG.but(steps=30), ["a", "b"])
     job.run({"a": {}, "b": {"cut_after": frames, "rejoin": True}})
     assert not job.errors
-    assert [step["step"] for step in job.steps()] == list(range(1, 31))
-    assert job.steps()[-1]["devices"] == ["a", "b"]
+    assert [step.step for step in job.steps()] == list(range(1, 31))
+    assert job.steps()[-1].devices == ["a", "b"]
     assert all(torch.isfinite(value).all() for value in job.host.outcome().server.values())
 
 
@@ -192,7 +193,7 @@ def test_a_device_that_is_connected_and_silent_does_not_stop_the_others(llama: P
     assert job.finished.wait(10)
     job.host.close()
     assert not job.errors
-    assert [step["devices"] for step in job.steps()] == [["a"]] * 6
+    assert [step.devices for step in job.steps()] == [["a"]] * 6
 
 
 def test_what_a_replaced_stream_still_sends_does_not_touch_the_new_one(llama: Path, undisturbed: Job) -> None:
@@ -272,7 +273,7 @@ def test_a_frame_that_is_not_due_ends_that_device_and_no_other(llama: Path, fram
     assert job.finished.wait(10)
     job.host.close()
     assert not job.errors
-    assert [step["devices"] for step in job.steps()] == [["a"]] * 6
+    assert [step.devices for step in job.steps()] == [["a"]] * 6
 
 
 def test_a_device_that_dies_before_the_last_has_come_is_waited_for_until_told_otherwise(llama: Path) -> None:
@@ -283,17 +284,17 @@ def test_a_device_that_dies_before_the_last_has_come_is_waited_for_until_told_ot
     for thread in others:
         thread.start()
     waiting = threading.Event()
-    while {"a", "b"} - {device for kind, device, _ in list(job.events) if kind == "joined"}:
+    while {"a", "b"} - {event.device for event in list(job.events) if event.HasField("joined")}:
         waiting.wait(0.01)
-    assert not any(kind == "started" for kind, _, _ in job.events)
+    assert not any(event.HasField("started") for event in job.events)
     job.host.start_without({"c"})
     for thread in others:
         thread.join(60)
     assert job.finished.wait(10)
     job.host.close()
     assert not job.errors
-    assert [kind for kind, _, _ in job.events].count("started") == 1
-    assert [step["devices"] for step in job.steps()] == [["a", "b"]] * 6
+    assert sum(event.HasField("started") for event in job.events) == 1
+    assert [step.devices for step in job.steps()] == [["a", "b"]] * 6
 
 
 def test_a_start_without_one_still_waits_for_the_others(llama: Path) -> None:
@@ -302,9 +303,8 @@ def test_a_start_without_one_still_waits_for_the_others(llama: Path) -> None:
     job.host.start_without({"b"})
     last = _open(job, "c")
     assert first.receive().phase == last.receive().phase == Phase.OPEN
-    assert job.events.index(("started", "", {"step": 0})) > job.events.index(
-        ("joined", "c", {"samples": 5, "last_step": 0})
-    )
+    started = Event(started=TrainingStarted(step=0))
+    assert job.events.index(started) > job.events.index(Event(device="c", joined=DeviceJoined(samples=5)))
     job.host.close()
 
 
@@ -339,8 +339,8 @@ def test_numbers_that_overflow_end_the_device_that_sent_them_and_no_other(
     job.run({"a": {}, "b": {"large": (phase, step, value)}, "c": {}})
     assert job.errors.keys() == {"b"}
     assert isinstance(job.errors["b"], BadTensor), job.errors
-    assert [data["step"] for data in job.steps()] == [1, 2, 3, 4, 5, 6]
-    assert job.steps()[-1]["devices"] == ["a", "c"]
+    assert [data.step for data in job.steps()] == [1, 2, 3, 4, 5, 6]
+    assert job.steps()[-1].devices == ["a", "c"]
     outcome = job.host.outcome()
     assert 6 in outcome.perplexities
     assert all(value.abs().max() < 10 for value in [*outcome.server.values(), outcome.device_adapter])
@@ -371,7 +371,7 @@ def test_numbers_that_overflow_are_in_no_checkpoint_and_the_job_can_be_resumed(l
     longer = Job(llama, config.but(steps=8), ["a", "b"], folder)
     longer.run({"a": {}, "b": {}})
     assert not longer.errors
-    assert [data["step"] for data in longer.steps()] == [7, 8]
+    assert [data.step for data in longer.steps()] == [7, 8]
 
 
 def test_a_stage_that_has_diverged_for_all_devices_ends_the_job_with_one_line(llama: Path, tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_a_stage_that_has_diverged_for_all_devices_ends_the_job_with_one_line(ll
     job = Job(llama, config, ["a", "b"], folder)
     large = {"large": (Phase.FORWARD, 3, 3e38)}
     job.run({"a": large, "b": large})
-    [line] = [data["message"] for kind, _, data in job.events if kind == "failed"]
+    [line] = [event.failed.message for event in job.events if event.HasField("failed")]
     assert "not finite for any device: if training has diverged, lower learning_rate" in line
     point = folder.last()
     assert point is not None
@@ -441,11 +441,11 @@ def test_a_device_that_never_closes_does_not_keep_a_job_that_is_done(
     assert job.finished.wait(10)
     job.host.close()
     assert not job.errors
-    assert [kind for kind, _, _ in job.events][-1] == "finished"
+    assert job.events[-1].HasField("finished")
     outcome = job.host.outcome()
     assert outcome.resources.keys() == ({*others, "b"} if phase == Phase.CLOSE else set(others))
     assert (6 in outcome.perplexities) == (bool(others) or phase == Phase.CLOSE)
-    assert any("its last report is missing" in data["message"] for kind, _, data in job.events if kind == "log")
+    assert any("its last report is missing" in event.log.message for event in job.events)
 
 
 def test_a_device_that_is_silent_again_and_again_is_waited_for_less_each_time(llama: Path) -> None:
@@ -464,4 +464,4 @@ def test_a_device_that_is_silent_again_and_again_is_waited_for_less_each_time(ll
     assert job.finished.wait(10)
     job.host.close()
     assert not job.errors
-    assert job.steps()[-1]["step"] == 100
+    assert job.steps()[-1].step == 100

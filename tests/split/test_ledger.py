@@ -5,11 +5,15 @@ from __future__ import annotations
 import threading
 import time
 
+import pytest
 import torch
 from torch import nn
 
-from isthmus.split.resources.ledger import Ledger, Traffic
+from isthmus.split.resources.ledger import Ledger
+from isthmus.split.resources.prices import Prices
 from isthmus.split.resources.tcp import Counted
+from isthmus.split.resources.traffic import Traffic
+from isthmus.split.training.device import numbers_of
 
 
 def test_flops_are_those_of_the_matrix_products_and_are_counted_each_time() -> None:
@@ -117,6 +121,21 @@ def test_the_summary_says_where_its_energy_is_from() -> None:
     summary = Ledger().summary()
     assert summary["energy_source"] in ("rapl", "estimated")
     assert summary["peak_bytes"] > 0
+
+
+def test_the_energy_of_an_accelerator_without_a_meter_is_unknown_and_not_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Ledger().summary()["accelerator_energy_source"] == ("none" if not torch.cuda.is_available() else "nvml")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 0)
+    monkeypatch.setattr("isthmus.split.resources.energy._nvml", lambda: None)
+    summary = Ledger().summary()
+    assert (summary["accelerator_energy_joules"], summary["accelerator_energy_source"]) == (None, "unknown")
+    assert "accelerator_energy_joules" not in numbers_of(summary)
+
+
+def test_money_is_for_time_energy_and_bytes_sent() -> None:
+    prices = Prices(device_hour=1.0, kilowatt_hour=0.5, gigabyte_sent=0.25)
+    assert prices.cost(hours=2.0, joules=7.2e6, bytes_sent=4 * 10**9) == 2.0 + 1.0 + 1.0
 
 
 def test_a_slower_machine_is_emulated_by_waiting_after_each_piece_of_computing() -> None:

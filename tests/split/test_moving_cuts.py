@@ -6,12 +6,12 @@ import dataclasses
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
+from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import Shape, from_plain
 from isthmus.split.link.profile import LinkProfile
@@ -58,7 +58,7 @@ def test_with_sgd_a_job_whose_cuts_move_is_still_training_on_the_joined_batch(ll
     config = AUTO.but(labels=labels)
     losses, adapter = unsplit_run(llama, config, _texts(2))
     run = split_run(llama, config, _texts(2), shapes=START, mover=Scripted(MOVES))
-    moved = [(data["cut"], device) for kind, device, data in run.events if kind == "shape"]
+    moved = [(event.shape.cut, event.device) for event in run.events if event.HasField("shape")]
     assert moved == [(3, "d0"), (1, "d1"), (1, "d0"), (3, "d1"), (2, "d0")]
     assert run.outcome.losses == pytest.approx(losses, rel=1e-5)
     _assert_same(run.adapter, adapter, 1e-5)
@@ -73,7 +73,7 @@ def test_with_adamw_the_loss_curve_does_not_jump_where_a_cut_moves(llama: Path, 
     shapes = START if not ranks else {"d0": Shape(1, 4), "d1": Shape(2, 2)}
     still = split_run(llama, config, _texts(2), shapes=shapes, mover=Scripted({}))
     moved = split_run(llama, config, _texts(2), shapes=shapes, mover=Scripted(MOVES))
-    assert sum(kind == "shape" for kind, _, _ in moved.events) == 5
+    assert sum(event.HasField("shape") for event in moved.events) == 5
     apart = [abs(one - other) for one, other in zip(moved.outcome.losses, still.outcome.losses, strict=True)]
     usual = max(abs(one - other) for one, other in zip(still.outcome.losses, still.outcome.losses[1:], strict=False))
     assert max(apart) < 0.5 * usual
@@ -110,8 +110,8 @@ def _alone(folder: Path, cut_after: int | None) -> dict[str, torch.Tensor]:
     config = AUTO.but(steps=8, aggregate_every=2)
     shape, finished = Shape(1, 4), threading.Event()
 
-    def tell(kind: str, device: str, data: dict[str, Any]) -> None:
-        if kind in ("finished", "failed"):
+    def tell(event: Event) -> None:
+        if event.HasField("finished") or event.HasField("failed"):
             finished.set()
 
     mover = Scripted({1: {"a": 3}, 2: {"a": 2}})

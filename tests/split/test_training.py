@@ -96,7 +96,7 @@ def test_a_resumed_job_ends_where_an_uninterrupted_one_does(llama: Path, tmp_pat
             file.unlink()
         folder.rmdir()
     resumed = split_run(llama, config, _texts(2), checkpoints=kept, resume=True)
-    assert [event[2]["step"] for event in resumed.events if event[0] == "step"] == list(range(11, 21))
+    assert [event.step.step for event in resumed.events if event.HasField("step")] == list(range(11, 21))
     assert resumed.outcome.losses == whole.outcome.losses
     _assert_same(resumed.adapter, whole.adapter, 0.0)
 

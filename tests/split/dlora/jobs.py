@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices
 from isthmus.split.dlora.killing import Killing
 from isthmus.split.job.config import TrainingConfig
@@ -56,9 +57,9 @@ def dlora_run(
         settings["resume"] = True
     losses: dict[str, list[float]] = {f"d{number}": [] for number in range(len(texts))}
 
-    def tell(kind: str, device: str, data: dict[str, Any]) -> None:
-        if kind == "step":
-            losses[data["devices"][0]].append(data["loss"])
+    def tell(event: Event) -> None:
+        if event.HasField("step"):
+            losses[event.step.devices[0]].append(event.step.loss)
 
     run = train_locally(ModelFolder(folder), config, [(one, None) for one in texts], tell=tell, **settings)
     return run, losses

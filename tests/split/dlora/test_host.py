@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.dlora.backbone import _in_one_thread
 from isthmus.split.errors import BadFrame, BadRequest, BadTensor, IsthmusError, LinkLost
 from isthmus.split.job.config import TrainingConfig
@@ -44,16 +45,16 @@ class Job:
 
     def __init__(self, folder: Path, config: TrainingConfig, devices: int = 1, records: Path | None = None) -> None:
         self.folder, self.config, self.records = folder, config, records
-        self.events: list[tuple[str, str, dict[str, Any]]] = []
+        self.events: list[Event] = []
         self.finished = threading.Event()
         kept = CheckpointFolder(records / "server") if records else None
         last = kept.last() if kept else None
         names = [f"d{number}" for number in range(devices)]
         self.host = job_host(folder, config, names, checkpoints=kept, resume=last, tell=self._tell)
 
-    def _tell(self, kind: str, device: str, data: dict[str, Any]) -> None:
-        self.events.append((kind, device, data))
-        if kind in ("finished", "failed"):
+    def _tell(self, event: Event) -> None:
+        self.events.append(event)
+        if event.HasField("finished") or event.HasField("failed"):
             self.finished.set()
 
     def trainer(self, number: int = 0) -> DeviceTrainer:
@@ -63,8 +64,9 @@ class Job:
     def link(self, trainer: DeviceTrainer, number: int = 0, frames: int = -1) -> LocalLink:
         return CutLink(self.host, f"d{number}", trainer, frames)
 
-    def told(self, kind: str) -> list[dict[str, Any]]:
-        return [data for which, _, data in self.events if which == kind]
+    def told(self, kind: str) -> list[Any]:
+        """The messages of a kind."""
+        return [getattr(event, kind) for event in self.events if event.HasField(kind)]
 
 
 class CutLink(LocalLink):
@@ -112,8 +114,8 @@ def test_a_link_that_breaks_at_any_frame_costs_no_step_and_counts_none_twice(lla
         job.host.close()
         assert_same(trainer.adapter(), adapters["d0"])
         steps = job.told("step")
-        assert [data["device_step"] for data in steps] == [1, 2, 3, 4], cut
-        assert [data["loss"] for data in steps] == pytest.approx(losses, rel=1e-5)
+        assert [data.device_step for data in steps] == [1, 2, 3, 4], cut
+        assert [data.loss for data in steps] == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.parametrize("cut", [30, 60, 75])
@@ -129,7 +131,7 @@ def test_a_device_that_is_restarted_goes_on_from_its_record(llama: Path, tmp_pat
     assert job.finished.wait(60)
     job.host.close()
     assert_same(again.adapter(), adapters["d0"])
-    assert job.told("step")[-1]["device_step"] == SMALL.steps
+    assert job.told("step")[-1].device_step == SMALL.steps
 
 
 def test_decisions_are_made_once_for_each_step_whatever_breaks(llama: Path, tmp_path: Path) -> None:
@@ -141,7 +143,7 @@ def test_decisions_are_made_once_for_each_step_whatever_breaks(llama: Path, tmp_
     run(trainer, quiet.link(trainer))
     assert quiet.finished.wait(60)
     quiet.host.close()
-    decided = [(data["step"], data["active"]) for data in quiet.told("modules")]
+    decided = [(data.step, data.active) for data in quiet.told("modules")]
     assert len(decided) > 2
     job = Job(llama, config, records=tmp_path)
     disturbed = job.trainer()
@@ -154,7 +156,7 @@ def test_decisions_are_made_once_for_each_step_whatever_breaks(llama: Path, tmp_
     job.host.close()
     assert any(not float(value.abs().max()) for name, value in trainer.adapter().items() if "lora_B" in name)  # dropped
     assert_same(job.trainer().adapter(), trainer.adapter())  # and after a restart, from the record
-    assert {data["step"]: data["active"] for data in job.told("modules")}.items() <= dict(decided).items()
+    assert {data.step: data.active for data in job.told("modules")}.items() <= dict(decided).items()
     assert_same(disturbed.adapter(), trainer.adapter())
 
 
@@ -179,8 +181,8 @@ def test_a_step_on_the_disk_that_nobody_has_heard_of_counts_after_a_restart(llam
     assert job.finished.wait(60)
     job.host.close()
     steps = job.told("step")
-    assert [data["device_step"] for data in steps] == [1, 2, 3, 4]
-    assert [data["loss"] for data in steps] == pytest.approx(losses, rel=1e-5)
+    assert [data.device_step for data in steps] == [1, 2, 3, 4]
+    assert [data.loss for data in steps] == pytest.approx(losses, rel=1e-5)
 
 
 def test_a_job_that_is_resumed_after_the_coordinators_death_is_the_undisturbed_one(llama: Path, tmp_path: Path) -> None:
@@ -198,7 +200,7 @@ def test_a_job_that_is_resumed_after_the_coordinators_death_is_the_undisturbed_o
         assert_same(trainer.adapter(), adapters[f"d{number}"])
     assert resumed.finished.wait(60)
     resumed.host.close()
-    assert {data["devices"][0] for data in resumed.told("step")} == {"d1"}  # the other had nothing left to do
+    assert {data.devices[0] for data in resumed.told("step")} == {"d1"}  # the other had nothing left to do
 
 
 @pytest.mark.parametrize("cut", [10, 45, 70, 81])
@@ -218,7 +220,7 @@ def test_with_averages_a_device_that_comes_back_goes_on_from_the_last_one(
     assert job.finished.wait(60)
     job.host.close()
     assert_same(trainers[0].adapter(), trainers[1].adapter(), 0)
-    points = [data["step"] for data in job.told("checkpoint")]
+    points = [data.step for data in job.told("checkpoint")]
     assert points == [2, 4]
     assert expected.outcome.device_adapter is not None
     assert job.host.outcome().device_adapter is not None
@@ -272,13 +274,13 @@ def test_a_job_in_which_no_module_is_left_ends_with_a_line(llama: Path) -> None:
     run(trainer, job.link(trainer))
     assert job.finished.wait(60)
     job.host.close()
-    assert [data["device_step"] for data in job.told("step")] == [1, 2, 3]
-    assert [data["message"] for data in job.told("log")][-1] == (
+    assert [data.device_step for data in job.told("step")] == [1, 2, 3]
+    assert [data.message for data in job.told("log")][-1] == (
         "d0: after step 3 no module is left that trains: its training has ended"
     )
-    assert job.told("modules")[-1]["step"] == 3  # where the picture of what was trained ends
-    assert job.told("modules")[-1]["active"] == []
-    assert [data["step"] for data in job.told("evaluation")] == [0, 30]
+    assert job.told("modules")[-1].step == 3  # where the picture of what was trained ends
+    assert job.told("modules")[-1].active == []
+    assert [data.step for data in job.told("evaluation")] == [0, 30]
     assert trainer.step == 3
 
 
@@ -308,9 +310,9 @@ def test_an_early_end_that_a_broken_link_has_lost_is_told_again_and_is_on_the_di
             run(again, job.link(again))
             assert job.finished.wait(60)
             job.host.close()
-            assert [data["loss"] for data in job.told("step")] == pytest.approx(losses, rel=1e-5)
-            assert ["no module is left" in data["message"] for data in job.told("log")].count(True) == 1
-            assert job.told("evaluation")[-1]["step"] == 30
+            assert [data.loss for data in job.told("step")] == pytest.approx(losses, rel=1e-5)
+            assert ["no module is left" in data.message for data in job.told("log")].count(True) == 1
+            assert job.told("evaluation")[-1].step == 30
 
 
 Change = Callable[[Frame], Frame]
@@ -401,7 +403,7 @@ def test_numbers_that_overflow_end_the_device_that_sent_them_alone(llama: Path, 
     assert job.finished.wait(60)
     job.host.close()
     assert not job.told("failed")
-    assert max(data["device_step"] for data in job.told("step") if data["devices"] == ["d1"]) == SMALL.steps
+    assert max(data.device_step for data in job.told("step") if data.devices == ["d1"]) == SMALL.steps
     assert all(value.abs().max() < 10 for value in good.adapter().values())
     if job.config.dlora.aggregate:
         point = CheckpointFolder(tmp_path / "server").last()
@@ -479,7 +481,7 @@ def test_a_device_that_never_closes_does_not_keep_a_job_that_is_done(
     job.host.close()
     assert not job.told("failed")
     assert job.host.outcome().resources.keys() == ({"d0", "d1"} if phase == Phase.CLOSE else {"d1"})
-    assert any("its last report is missing" in data["message"] for data in job.told("log"))
+    assert any("its last report is missing" in data.message for data in job.told("log"))
 
 
 def test_a_silent_device_holds_up_the_average_of_the_others_for_less_each_time(llama: Path) -> None:
@@ -498,7 +500,7 @@ def test_a_silent_device_holds_up_the_average_of_the_others_for_less_each_time(l
     job.host.start_without({"d0"})
     assert job.finished.wait(60)
     job.host.close()
-    assert job.told("step")[-1]["device_step"] == 40
+    assert job.told("step")[-1].device_step == 40
 
 
 def test_a_device_that_is_silent_again_and_again_is_left_out_when_the_others_are_done(llama: Path) -> None:
@@ -512,4 +514,4 @@ def test_a_device_that_is_silent_again_and_again_is_left_out_when_the_others_are
             run(quiet, QuietLink(job, quiet, 0, Phase.FORWARD, 1))
     assert job.finished.wait(10)
     job.host.close()
-    assert any("silent again and again" in data["message"] for data in job.told("log"))
+    assert any("silent again and again" in data.message for data in job.told("log"))

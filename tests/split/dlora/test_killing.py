@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.split.resources.ledger import Traffic
+from isthmus.split.resources.traffic import Traffic
 from tests.split.dlora.jobs import CONFIG, dlora_run, text
 from tests.split.tiny_models import make_model
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.job.shapes import Shape
 from isthmus.split.lora.lora import A, B
 from isthmus.split.lora.sites import layout_of
@@ -110,13 +110,8 @@ def test_an_average_that_was_asked_for_is_that_of_the_adapters(llama: Path) -> N
 
 def test_how_far_an_average_is_from_that_of_the_products_is_told(llama: Path) -> None:
     config = CONFIG.but(aggregate=True, aggregate_every=CONFIG.steps)
-    told: list[dict[str, Any]] = []
-
-    def tell(kind: str, device: str, data: dict[str, Any]) -> None:
-        if kind == "aggregation":
-            told.append(data)
-
-    train_locally(ModelFolder(llama), config, [(text(0), None), (text(1, 20), None)], tell=tell)
+    told: list[Event] = []
+    train_locally(ModelFolder(llama), config, [(text(0), None), (text(1, 20), None)], tell=told.append)
     one, other = (unsplit_run(llama, CONFIG, sequences)[1] for sequences in (text(0), text(1, 20)))
     lost = norm = 0.0
     for module in [name.removesuffix(A) for name in one if name.endswith(A)]:
@@ -124,8 +119,9 @@ def test_how_far_an_average_is_from_that_of_the_products_is_told(llama: Path) ->
         exact = (2 * one[module + B] @ one[module + A] + other[module + B] @ other[module + A]) / 3
         lost += float((b @ a - exact).square().sum())
         norm += float(exact.square().sum())
-    error = pytest.approx(math.sqrt(lost / norm), rel=1e-2)
-    assert told == [{"step": CONFIG.steps, "method": "average", "aggregation_error": error}]
+    (aggregated,) = [event.aggregation for event in told if event.HasField("aggregation")]
+    assert (aggregated.step, aggregated.method) == (CONFIG.steps, "average")
+    assert aggregated.aggregation_error == pytest.approx(math.sqrt(lost / norm), rel=1e-2)
 
 
 @pytest.mark.parametrize("codec", ["bfloat16", "int8", "hadamard,uniform:step=0.05,zstd", "klt,uniform:step=0.05,zstd"])

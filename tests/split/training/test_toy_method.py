@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from isthmus.protos.v1 import stage_pb2
+from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.aggregation.averaging import Share
 from isthmus.split.data.sequences import Sequences
 from isthmus.split.errors import BadRequest, LinkLost
@@ -132,7 +133,7 @@ class Job:
     def __init__(
         self, model: Path, names: Sequence[str], folder: Path | None = None, config: TrainingConfig = CONFIG
     ) -> None:
-        self.told: list[tuple[str, dict[str, Any]]] = []
+        self.told: list[Event] = []
         self.finished = threading.Event()
         self.trainers: dict[str, DeviceTrainer] = {}
         for number, name in enumerate(names):
@@ -145,13 +146,14 @@ class Job:
         told = HostContext(config, names, checkpoints=kept, resume=last, patience=Patience(1.0), tell=self._tell)
         self.host = JobHost(ToyHost(config, initial, 16), told)
 
-    def _tell(self, kind: str, device: str, data: dict[str, Any]) -> None:
-        self.told.append((kind, data))
-        if kind in ("finished", "failed"):
+    def _tell(self, event: Event) -> None:
+        self.told.append(event)
+        if event.HasField("finished") or event.HasField("failed"):
             self.finished.set()
 
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [data for which, data in self.told if which == kind]
+    def of(self, kind: str) -> list[Any]:
+        """The messages of a kind."""
+        return [getattr(event, kind) for event in self.told if event.HasField(kind)]
 
     def work(self, name: str, *links: LocalLink) -> None:
         """Trains a device, over one link after the other."""
@@ -203,8 +205,8 @@ def test_it_is_federated_averaging_and_reports_what_every_method_does(llama: Pat
     assert torch.allclose(outcome.device_adapter, averaged_by_hand(llama, [0, 1], 8), atol=1e-6)
     assert outcome.adapter is not None
     assert torch.equal(flatten(outcome.adapter), outcome.device_adapter)
-    assert [data["step"] for data in job.of("aggregation")] == [2, 4, 6, 8]
-    assert [data["device_step"] for data in job.of("step") if data["devices"] == ["b"]] == list(range(1, 9))
+    assert [data.step for data in job.of("aggregation")] == [2, 4, 6, 8]
+    assert [data.device_step for data in job.of("step") if data.devices == ["b"]] == list(range(1, 9))
     assert sorted(outcome.perplexities) == [0, 8]
     assert outcome.perplexities[8] != outcome.perplexities[0]
     assert all(outcome.resources[name]["flops"] >= 0 for name in "ab")
@@ -224,7 +226,7 @@ def test_a_device_that_dies_and_comes_back_goes_on_from_the_last_average(llama: 
 def test_a_device_that_dies_for_good_does_not_stop_the_others(llama: Path) -> None:
     job = Job(llama, ["a", "b", "c"])
     job.run({"a": [job.link("a")], "b": [job.link("b", (Phase.STEP, 4))], "c": [job.link("c")]})
-    assert job.of("aggregation")[-1]["step"] == 8
+    assert job.of("aggregation")[-1].step == 8
     assert job.host.outcome().resources.keys() == {"a", "c"}
     assert 8 in job.host.outcome().perplexities
 
@@ -232,7 +234,7 @@ def test_a_device_that_dies_for_good_does_not_stop_the_others(llama: Path) -> No
 def test_a_device_that_falls_silent_does_not_stop_the_others(llama: Path) -> None:
     job = Job(llama, ["a", "b"])
     job.run({"a": [job.link("a")], "b": [job.link("b", (Phase.AGGREGATE, 3), silent=True)]})
-    assert job.of("aggregation")[-1]["step"] == 8
+    assert job.of("aggregation")[-1].step == 8
     assert job.host.outcome().resources.keys() == {"a"}
 
 
@@ -244,10 +246,10 @@ def test_a_job_that_is_resumed_from_its_checkpoint_is_the_undisturbed_one(llama:
     for thread in threads:
         thread.join(60)
     first.host.close()
-    assert [data["step"] for data in first.of("checkpoint")] == [4]
+    assert [data.step for data in first.of("checkpoint")] == [4]
     resumed = Job(llama, ["a", "b"], tmp_path)  # everybody has been restarted
     resumed.run({name: [resumed.link(name)] for name in "ab"})
-    assert resumed.of("started") == [{"step": 4}]
+    assert [data.step for data in resumed.of("started")] == [4]
     adapter = resumed.host.outcome().device_adapter
     assert adapter is not None
     assert torch.allclose(adapter, averaged_by_hand(llama, [0, 1], 8), atol=1e-6)

@@ -1,0 +1,19 @@
+"""What resources cost in money."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Prices:
+    """The price table: what an hour of a device, a kilowatt-hour and a gigabyte out of it cost. Placeholders."""
+
+    device_hour: float = 0.05
+    kilowatt_hour: float = 0.30
+    gigabyte_sent: float = 0.09
+    currency: str = "USD"
+
+    def cost(self, hours: float, joules: float, bytes_sent: int) -> float:
+        """Of so many hours of one device, with the energy that it took and the bytes that it sent."""
+        return hours * self.device_hour + joules / 3.6e6 * self.kilowatt_hour + bytes_sent / 1e9 * self.gigabyte_sent
