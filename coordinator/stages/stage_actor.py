@@ -26,8 +26,8 @@ from isthmus.split.dlora.host import BackboneHost
 from isthmus.split.errors import IsthmusError
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import asked, from_plain
-from isthmus.split.link.protocol import Rules
-from isthmus.split.link.session import Host
+from isthmus.split.link.coding import Terms
+from isthmus.split.link.stage import Host
 from isthmus.split.lora.lora import initial_adapter, lora_config, save_adapter, shapes_of, unflatten
 from isthmus.split.lora.sites import layout_of
 from isthmus.split.models.precision import pick_device, pick_precision
@@ -102,8 +102,8 @@ class StageActor:
         def tell(kind: str, device: str, data: dict[str, Any]) -> None:  # in the host's thread
             loop.call_soon_threadsafe(self._events.put_nowait, (kind, device, data))
 
-        self._host, rules = host, rules = await asyncio.to_thread(self._build, tell)
-        self._servicer = ExchangeServicer(host, rules, self._allowed, self._traffic)
+        self._host, terms = host, terms = await asyncio.to_thread(self._build, tell)
+        self._servicer = ExchangeServicer(host, self._task.job, terms, self._allowed, self._traffic)
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
         stage_pb2_grpc.add_StageServicer_to_server(self._servicer, self._server)
         credentials = server_credentials(self._serving.certificate, self._serving.key, self._serving.ca)
@@ -138,8 +138,8 @@ class StageActor:
         if self._host is not None:
             await asyncio.to_thread(self._host.close)
 
-    def _build(self, tell: Tell) -> tuple[Host, Rules]:
-        """What serves the job's devices, and the checks of their frames; from here on `_result` knows its end."""
+    def _build(self, tell: Tell) -> tuple[Host, Terms]:
+        """What serves the job's devices, and what their frames are checked by; from here on `_result` knows its end."""
         source, config = open_model(self._task.model), self._config
         shapes = from_plain(self._task.shapes)
         parts = parts_of(source.config, config, next(iter(shapes.values())))
@@ -182,7 +182,7 @@ class StageActor:
             self._result = lambda: self._result_of_split(split, parts, lora)
             host = split
         adapter, model = shapes_of(parts.adapter), source.config
-        return host, Rules(self._task.job, config, model.hidden_size, model.vocab_size, adapter, layout)
+        return host, Terms(config, 1, adapter, model.hidden_size, model.vocab_size, layout)
 
     def _allowed(self, peer: Peer) -> bool:
         return self._devices.get(peer.name) == peer.serial

@@ -20,15 +20,15 @@ from transformers import PreTrainedConfig
 
 from isthmus.protos.v1 import stage_pb2
 from isthmus.split.codecs import FAMILIES
-from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices, micro_batch_slices
+from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices, micro_batch_slices, seen_positions
 from isthmus.split.dlora.killing import Killing
 from isthmus.split.dlora.modules import ActiveSet, RemoteModules, asked_site
 from isthmus.split.errors import BadTensor
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import Shape
 from isthmus.split.link.coding import Terms
-from isthmus.split.link.protocol import EVALUATIONS_AHEAD
-from isthmus.split.link.session import ENDS, INPUT_GRADIENT, Frame, Link, Phase
+from isthmus.split.link.device import Link
+from isthmus.split.link.frames import ENDS, EVALUATIONS_AHEAD, INPUT_GRADIENT, Frame, Phase
 from isthmus.split.lora.lora import flatten, load_flat, lora_parameters, shapes_of
 from isthmus.split.lora.sites import layout_of
 from isthmus.split.models.precision import autocast
@@ -39,11 +39,8 @@ from isthmus.split.training.checkpoint import DeviceRecord, DeviceState
 from isthmus.split.training.device import (
     Cancelled,
     Progress,
-    answer_of,
-    check_answer,
     numbers_of,
     of_use,
-    seen_positions,
     tensor_like,
 )
 from isthmus.split.training.loss import nll_where_wanted
@@ -123,7 +120,9 @@ class DloraTrainer:
     @property
     def terms(self) -> Terms:
         """Of a link for this trainer."""
-        return Terms(self.config, len(self.train), shapes_of(self.parameters), self.layout.widest)
+        model = self.front.model.config
+        shapes = shapes_of(self.parameters)
+        return Terms(self.config, len(self.train), shapes, model.hidden_size, model.vocab_size, self.layout)
 
     def adapter(self) -> dict[str, Tensor]:
         """What was learnt, by names in the whole model. Dropped modules have a B of zeros."""
@@ -162,7 +161,7 @@ class DloraTrainer:
         keep(self.adapter())
         link.send(Frame(Phase.REPORT, step=self.config.steps, values=numbers_of(self.ledger.summary())))
         link.send(Frame(Phase.CLOSE, step=self.config.steps))
-        answer_of(link, Phase.CLOSE, self.config.steps)
+        link.receive()
 
     def _choose(self) -> bool:
         """Decides what trains in the step that comes, once for each step; whether anything does."""
@@ -339,7 +338,6 @@ class DloraTrainer:
                 continue
             asked = link.receive()
             part = under_way.get(asked.micro_batch)
-            check_answer(asked, Phase.EVALUATE, done, asked.micro_batch)
             if part is None:
                 raise BadTensor(f"the coordinator sent EVALUATE of batch {asked.micro_batch}, which is not due")
             if asked.site:
@@ -357,7 +355,7 @@ class DloraTrainer:
         mine = flatten(self.parameters)
         gain = mine - self._average if link.coder.adapters_differ("adapters_up") else mine
         link.send(Frame(Phase.AGGREGATE, self.step - 1, tensor=gain))
-        average = tensor_like(answer_of(link, Phase.AGGREGATE, self.step - 1), mine.shape)
+        average = tensor_like(link.receive(), mine.shape)
         self._average = self._average + average if link.coder.adapters_differ("adapters_down") else average
         load_flat(self.parameters, self._average)
 

@@ -24,8 +24,8 @@ from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.groups import MERGE
 from isthmus.split.job.shapes import AVERAGE
 from isthmus.split.link.coding import Plan
-from isthmus.split.link.protocol import EVALUATIONS_AHEAD
-from isthmus.split.link.session import ENDS, Deliver, Frame, Phase
+from isthmus.split.link.frames import ENDS, EVALUATIONS_AHEAD, Frame, Phase
+from isthmus.split.link.stage import Deliver
 from isthmus.split.lora.lora import shapes_of
 from isthmus.split.lora.sites import Layout, adapter_of
 from isthmus.split.plan.choose import Planner, View

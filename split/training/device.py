@@ -24,15 +24,15 @@ from torch.func import functional_call
 
 from isthmus.protos.v1 import stage_pb2
 from isthmus.split.codecs import FAMILIES
-from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices, micro_batch_slices
+from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices, micro_batch_slices, seen_positions
 from isthmus.split.errors import BadFrame, BadTensor, WrongState
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import Shape
 from isthmus.split.link.coding import Terms
+from isthmus.split.link.device import Link
+from isthmus.split.link.frames import EVALUATIONS_AHEAD, Frame, Phase
 from isthmus.split.link.ladder import candidates
 from isthmus.split.link.profile import LinkProfile, codec_seconds
-from isthmus.split.link.protocol import EVALUATIONS_AHEAD
-from isthmus.split.link.session import Frame, Link, Phase
 from isthmus.split.lora.frozen import FrozenPart
 from isthmus.split.lora.lora import flatten, load_flat, lora_parameters, shapes_of
 from isthmus.split.models.precision import autocast
@@ -156,7 +156,9 @@ class DeviceTrainer:
     @property
     def terms(self) -> Terms:
         """Of a link for this trainer."""
-        return Terms(self.config, len(self.train), shapes_of(self.parameters))
+        model = self.front.model.config
+        shapes = shapes_of(self.parameters)
+        return Terms(self.config, len(self.train), shapes, model.hidden_size, model.vocab_size)
 
     def run(self, link: Link, *, cancelled: threading.Event, tell: Callable[[Progress], None] = lambda _: None) -> None:
         """Joins the job at the step that the stage names, to its end. After LinkLost it may be called again."""
@@ -178,7 +180,7 @@ class DeviceTrainer:
                     self._evaluate(link, done)
         link.send(Frame(Phase.REPORT, step=self.config.steps, values=numbers_of(self.ledger.summary())))
         link.send(Frame(Phase.CLOSE, step=self.config.steps))
-        answer_of(link, Phase.CLOSE, self.config.steps)
+        link.receive()
 
     def _open(self, link: Link) -> int | None:
         """The step to start at; None when the job was done before this device came back."""
@@ -317,7 +319,6 @@ class DeviceTrainer:
         """The last hidden states of a micro-batch have come: its loss, and the gradient by them."""
         assert self.tail is not None
         number = batch.asked
-        check_answer(answer, Phase.FORWARD, batch.step, number)
         part = batch.parts[number]
         last = tensor_like(answer, batch.smashed[number].shape).to(self._device).requires_grad_()
         labels = batch.labels[part]
@@ -333,7 +334,6 @@ class DeviceTrainer:
     def _front_backward(self, batch: _Batch, answer: Frame) -> None:
         """The gradient at the cut of a micro-batch has come."""
         number = batch.done
-        check_answer(answer, Phase.FORWARD if self.tail is None else Phase.BACKWARD, batch.step, number)
         if self.tail is None:
             batch.loss += _value(answer, "nll")
             batch.asked += 1
@@ -356,7 +356,7 @@ class DeviceTrainer:
         gain = mine - self._average if link.coder.adapters_differ("adapters_up") else mine
         differs = link.coder.adapters_differ("adapters_down")
         link.send(Frame(Phase.AGGREGATE, step, tensor=gain, measured=self._measured(link)))
-        answer = answer_of(link, Phase.AGGREGATE, step)
+        answer = link.receive()
         if answer.shape is not None:
             self._move(link, answer.shape)
             self._average = tensor_like(answer, self._initial.shape)
@@ -379,7 +379,7 @@ class DeviceTrainer:
 
         def take() -> None:
             nonlocal total, count
-            loss, tokens = self._evaluated(answer_of(link, Phase.EVALUATE, done), *waiting.popleft())
+            loss, tokens = self._evaluated(link.receive(), *waiting.popleft())
             total, count = total + loss, count + tokens
 
         for input_ids, labels in _batches(self.validation, self.config.batch_size):
@@ -416,28 +416,8 @@ def of_use(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None
     return hidden_states * seen_positions(wanted).unsqueeze(-1), wanted
 
 
-def seen_positions(wanted: Tensor) -> Tensor:
-    """(rows, sequence) bool: the positions up to the last wanted one of each row, which alone can influence it."""
-    return wanted.flip(1).cummax(1).values.flip(1)
-
-
 def _batches(sequences: Sequences, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     yield from zip(sequences.input_ids.split(size), sequences.labels.split(size), strict=True)
-
-
-def answer_of(link: Link, phase: stage_pb2.Phase, step: int) -> Frame:
-    answer = link.receive()
-    check_answer(answer, phase, step, 0)
-    return answer
-
-
-def check_answer(answer: Frame, phase: stage_pb2.Phase, step: int, micro_batch: int) -> None:
-    if (answer.phase, answer.step, answer.micro_batch) != (phase, step, micro_batch):
-        got, want = Phase.Name(answer.phase), Phase.Name(phase)
-        raise BadTensor(
-            f"the coordinator answered {got} of step {answer.step}, micro-batch {answer.micro_batch}, where {want} of "
-            f"step {step}, micro-batch {micro_batch} was due"
-        )
 
 
 def tensor_like(frame: Frame, shape: torch.Size) -> Tensor:

@@ -24,8 +24,10 @@ from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost, W
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.streams import remembers_samples, stream_of
 from isthmus.split.link.coding import Plan
+from isthmus.split.link.frames import Frame, Phase
+from isthmus.split.link.order import Order
 from isthmus.split.link.profile import LinkProfile
-from isthmus.split.link.session import Deliver, Frame, Phase
+from isthmus.split.link.stage import Deliver
 from isthmus.split.plan.choose import Planner, View
 from isthmus.split.plan.moving import Mover
 from isthmus.split.training.checkpoint import Checkpoint, CheckpointFolder
@@ -178,7 +180,8 @@ class StageHost:
             earlier.deliver(WrongState(f"{device} has opened this job again from another run"))
             self._leave(device, earlier.deliver)
         measured = frame.measured or stage_pb2.Measured()
-        member = Member(deliver, opened.samples, frozenset(opened.codecs), measured)
+        order = Order(self.config, device)
+        member = Member(deliver, order, opened.samples, frozenset(opened.codecs), measured)
         member.moves = self._adapters.has_moved(device, opened)
         self._members[device] = member
         self.tell("joined", device, {"samples": opened.samples, "last_step": opened.last_step})
@@ -249,7 +252,7 @@ class StageHost:
         if not member.admitted:
             raise BadFrame(f"{Phase.Name(frame.phase)} before the session was agreed")
         if frame.phase == Phase.EVALUATE:
-            member.check_evaluates(frame, self.config)
+            member.order.check_evaluation(frame)
             member.answer(self._evaluated(device, frame))
         elif frame.phase == Phase.REPORT:
             self._report(device, member, frame)
@@ -257,7 +260,7 @@ class StageHost:
             member.answer(Frame(Phase.CLOSE, frame.step))
             self._leave(device, deliver, closed=True)
         else:
-            member.take(device, frame, self.config)
+            member.order.take(frame)
             self._look_at(frame, upward=True)
             self._groups.setdefault((frame.step, frame.phase, frame.micro_batch), {})[device] = frame
             self._run_complete_groups()
@@ -395,7 +398,7 @@ class StageHost:
         if "evaluation_tokens" not in frame.values:
             self._resources[device] = dict(frame.values)
             return
-        member.check_evaluates(frame, self.config)
+        member.order.check_evaluation(frame)
         sums = self._evaluations.setdefault(frame.step, {})
         sums[device] = (frame.values.get("evaluation_nll", 0.0), int(frame.values["evaluation_tokens"]))
         self._complete_evaluations(set(self._participants))

@@ -19,8 +19,8 @@ from isthmus.split.aggregation.merging import Merging
 from isthmus.split.errors import WrongState
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import AVERAGE, Shape, as_plain
+from isthmus.split.link.frames import Frame, Phase
 from isthmus.split.link.profile import LinkProfile
-from isthmus.split.link.session import Frame, Phase
 from isthmus.split.lora.frozen import Frozen
 from isthmus.split.lora.lora import A, flatten, shapes_of
 from isthmus.split.models.stage import Stage

@@ -18,8 +18,9 @@ from isthmus.split.errors import IsthmusError
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import Shape, fixed_shapes
 from isthmus.split.link.coding import Terms
+from isthmus.split.link.device import Link, LocalLink
 from isthmus.split.link.profile import LinkProfile
-from isthmus.split.link.session import Host, Link, LocalLink
+from isthmus.split.link.stage import Host
 from isthmus.split.lora.lora import initial_adapter, unflatten
 from isthmus.split.models.precision import pick_device, pick_precision
 from isthmus.split.models.source import TensorSource
@@ -89,7 +90,8 @@ class LocalJob:
             trainer.run(link, cancelled=threading.Event())
         except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
             self._errors.append(error)
-            link.close()  # the others go on without it
+        finally:
+            link.close()  # after an error the others go on without it
 
 
 def train_split_locally(

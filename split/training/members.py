@@ -1,22 +1,19 @@
-"""The devices of a job as its stage sees them: who has joined, what each one's next frame has to be."""
+"""The devices of a job as its stage sees them: who may join, and who has."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from isthmus.protos.v1 import stage_pb2
-from isthmus.split.errors import BadFrame
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.streams import missing_families
 from isthmus.split.link.coding import Plan
+from isthmus.split.link.frames import Frame
+from isthmus.split.link.order import Order
 from isthmus.split.link.profile import LinkProfile
-from isthmus.split.link.session import Deliver, Frame, Phase
-
-if TYPE_CHECKING:
-    pass
+from isthmus.split.link.stage import Deliver
 
 
 def problem_with_open(
@@ -37,102 +34,27 @@ def problem_with_open(
 
 @dataclass
 class Member:
-    """A device that has joined, and what its next training frames have to be.
-
-    Every part of a step comes once and in order: its micro-batches forward, backward (with labels on the device), STEP,
-    and AGGREGATE where one is due. `forward` and `backward` are (step, micro-batch) of the next ones.
-    """
+    """A device that has joined. order: what its next training frames have to be."""
 
     deliver: Deliver
+    order: Order
     samples: int  # training sequences that it has
     families: frozenset[str] = frozenset()  # of codecs
     measured: stage_pb2.Measured = field(default_factory=stage_pb2.Measured)
-    plan: Plan = field(default_factory=Plan)
     link: LinkProfile = field(default_factory=LinkProfile)  # that the plan was made for
-    step: int = 0  # that STEP has not come for
-    forward: tuple[int, int] = (0, 0)
-    backward: tuple[int, int] = (0, 0)
-    aggregates: bool = False  # AGGREGATE of the step before `step` is due
-    averaging: bool = False  # it has come and was not answered: nothing else may come, for the plan may change
     admitted: bool = False
     moves: bool = False  # its cut has moved, and it does not know yet
     answered: float = field(default_factory=time.monotonic)  # when it last got an answer, so that it is its turn
 
+    @property
+    def plan(self) -> Plan:
+        return self.order.plan
+
     def answer(self, frame: Frame) -> None:
         self.answered = time.monotonic()
-        if frame.plan is not None:
-            self.plan = frame.plan
-        if frame.phase == Phase.AGGREGATE:
-            self.averaging = False
+        self.order.answered(frame)
         self.deliver(frame)
 
     def admit(self, step: int) -> None:
-        self.admitted, self.step, self.forward, self.backward = True, step, (step, 0), (step, 0)
-        self.aggregates = self.averaging = False
-
-    def take(self, device: str, frame: Frame, config: TrainingConfig) -> None:
-        """Checks that a training frame is one that is due, and moves on. Raises BadFrame."""
-        at, u_shaped = (frame.step, frame.micro_batch), config.devices.labels == "device"
-        if frame.phase == Phase.AGGREGATE and self.aggregates and at == (self.step - 1, 0):
-            self.aggregates, self.averaging = False, True
-        elif self.aggregates or self.averaging or frame.step >= config.steps:
-            raise self._not_due(device, frame)
-        elif frame.phase == Phase.FORWARD and at == self.forward and self._may_go_ahead(config):
-            self.forward = self._next(self.forward)
-            if not u_shaped:  # FORWARD brings the gradient, there is no BACKWARD
-                self.backward = self.forward
-        elif (
-            frame.phase == Phase.BACKWARD
-            and at == self.backward
-            and at < self.forward
-            and config.devices.labels == "device"
-        ):
-            self.backward = self._next(self.backward)
-        elif frame.phase == Phase.STEP and at == (self.step, 0) and self.backward >= (self.step + 1, 0):
-            self.step += 1
-            self.aggregates = config.aggregates_after(self.step)
-        else:
-            raise self._not_due(device, frame)
-        if frame.phase != Phase.STEP and frame.tensor is None:
-            raise BadFrame(f"{Phase.Name(frame.phase)} without its tensor")
-
-    def check_evaluates(self, frame: Frame, config: TrainingConfig) -> None:
-        """An evaluation is of the model after `step` steps, before the next one. Raises BadFrame elsewhere."""
-        between = (
-            self.forward == (self.step, 0) and not self.aggregates and not self.averaging and frame.step == self.step
-        )
-        if not between or not config.evaluates_after(frame.step):
-            raise BadFrame(f"{Phase.Name(frame.phase)} after step {frame.step}, where no evaluation is due")
-
-    def _may_go_ahead(self, config: TrainingConfig) -> bool:
-        """Whether the next forward may come: not deeper than planned, and not before a step that it has to wait for."""
-        step, number = self.forward
-        if step == self.step:
-            return config.devices.labels == "server" or number - self._backward_in(step) < self.plan.depth
-        ahead = config.link.stale and step == self.step + 1 and not config.aggregates_after(step)
-        return ahead and self.backward >= (step, 0) and number - self._backward_in(step) < self.plan.depth
-
-    def _backward_in(self, step: int) -> int:
-        return self.backward[1] if self.backward[0] == step else 0
-
-    def _next(self, place: tuple[int, int]) -> tuple[int, int]:
-        step, number = place
-        return (step, number + 1) if number + 1 < self.plan.micro_batches else (step + 1, 0)
-
-    def _not_due(self, device: str, frame: Frame) -> BadFrame:
-        if self.averaging:
-            due = f"nothing until AGGREGATE of step {self.step - 1} is answered"
-        elif self.aggregates:
-            due = self._named(Phase.AGGREGATE, self.step - 1, 0)
-        elif self.backward < self.forward:
-            due = self._named(Phase.BACKWARD, *self.backward)
-        elif self.forward > (self.step, 0) and self.forward[1] == 0:
-            due = self._named(Phase.STEP, self.step, 0)
-        else:
-            due = self._named(Phase.FORWARD, *self.forward)
-        given = self._named(frame.phase, frame.step, frame.micro_batch)
-        return BadFrame(f"{given}; due from {device} is {due}")
-
-    def _named(self, phase: stage_pb2.Phase, step: int, micro_batch: int) -> str:
-        part = f", micro-batch {micro_batch}" if micro_batch or self.plan.micro_batches > 1 else ""
-        return f"{Phase.Name(phase)} of step {step}{part}"
+        self.admitted = True
+        self.order.admit(step)

@@ -18,7 +18,8 @@ from isthmus.split.dlora.local import backbone_of, device_of, train_dlora_locall
 from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import Shape
-from isthmus.split.link.session import INPUT_GRADIENT, Frame, LocalLink, Phase
+from isthmus.split.link.device import LocalLink
+from isthmus.split.link.frames import INPUT_GRADIENT, Frame, Phase
 from isthmus.split.lora.lora import initial_adapter
 from isthmus.split.lora.sites import layout_of
 from isthmus.split.models.source import ModelFolder
