@@ -14,7 +14,8 @@ from isthmus.split.data.stdlib_text import PRIVATE_MODULES, private_text
 from isthmus.split.errors import BadData
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.streams import TRAINING, stream_of
-from isthmus.split.link.session import Frame, LocalLink
+from isthmus.split.link.device import LocalLink
+from isthmus.split.link.frames import Frame
 from isthmus.split.methods.local import train_locally
 from isthmus.split.models.source import open_model
 

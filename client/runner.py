@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import secrets
 import shutil
 import threading
@@ -28,7 +27,8 @@ from isthmus.split.inference.serving import ServingConfig
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.groups import MERGE
 from isthmus.split.job.shapes import Shape, asked
-from isthmus.split.link.session import GrpcLink
+from isthmus.split.link.backoff import Backoff
+from isthmus.split.link.device import GrpcLink
 from isthmus.split.lora.lora import lora_config, save_adapter
 from isthmus.split.lora.served import LoraAdapter
 from isthmus.split.methods import method_of
@@ -52,7 +52,7 @@ MODULES_LEAVE = "modules-leave"  # a permission: jobs in which what was learnt f
 SERVE, TRAINING, DLORA = "serve", "splitlora", "dlora"
 ALLOWED = (TRAINING, DLORA, LABELS_LEAVE, SERVE)  # unless the owner says something else
 TASK_KINDS = (*ALLOWED, MODULES_LEAVE)
-_FIRST_RETRY, _LAST_RETRY = 0.5, 15.0  # seconds between attempts to reach the stage again
+_FIRST_RETRY, _LAST_RETRY = 1.0, 20.0  # seconds up to which the first wait for the stage, and any, is drawn
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class Runner(threading.Thread):
         work_done: a count that grows when a connection was of use.
         """
         host, port = stage_address(self.task.stage_address, self._identity.host)
-        delay = _FIRST_RETRY
+        backoff = Backoff(_FIRST_RETRY, _LAST_RETRY)
         while True:
             before = work_done()
             with channel(join_address(host, port), self._identity.credentials) as opened:
@@ -258,12 +258,12 @@ class Runner(threading.Thread):
                 except LinkLost as error:
                     lost = error
             if work_done() > before:
-                delay = _FIRST_RETRY
+                backoff.reset()
+            seconds = backoff.wait()
             if not self._cancelled.is_set():
-                log.warning("job %s: %s; trying again in about %.1f s", self.task.job, lost, delay)
-            if self._cancelled.wait(delay * random.uniform(0.5, 1.5)):
+                log.warning("job %s: %s; trying again in %.1f s", self.task.job, lost, seconds)
+            if self._cancelled.wait(seconds):
                 raise Cancelled("the task was cancelled")
-            delay = min(2 * delay, _LAST_RETRY)
 
     def _log_progress(self, progress: Progress) -> None:
         if progress.step % 10 == 0 or progress.step == progress.steps:

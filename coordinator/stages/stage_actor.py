@@ -24,7 +24,7 @@ from isthmus.split.errors import IsthmusError
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.events import Tell
 from isthmus.split.job.shapes import asked, from_plain
-from isthmus.split.link.protocol import Rules
+from isthmus.split.link.coding import Terms
 from isthmus.split.lora.lora import lora_config, save_adapter
 from isthmus.split.methods import method_of
 from isthmus.split.models.precision import pick_device
@@ -99,8 +99,8 @@ class StageActor:
         def tell(event: Event) -> None:  # in the host's thread
             loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        self._host, rules = host, rules = await asyncio.to_thread(self._build, tell)
-        self._servicer = ExchangeServicer(host, rules, self._allowed, self._traffic)
+        self._host, terms = host, terms = await asyncio.to_thread(self._build, tell)
+        self._servicer = ExchangeServicer(host, self._task.job, terms, self._allowed, self._traffic)
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
         stage_pb2_grpc.add_StageServicer_to_server(self._servicer, self._server)
         credentials = server_credentials(self._serving.certificate, self._serving.key, self._serving.ca)
@@ -135,8 +135,8 @@ class StageActor:
         if self._host is not None:
             await asyncio.to_thread(self._host.close)
 
-    def _build(self, tell: Tell) -> tuple[JobHost, Rules]:
-        """What serves the job's devices, and the checks of their frames."""
+    def _build(self, tell: Tell) -> tuple[JobHost, Terms]:
+        """What serves the job's devices, and what frames are checked by; the host knows what differs between them."""
         source, config = open_model(self._task.model), self._config
         ledger = Ledger(slow_down=self._serving.slow_down)
         if ledger.slow_down > 1:
@@ -157,7 +157,7 @@ class StageActor:
         self._lora = lora_config(config, source.config)
         host = JobHost(method_of(config).host_steps(resources), context)
         model = source.config
-        return host, Rules(self._task.job, config, model.hidden_size, model.vocab_size, ())
+        return host, Terms(config, 1, (), model.hidden_size, model.vocab_size)
 
     def _allowed(self, peer: Peer) -> bool:
         return self._devices.get(peer.name) == peer.serial

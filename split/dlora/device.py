@@ -18,21 +18,21 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from isthmus.protos.v1 import stage_pb2
-from isthmus.split.data.sequences import IGNORE, Sequences
+from isthmus.split.data.sequences import IGNORE, Sequences, seen_positions
 from isthmus.split.dlora.killing import Killing
 from isthmus.split.dlora.modules import ActiveSet, RemoteModules, asked_site
 from isthmus.split.errors import BadTensor
 from isthmus.split.job.shapes import Shape
 from isthmus.split.link.coding import Terms
-from isthmus.split.link.protocol import EVALUATIONS_AHEAD
-from isthmus.split.link.session import INPUT_GRADIENT, Frame, Link, Phase
+from isthmus.split.link.device import Link
+from isthmus.split.link.frames import EVALUATIONS_AHEAD, INPUT_GRADIENT, Frame, Phase
 from isthmus.split.lora.lora import lora_parameters
 from isthmus.split.lora.sites import layout_of
 from isthmus.split.models.precision import autocast
 from isthmus.split.models.stage import Stage
 from isthmus.split.plan.choose import FRONT, FRONT_BACKWARD, TAIL
 from isthmus.split.training.device_steps import Batch, DeviceContext, DeviceSteps, Gradients
-from isthmus.split.training.frames import check_answer, of_use, seen_positions, tensor_like
+from isthmus.split.training.frames import of_use, tensor_like
 from isthmus.split.training.loss import nll_where_wanted
 
 MODULES, MODULES_BACKWARD = "modules", "modules backward"  # of its work in the ledger, beside the planner's names
@@ -69,7 +69,7 @@ class DloraDevice(DeviceSteps):
         super().__init__(context)
         config = context.config
         self.front, self.tail = stages
-        self.hidden_size = int(self.front.model.config.hidden_size)
+        self.model = self.front.model.config
         shape = shape or Shape(config.devices.cut_layer, config.lora.rank)
         self.layout = layout_of(model, config).cut_at(shape.cut, shape.rank)
         self._device, self._dtype = next(self.front.parameters()).device, context.dtype
@@ -81,7 +81,7 @@ class DloraDevice(DeviceSteps):
 
     @property
     def terms(self) -> Terms:
-        return replace(super().terms, widest=self.layout.widest)
+        return replace(super().terms, layout=self.layout)
 
     def own_adapter(self) -> dict[str, Tensor]:
         """Dropped modules have a B of zeros."""
@@ -231,7 +231,6 @@ class DloraDevice(DeviceSteps):
                 continue
             asked = link.receive()
             part = under_way.get(asked.micro_batch)
-            check_answer(asked, Phase.EVALUATE, step, asked.micro_batch)
             if part is None:
                 raise BadTensor(f"the coordinator sent EVALUATE of batch {asked.micro_batch}, which is not due")
             if asked.site:

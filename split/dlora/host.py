@@ -25,8 +25,7 @@ from isthmus.split.finite import DIVERGED, can_be_used
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.events import log_line
 from isthmus.split.job.groups import MERGE
-from isthmus.split.link.protocol import EVALUATIONS_AHEAD
-from isthmus.split.link.session import ENDS, Frame, Phase
+from isthmus.split.link.frames import ENDS, EVALUATIONS_AHEAD, Frame, Phase
 from isthmus.split.lora.lora import shapes_of
 from isthmus.split.lora.sites import Layout, adapter_of
 from isthmus.split.training.averages import Aggregation, Averages

@@ -18,8 +18,8 @@ from isthmus.split.errors import IsthmusError
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.events import Tell, tell_nobody
 from isthmus.split.job.shapes import Shape, fixed_shapes
+from isthmus.split.link.device import LocalLink
 from isthmus.split.link.profile import LinkProfile
-from isthmus.split.link.session import LocalLink
 from isthmus.split.methods import method_of
 from isthmus.split.models.precision import pick_device, pick_precision
 from isthmus.split.models.source import TensorSource
@@ -82,7 +82,8 @@ class LocalJob:
             trainer.run(link, cancelled=threading.Event())
         except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
             self._errors.append(error)
-            link.close()  # the others go on without it
+        finally:
+            link.close()  # after an error the others go on without it
 
 
 def local_trainer(

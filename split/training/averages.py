@@ -10,7 +10,7 @@ from torch import Tensor
 from isthmus.split.aggregation.averaging import Averager, Share
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import AVERAGE
-from isthmus.split.link.session import Frame, Phase
+from isthmus.split.link.frames import Frame, Phase
 from isthmus.split.lora.lora import flatten, shapes_of, unflatten
 
 

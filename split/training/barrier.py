@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from isthmus.protos.v1 import stage_pb2
-from isthmus.split.link.session import Frame
+from isthmus.split.link.frames import Frame
 
 
 @dataclass(frozen=True, order=True)

@@ -18,11 +18,12 @@ from isthmus.split.codecs import FAMILIES
 from isthmus.split.errors import BadTensor, WrongState
 from isthmus.split.job.shapes import Shape
 from isthmus.split.link.coding import Terms
-from isthmus.split.link.session import ENDS, Frame, Link, Phase
+from isthmus.split.link.device import Link
+from isthmus.split.link.frames import ENDS, Frame, Phase
 from isthmus.split.lora.lora import flatten, load_flat, shapes_of
 from isthmus.split.training.checkpoint import DeviceRecord, DeviceState
 from isthmus.split.training.device_steps import DeviceContext, DeviceSteps, Gradients
-from isthmus.split.training.frames import answer_of, numbers_of, tensor_like
+from isthmus.split.training.frames import numbers_of, tensor_like
 from isthmus.split.training.measurements import Measurements
 from isthmus.split.training.optim import Stepper
 
@@ -57,7 +58,7 @@ class DeviceTrainer:
     ) -> None:
         self.config, self.ledger, self.steps = context.config, context.ledger, steps
         self._validation, self._samples = context.validation, len(context.train.input_ids)
-        self._measurements = Measurements(context.config, context.ledger, steps.hidden_size)
+        self._measurements = Measurements(context.config, context.ledger, int(steps.model.hidden_size))
         self._record, self._stage_digest = record, stage_digest
         self.stepper = Stepper(steps.parameters, self.config)
         self._initial = self._average = flatten(steps.parameters)  # _average: what all devices had last
@@ -116,7 +117,7 @@ class DeviceTrainer:
         keep(self.adapter())
         link.send(Frame(Phase.REPORT, step=self.config.steps, values=numbers_of(self.ledger.summary())))
         link.send(Frame(Phase.CLOSE, step=self.config.steps))
-        answer_of(link, Phase.CLOSE, self.config.steps)
+        link.receive()
 
     # ---- a session ----
 
@@ -203,7 +204,7 @@ class DeviceTrainer:
         differs = link.coder.adapters_differ("adapters_down")
         measured = self._measurements.take(link)
         link.send(Frame(Phase.AGGREGATE, self.step - 1, tensor=gain, measured=measured))
-        answer = answer_of(link, Phase.AGGREGATE, self.step - 1)
+        answer = link.receive()
         if answer.shape is not None:
             self._move(link, answer.shape)
             self._average = tensor_like(answer, self._initial.shape)

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices, micro_batch_slices
 from isthmus.split.errors import WrongState
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import Shape
 from isthmus.split.link.coding import Plan, Terms
-from isthmus.split.link.session import Frame, Link
+from isthmus.split.link.device import Link
+from isthmus.split.link.frames import Frame
 from isthmus.split.lora.lora import shapes_of
 from isthmus.split.resources.ledger import Ledger
 
@@ -66,10 +68,11 @@ class Gradients:
 
 
 class DeviceSteps(ABC):
-    """A method's side of a job on a device. parameters: all that trains here, by their names in the whole model."""
+    """A method's side of a job on a device. parameters: all that trains here, by their names in the whole model. model:
+    its configuration."""
 
     parameters: dict[str, nn.Parameter]
-    hidden_size: int
+    model: PreTrainedConfig
 
     def __init__(self, context: DeviceContext) -> None:
         self.context, self.config, self.ledger = context, context.config, context.ledger
@@ -89,7 +92,8 @@ class DeviceSteps(ABC):
     @property
     def terms(self) -> Terms:
         """Of a link for this device."""
-        return Terms(self.config, len(self.context.train), shapes_of(self.parameters))
+        model, shapes = self.model, shapes_of(self.parameters)
+        return Terms(self.config, len(self.context.train), shapes, model.hidden_size, model.vocab_size)
 
     @property
     def shape(self) -> Shape | None:

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from isthmus.protos.v1 import stage_pb2
-from isthmus.split.data.sequences import IGNORE
+from isthmus.split.data.sequences import IGNORE, seen_positions
 from isthmus.split.errors import BadFrame, BadTensor
-from isthmus.split.link.session import Frame, Link, Phase
+from isthmus.split.link.frames import Frame, Phase
 
 _NEARLY_ALL = 0.97  # of the positions: then it is not worth saying which
 
@@ -20,23 +19,6 @@ def tensor_of(frame: Frame) -> Tensor:
     if frame.tensor is None:
         raise BadFrame(f"{Phase.Name(frame.phase)} without its tensor")
     return frame.tensor
-
-
-def answer_of(link: Link, phase: stage_pb2.Phase, step: int) -> Frame:
-    """The next answer of the stage. Raises BadTensor unless it is of this phase and step."""
-    answer = link.receive()
-    check_answer(answer, phase, step, 0)
-    return answer
-
-
-def check_answer(answer: Frame, phase: stage_pb2.Phase, step: int, micro_batch: int) -> None:
-    """Raises BadTensor for an answer to something else."""
-    if (answer.phase, answer.step, answer.micro_batch) != (phase, step, micro_batch):
-        got, want = Phase.Name(answer.phase), Phase.Name(phase)
-        raise BadTensor(
-            f"the coordinator answered {got} of step {answer.step}, micro-batch {answer.micro_batch}, where {want} of "
-            f"step {step}, micro-batch {micro_batch} was due"
-        )
 
 
 def tensor_like(frame: Frame, shape: torch.Size) -> Tensor:
@@ -62,11 +44,6 @@ def of_use(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None
     if wanted.float().mean() > _NEARLY_ALL:
         return hidden_states, None
     return hidden_states * seen_positions(wanted).unsqueeze(-1), wanted
-
-
-def seen_positions(wanted: Tensor) -> Tensor:
-    """(rows, sequence) bool: the positions up to the last wanted one of each row, which alone can influence it."""
-    return wanted.flip(1).cummax(1).values.flip(1)
 
 
 def where_wanted(outputs: Tensor, wanted: Tensor | None) -> Tensor:

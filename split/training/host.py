@@ -6,7 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from isthmus.split.errors import BadRequest
-from isthmus.split.link.session import Deliver, Frame
+from isthmus.split.link.frames import Frame
+from isthmus.split.link.stage import Deliver
 from isthmus.split.lora.sites import Layout
 from isthmus.split.training.hosted_job import HostContext, HostedJob, Outcome
 from isthmus.split.training.inbox import Inbox

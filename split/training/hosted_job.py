@@ -31,7 +31,8 @@ from isthmus.split.finite import DIVERGED
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.events import Tell, log_line, tell_nobody
 from isthmus.split.link.coding import Plan
-from isthmus.split.link.session import ENDS, Deliver, Frame, Phase
+from isthmus.split.link.frames import ENDS, Frame, Phase
+from isthmus.split.link.stage import Deliver
 from isthmus.split.training.barrier import Barrier
 from isthmus.split.training.checkpoint import Checkpoint, CheckpointFolder
 from isthmus.split.training.deadlines import Deadlines

@@ -18,8 +18,8 @@ from isthmus.split.aggregation.merging import Merging
 from isthmus.split.errors import WrongState
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import Shape, as_plain
+from isthmus.split.link.frames import Frame, Phase
 from isthmus.split.link.profile import LinkProfile
-from isthmus.split.link.session import Frame, Phase
 from isthmus.split.lora.frozen import Frozen
 from isthmus.split.lora.lora import A, shapes_of
 from isthmus.split.models.stage import Stage
@@ -68,8 +68,10 @@ class JobAdapters:
         return self._merging.values_of(device) if self._merging else self._averages.initial.numel()
 
     def shapes_for(self, device: str) -> tuple[tuple[int, ...], ...] | None:
-        """Of the matrices of a device's adapter; None where they are the same for all."""
-        if self._merging is None or device not in self._merging.shapes:
+        """Of the matrices of a device's adapter; None for a device that has no part in the job."""
+        if self._merging is None:
+            return self._averages.shapes
+        if device not in self._merging.shapes:
             return None
         return shapes_of(self._merging.like_of(self._merging.shapes[device]))
 

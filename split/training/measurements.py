@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 from isthmus.protos.v1 import stage_pb2
 from isthmus.split.job.config import TrainingConfig
+from isthmus.split.link.device import Link
 from isthmus.split.link.ladder import candidates
 from isthmus.split.link.profile import LinkProfile, codec_seconds
-from isthmus.split.link.session import Link
 from isthmus.split.plan.choose import DEVICE_WORK, RECENT
 from isthmus.split.resources.ledger import Ledger
 

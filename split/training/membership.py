@@ -11,8 +11,9 @@ from isthmus.split.errors import BadFrame
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.streams import missing_families, remembers_samples
 from isthmus.split.link.coding import Plan
+from isthmus.split.link.frames import Frame, Phase
 from isthmus.split.link.profile import LinkProfile
-from isthmus.split.link.session import Deliver, Frame, Phase
+from isthmus.split.link.stage import Deliver
 
 _MOST_KEYS = 2**24  # samples of a device that codecs with a memory tell apart: their order takes 8 bytes each
 

@@ -8,8 +8,8 @@ from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.events import Tell, log_line
 from isthmus.split.job.streams import stream_of
 from isthmus.split.link.coding import Plan
+from isthmus.split.link.frames import Frame
 from isthmus.split.link.profile import LinkProfile
-from isthmus.split.link.session import Frame
 from isthmus.split.plan.choose import Planner, View
 from isthmus.split.training.membership import JoinedDevice
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from isthmus.protos.v1.events_pb2 import Event, StepDone
 from isthmus.split.job.events import Tell
-from isthmus.split.link.session import Frame
+from isthmus.split.link.frames import Frame
 
 
 class Progress:

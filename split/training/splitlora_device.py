@@ -20,15 +20,15 @@ from torch.func import functional_call
 
 from isthmus.split.data.sequences import IGNORE, Sequences
 from isthmus.split.job.shapes import Shape
-from isthmus.split.link.protocol import EVALUATIONS_AHEAD
-from isthmus.split.link.session import Frame, Link, Phase
+from isthmus.split.link.device import Link
+from isthmus.split.link.frames import EVALUATIONS_AHEAD, Frame, Phase
 from isthmus.split.lora.frozen import FrozenPart
 from isthmus.split.lora.lora import lora_parameters
 from isthmus.split.models.precision import autocast
 from isthmus.split.models.stage import Stage
 from isthmus.split.plan.choose import FRONT, FRONT_BACKWARD, TAIL
 from isthmus.split.training.device_steps import Batch, DeviceContext, DeviceSteps, Gradients
-from isthmus.split.training.frames import answer_of, check_answer, of_use, tensor_like, value_of
+from isthmus.split.training.frames import of_use, tensor_like, value_of
 from isthmus.split.training.loss import nll_where_wanted
 
 Reshape = Callable[[Shape], tuple[Sequence[Stage], str]]
@@ -95,7 +95,7 @@ class SplitLoraDevice(DeviceSteps):
         self.front = stages[0]
         self.tail = stages[1] if len(stages) > 1 else None
         self.parameters = lora_parameters(stages)
-        self.hidden_size = int(self.front.model.config.hidden_size)
+        self.model = self.front.model.config
         self._front_lora = {
             name: parameter for name, parameter in self.front.named_parameters() if parameter.requires_grad
         }
@@ -155,7 +155,6 @@ class SplitLoraDevice(DeviceSteps):
         """The last hidden states of a micro-batch have come: its loss, and the gradient by them."""
         assert self.tail is not None
         number, batch = under_way.asked, under_way.batch
-        check_answer(answer, Phase.FORWARD, batch.step, number)
         last = tensor_like(answer, under_way.smashed[number].shape).to(self._device).requires_grad_()
         labels = batch.labels[batch.slices[number]]
         with self.ledger.computing((TAIL, last.shape, int((labels != IGNORE).sum()))):
@@ -171,7 +170,6 @@ class SplitLoraDevice(DeviceSteps):
     def _front_backward(self, under_way: _UnderWay, answer: Frame) -> None:
         """The gradient at the cut of a micro-batch has come."""
         number, batch = under_way.done, under_way.batch
-        check_answer(answer, Phase.FORWARD if self.tail is None else Phase.BACKWARD, batch.step, number)
         if self.tail is None:
             under_way.loss += value_of(answer, "nll")
             under_way.asked += 1
@@ -192,7 +190,7 @@ class SplitLoraDevice(DeviceSteps):
 
         def take() -> None:
             nonlocal total, count
-            loss, tokens = self._evaluated(answer_of(link, Phase.EVALUATE, step), *waiting.popleft())
+            loss, tokens = self._evaluated(link.receive(), *waiting.popleft())
             total, count = total + loss, count + tokens
 
         for input_ids, labels in _batches(held_out, self.config.batch_size):

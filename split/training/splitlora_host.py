@@ -16,7 +16,8 @@ from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.aggregation.averaging import Share
 from isthmus.split.errors import BadTensor
 from isthmus.split.finite import DIVERGED, is_finite
-from isthmus.split.link.session import Frame, Phase
+from isthmus.split.link.frames import Frame, Phase
+from isthmus.split.link.order import Order
 from isthmus.split.training.averages import Aggregation
 from isthmus.split.training.barrier import Place
 from isthmus.split.training.checkpoint import Checkpoint
@@ -25,7 +26,6 @@ from isthmus.split.training.job_adapters import JobAdapters
 from isthmus.split.training.loss import nll
 from isthmus.split.training.membership import JoinedDevice
 from isthmus.split.training.server import ServerTrainer
-from isthmus.split.training.step_order import StepOrder
 from isthmus.split.training.steps import HostSteps
 
 
@@ -38,7 +38,7 @@ class SplitLoraHost(HostSteps):
         self.trainer, self.adapters = trainer, adapters
         self.ledger, self.hidden_size = trainer.ledger, int(trainer.stage.model.config.hidden_size)
         self.digest = adapters.digest
-        self._orders: dict[str, StepOrder] = {}
+        self._orders: dict[str, Order] = {}
         self._norms: dict[str, tuple[float, int]] = {}  # of the last step's gradients on the devices
         self._stepped_ahead = False  # with overlap stale: this side has done a step whose STEP frames have not all come
         self._steps_timed = 0
@@ -55,17 +55,18 @@ class SplitLoraHost(HostSteps):
         self.adapters.check_open(device, opened)
 
     def begin(self, device: JoinedDevice) -> Frame:
-        self._orders[device.name] = StepOrder.at(device.step, device.plan)
+        order = self._orders[device.name] = Order(self.job.config, device.name)
+        order.admit(device.step)
         return self.adapters.start(device.name, device.opened, self.job.point)
 
     def check(self, device: JoinedDevice, frame: Frame) -> None:
-        order, config = self._orders[device.name], self.job.config
+        order = self._orders[device.name]
         if frame.phase in (Phase.EVALUATE, Phase.REPORT):
-            order.check_evaluates(frame, config)
+            order.check_evaluation(frame)
         elif frame.phase == Phase.CLOSE:
             super().check(device, frame)
         else:
-            order.take(device.name, frame, config)
+            order.take(frame)
             self.job.plans.look_at(frame, upward=True)
 
     def answered(self, device: JoinedDevice, frame: Frame) -> None:

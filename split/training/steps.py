@@ -10,7 +10,7 @@ from torch import Tensor
 
 from isthmus.protos.v1 import stage_pb2
 from isthmus.split.aggregation.averaging import Share
-from isthmus.split.link.session import Frame, Phase
+from isthmus.split.link.frames import Frame, Phase
 from isthmus.split.lora.sites import Layout
 from isthmus.split.resources.ledger import Ledger
 from isthmus.split.training.averages import Aggregation

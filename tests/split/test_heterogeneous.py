@@ -16,8 +16,8 @@ from isthmus.split.codecs import FAMILIES
 from isthmus.split.errors import BadRequest, BadTensor, WrongState
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import Shape, fixed_shapes
-from isthmus.split.link.coding import Terms
-from isthmus.split.link.session import Frame, LocalLink, Phase
+from isthmus.split.link.device import LocalLink
+from isthmus.split.link.frames import Frame, Phase
 from isthmus.split.lora.lora import lora_config, lora_parameters, save_adapter
 from isthmus.split.models.source import ModelFolder
 from isthmus.split.plan.parts import device_stages
@@ -198,7 +198,7 @@ def test_the_only_device_with_a_shape_of_its_own_loses_its_link_and_ends_with_th
 
 def test_a_device_with_an_adapter_of_another_shape_is_not_let_in(llama: Path) -> None:
     job = Devices(llama, LEAVING, ["a", "b", "c"])
-    link = LocalLink(job.host, "c", Terms(LEAVING, 20), Ledger(), timeout=10)
+    link = LocalLink(job.host, "c", job.trainers["a"].terms, Ledger(), timeout=10)
     values = sum(value.numel() for value in job.trainers["a"].parameters.values())
     opened = stage_pb2.Open(codecs=sorted(FAMILIES), samples=5, adapter_values=values)
     link.send(Frame(Phase.OPEN, open=opened))

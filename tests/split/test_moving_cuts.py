@@ -14,8 +14,8 @@ from transformers import LlamaConfig
 from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import Shape, from_plain
+from isthmus.split.link.device import LocalLink
 from isthmus.split.link.profile import LinkProfile
-from isthmus.split.link.session import LocalLink
 from isthmus.split.plan.costs import Costs
 from isthmus.split.plan.moving import Mover, Seen
 from isthmus.split.plan.shapes import Able, Choice, choose_shapes
@@ -119,7 +119,7 @@ def _alone(folder: Path, cut_after: int | None) -> dict[str, torch.Tensor]:
     trainer = device_trainer(folder, config, random_text(0, 20, 16, VOCABULARY), shape=shape, moves=True)
     if cut_after is not None:
         with pytest.raises(Exception, match="the link was cut"):
-            trainer.run(CutLink(host, "a", config, cut_after), cancelled=threading.Event())
+            trainer.run(CutLink(host, "a", trainer.terms, cut_after), cancelled=threading.Event())
     trainer.run(LocalLink(host, "a", trainer.terms, Ledger()), cancelled=threading.Event())
     assert finished.wait(60)
     host.close()

@@ -15,7 +15,8 @@ from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.dlora.backbone import _in_one_thread
 from isthmus.split.errors import BadFrame, BadRequest, BadTensor, IsthmusError, LinkLost
 from isthmus.split.job.config import TrainingConfig
-from isthmus.split.link.session import INPUT_GRADIENT, Frame, LocalLink, Phase
+from isthmus.split.link.device import LocalLink
+from isthmus.split.link.frames import INPUT_GRADIENT, Frame, Phase
 from isthmus.split.methods.local import train_locally
 from isthmus.split.models.source import ModelFolder
 from isthmus.split.training.checkpoint import CheckpointFolder, DeviceRecord

@@ -21,7 +21,8 @@ from isthmus.split.data.sequences import Sequences
 from isthmus.split.errors import BadRequest, LinkLost
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.link.coding import Plan
-from isthmus.split.link.session import Frame, Link, LocalLink, Phase
+from isthmus.split.link.device import Link, LocalLink
+from isthmus.split.link.frames import Frame, Phase
 from isthmus.split.lora.lora import add_lora, flatten, lora_config, lora_parameters
 from isthmus.split.models.source import ModelFolder
 from isthmus.split.models.stage import Stage, StageSpec, build_stages
@@ -77,17 +78,16 @@ class ToyDevice(DeviceSteps):
 
     def __init__(self, context: DeviceContext, model: Stage) -> None:
         super().__init__(context)
-        self._model, self.parameters = model, lora_parameters([model])
-        self.hidden_size = int(model.model.config.hidden_size)
+        self._stage, self.parameters, self.model = model, lora_parameters([model]), model.model.config
 
     def train(self, link: Link, step: int) -> Gradients:
         batch = Batch.of(self.context, step, link.coder.plan, torch.device("cpu"))
-        loss, tokens = nll(self._model(batch.input_ids), batch.labels)
+        loss, tokens = nll(self._stage(batch.input_ids), batch.labels)
         (loss / tokens).backward()
         return Gradients(float(loss.detach()), tokens)
 
     def evaluate(self, link: Link, step: int, held_out: Sequences) -> tuple[float, int]:
-        loss, tokens = nll(self._model(held_out.input_ids), held_out.labels)
+        loss, tokens = nll(self._stage(held_out.input_ids), held_out.labels)
         return float(loss), tokens
 
 
@@ -115,15 +115,15 @@ class CutLink(LocalLink):
 
     def __init__(self, job: Job, name: str, place: tuple[Phase, int] | None, *, silent: bool = False) -> None:
         super().__init__(job.host, name, job.trainers[name].terms, Ledger(), timeout=60)
-        self._place, self._silent, self._over = place, silent, False
+        self._place, self._silent, self._ended = place, silent, False
 
     def send(self, frame: Frame) -> None:
         if self._place is not None and frame.phase == self._place[0] and frame.step >= self._place[1]:
-            self._over = True
+            self._ended = True
             if not self._silent:
                 self.close()
                 raise LinkLost("the link was cut")
-        if not self._over:
+        if not self._ended:
             super().send(frame)
 
 
