@@ -25,13 +25,12 @@ from isthmus.split.errors import IsthmusError, LinkLost, NotAllowed, NotFound
 from isthmus.split.inference.holding import Holding
 from isthmus.split.inference.serving import ServingConfig
 from isthmus.split.job.config import TrainingConfig
-from isthmus.split.job.groups import MERGE
 from isthmus.split.job.shapes import Shape, asked
 from isthmus.split.link.backoff import Backoff
 from isthmus.split.link.device import GrpcLink
 from isthmus.split.lora.lora import lora_config, save_adapter
 from isthmus.split.lora.served import LoraAdapter
-from isthmus.split.methods import method_of
+from isthmus.split.methods import METHODS, method_of
 from isthmus.split.models.blobs import Blobs
 from isthmus.split.models.precision import pick_device, pick_precision
 from isthmus.split.models.source import TensorSource
@@ -49,8 +48,8 @@ log = logging.getLogger(__name__)
 State = pb.TaskState
 LABELS_LEAVE = "labels-leave"  # a permission: jobs whose labels, which are the text, go to the coordinator
 MODULES_LEAVE = "modules-leave"  # a permission: jobs in which what was learnt from the text goes to the coordinator
-SERVE, TRAINING, DLORA = "serve", "splitlora", "dlora"
-ALLOWED = (TRAINING, DLORA, LABELS_LEAVE, SERVE)  # unless the owner says something else
+SERVE = "serve"
+ALLOWED = (*METHODS, LABELS_LEAVE, SERVE)  # unless the owner says something else
 TASK_KINDS = (*ALLOWED, MODULES_LEAVE)
 _FIRST_RETRY, _LAST_RETRY = 1.0, 20.0  # seconds up to which the first wait for the stage, and any, is drawn
 
@@ -127,9 +126,10 @@ class Runner(threading.Thread):
                     "the owner of this device keeps its labels: only jobs with --labels device may run here"
                 )
             log.warning("job %s: labels go to the coordinator, which can read the text of %s", self.task.job, data.name)
-        if (config.dlora.aggregate or config.dlora.killed == MERGE) and MODULES_LEAVE not in self._options.allow:
+        lets_out = method_of(config).lets_out(config)
+        if lets_out and MODULES_LEAVE not in self._options.allow:
             raise NotAllowed(
-                "the owner of this device keeps what its modules learn: jobs with --aggregate or --killed merge run "
+                f"the owner of this device keeps what its modules learn: jobs with {lets_out} run "
                 f"here with `isthmus-client run --allow {','.join(self._options.allow)},{MODULES_LEAVE}`"
             )
         source, _, digest = self._weights()

@@ -107,10 +107,6 @@ class DloraHost(HostSteps):
         if exchange is not None:
             exchange.end()
 
-    def close(self) -> None:
-        for exchange in self._exchanges.values():
-            exchange.end()
-
     def owed_by(self, device: JoinedDevice) -> float | None:
         passes = self._exchanges[device.name].passes
         return max(passing.waits_for for passing in passes.values()) if passes else None

@@ -46,11 +46,20 @@ class JobHost:
     def close(self) -> None:
         """Ends the thread once what was submitted is done."""
         self._inbox.close()
-        self.steps.close()
+        for device in self.job.members.joined.values():
+            self.steps.left(device)
 
     def outcome(self) -> Outcome:
         """After `finished`."""
-        return self.job.outcome()
+        job, point = self.job, self.job.point
+        return Outcome(
+            adapter=self.steps.adapter(point),
+            server=point.server,
+            device_adapter=point.device_adapter,
+            losses=job.progress.losses,
+            perplexities=job.evaluations.perplexities,
+            resources=job.resources,
+        )
 
     def adapter_shapes(self, device: str) -> tuple[tuple[int, ...], ...] | None:
         return self.steps.adapter_shapes(device)

@@ -98,12 +98,6 @@ class HostedJob:
         """The last aggregation, or the start."""
         return self._recovery.point
 
-    def outcome(self) -> Outcome:
-        adapter, server = self.steps.adapter(self.point), self.point.server
-        average = self.point.device_adapter
-        perplexities = self.evaluations.perplexities
-        return Outcome(adapter, server, average, self.progress.losses, perplexities, self.resources)
-
     # ---- what devices do ----
 
     def join(self, name: str, frame: Frame, deliver: Deliver) -> None:

@@ -63,3 +63,12 @@ class Method(ABC):
     @abstractmethod
     def device_steps(self, context: DeviceContext, resources: DeviceResources) -> DeviceSteps:
         """What it does on a device."""
+
+    @abstractmethod
+    def check_shapes(self, config: TrainingConfig, shapes: Mapping[str, Shape]) -> None:
+        """Raises BadRequest for devices that cannot take part in one job. shapes: by device."""
+
+    def lets_out(self, config: TrainingConfig) -> str:
+        """Options of a job by which more leaves devices than the method says, and its owner has to allow; empty: none
+        of them is chosen."""
+        return ""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from isthmus.split.job.shapes import Shape
+from collections.abc import Mapping
+
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.job.shapes import Shape, aggregation_of
 from isthmus.split.lora.lora import initial_adapter
 from isthmus.split.models.stage import Stage
 from isthmus.split.plan.parts import device_stages, merging_of, parts_of, server_stages
@@ -15,6 +18,9 @@ from isthmus.split.training.splitlora_host import SplitLoraHost
 
 
 class SplitLora(Method):
+    def check_shapes(self, config: TrainingConfig, shapes: Mapping[str, Shape]) -> None:
+        aggregation_of(config, shapes)
+
     def host_steps(self, resources: StageResources) -> SplitLoraHost:
         source, config, shapes = resources.source, resources.config, resources.shapes
         parts = parts_of(source.config, config, next(iter(shapes.values())))

@@ -127,6 +127,3 @@ class HostSteps(ABC):
     def layout_for(self, device: str) -> Layout | None:
         """Where a device's modules are in the stage's blocks, if any are."""
         return None
-
-    def close(self) -> None:  # noqa: B027  # most have none
-        """The host's thread has ended."""
