@@ -27,7 +27,7 @@ from isthmus.split.link.coding import Plan, Terms
 from isthmus.split.link.device import GrpcLink, LocalLink
 from isthmus.split.link.frames import HELD, UNDER_WAY, Frame, Phase
 from isthmus.split.link.profile import LinkProfile
-from isthmus.split.link.session import Session
+from isthmus.split.link.session import SessionEnd
 from isthmus.split.link.stage import Host
 from isthmus.split.link.transport import MemoryTransport
 from isthmus.split.resources.ledger import Ledger
@@ -41,14 +41,14 @@ TERMS = Terms(CONFIG, 20, ((VALUES,),), HIDDEN, 50)
 PLAN = Plan(2, 2, choices("none"))
 
 
-def session(terms: Terms = TERMS) -> Session:
+def session(terms: Terms = TERMS) -> SessionEnd:
     """A device's end, after a plan of two micro-batches."""
-    made = Session("job", "s", terms, Ledger(), Ledger().traffic, device=True)
+    made = SessionEnd("job", "s", terms, Ledger(), Ledger().traffic, device=True)
     made.coder.use(PLAN)
     return made
 
 
-def asked(terms: Terms = TERMS) -> Session:
+def asked(terms: Terms = TERMS) -> SessionEnd:
     """One that has sent the first micro-batch of step 1."""
     made, labels = session(terms), terms.config.devices.labels == "server"
     frame = Frame(Phase.FORWARD, 1, tensor=torch.zeros(1, 3, HIDDEN))
@@ -76,8 +76,8 @@ def test_an_answer_that_was_agreed_comes_through_once() -> None:
 ODD: dict[str, tuple[dict[str, Any], str]] = {
     "another job": ({"job": "other"}, "a frame for job 'other'"),
     "another session": ({"session": "t"}, "a frame of another session"),
-    "another step": ({"step": 2}, "FORWARD of step 2, micro-batch 0, where that of step 1, micro-batch 0 was due"),
-    "a later micro-batch": ({"micro_batch": 1}, "micro-batch 1, where that of step 1, micro-batch 0 was due"),
+    "another step": ({"step": 2}, "FORWARD of step 2, micro-batch 0 is out of turn: that of step 1"),
+    "a later micro-batch": ({"micro_batch": 1}, "micro-batch 1 is out of turn: that of step 1, micro-batch 0 was due"),
     "a micro-batch that there is not": ({"micro_batch": 2}, "micro_batch 2"),
     "another phase": ({"phase": Phase.EVALUATE}, "EVALUATE of step 1, micro-batch 0 answers nothing"),
     "a phase that a device sends": ({"phase": Phase.STEP}, "STEP is not one that a coordinator sends"),
