@@ -25,6 +25,8 @@ from isthmus.split.job.streams import ADAPTERS, STREAMS
 from isthmus.split.lora.sites import Layout
 from isthmus.split.resources.ledger import Ledger
 
+_NOT_FINITE = f"a tensor with NaN or infinity: {DIVERGED}"
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -88,10 +90,13 @@ def stream_seed(seed: int, stream: str) -> int:
 
 
 class StreamCoder:
-    """One end of one stream of tensors: its codec, and what that remembers."""
+    """One end of one stream of tensors: its codec, and what that remembers.
 
-    def __init__(self, codec: AnyCodec, state: CodecState) -> None:
-        self.codec, self.state = codec, state
+    not_finite: what is said of a tensor with NaN or infinity from the other end.
+    """
+
+    def __init__(self, codec: AnyCodec, state: CodecState, not_finite: str = _NOT_FINITE) -> None:
+        self.codec, self.state, self._not_finite = codec, state, not_finite
 
     def encode(self, tensor: Tensor, keys: Sequence[int] | None = None) -> stage_pb2.Tensor:
         """keys: of the samples in the tensor's first dimension, for codecs that remember samples.
@@ -107,7 +112,7 @@ class StreamCoder:
         what has come from the other side goes into gradients and caches, and would stay there."""
         tensor = decode_tensor(message, expected, self.state, keys)
         if not is_finite(tensor):
-            raise BadTensor(f"a tensor with NaN or infinity: {DIVERGED}")
+            raise BadTensor(self._not_finite)
         return tensor
 
 

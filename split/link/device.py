@@ -17,7 +17,7 @@ from isthmus.split.errors import BadFrame, IsthmusError, LinkLost
 from isthmus.split.link.coding import Coder, Terms
 from isthmus.split.link.frames import HELD, UNDER_WAY, Frame, Phase, as_known
 from isthmus.split.link.profile import LinkProfile, probe
-from isthmus.split.link.session import Session
+from isthmus.split.link.session import SessionEnd
 from isthmus.split.link.stage import Host
 from isthmus.split.link.transport import GrpcTransport, MemoryTransport, Transport
 from isthmus.split.resources.ledger import Ledger
@@ -50,7 +50,7 @@ class SessionLink:
     def __init__(
         self,
         transport: Transport[stage_pb2.Frame, stage_pb2.Frame],
-        session: Session,
+        session: SessionEnd,
         ledger: Ledger,
         *,
         wire: Watch,
@@ -147,7 +147,7 @@ class LocalLink(SessionLink):
     ) -> None:
         """profile: what `measure` says: of the network that this link stands for."""
         self._profile = profile
-        session = Session("local", device, terms, ledger, ledger.traffic, device=True)
+        session = SessionEnd("local", device, terms, ledger, ledger.traffic, device=True)
         transport = MemoryTransport(host, device, session.job, terms)
         super().__init__(transport, session, ledger, wire=Watch(ledger.traffic.connections), timeout=timeout)
 
@@ -165,7 +165,7 @@ class GrpcLink(SessionLink):
         method = stage_pb2_grpc.StageStub(channel).Exchange
         super().__init__(
             GrpcTransport(method, "this job's stage"),
-            Session(job, session, terms, ledger, ledger.traffic, device=True),
+            SessionEnd(job, session, terms, ledger, ledger.traffic, device=True),
             ledger,
             wire=Watch(ledger.traffic.connections, port=port),
         )

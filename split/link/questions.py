@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from isthmus.protos.v1 import stage_pb2
 from isthmus.split.errors import BadFrame
 from isthmus.split.link.frames import Frame, Phase
+from isthmus.split.link.turns import Turns
 from isthmus.split.lora.sites import Layout
 
-_Place = tuple[int, int]  # step, micro-batch
-_NOWHERE = (0, 0)
+
+class _FramePlace(NamedTuple):
+    """Of a frame in a session."""
+
+    step: int
+    micro_batch: int
+
+    def __str__(self) -> str:
+        return f"step {self.step}, micro-batch {self.micro_batch}"
+
+
+_NOWHERE = _FramePlace(0, 0)
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class Questions:
     def __init__(self, layout: Layout | None = None) -> None:
         """layout: of the modules, in a job with method dlora."""
         self._layout = layout
-        self._due: dict[tuple[int, _Place], deque[tuple[_Place, Question]]] = {}
+        self._due: dict[tuple[int, _FramePlace], Turns[_FramePlace, Question]] = {}
         self._passes: dict[tuple[bool, int], Question] = {}  # DLoRA: evaluating, micro-batch
         self._lock = threading.Lock()  # one thread asks, another hears the answers
 
@@ -51,24 +62,22 @@ class Questions:
             if self._layout and not message.site and message.phase in (Phase.FORWARD, Phase.EVALUATE):
                 self._passes[_pass_key(message)] = question
             place = _place(message)
-            self._due.setdefault(self._key(message.phase, place), deque()).append((place, question))
+            self._due.setdefault(self._key(message.phase, place), Turns()).ask(place, question)
 
     def answered(self, frame: stage_pb2.Frame | Frame) -> Question:
         """The question that a frame answers. Raises BadFrame where another answer, or none, is due."""
         place = _place(frame)
         key = self._key(frame.phase, place)
         with self._lock:
-            due = self._due.get(key)
-            if frame.phase == Phase.CLOSE and not due:  # which also answers an OPEN that has come too late
-                key = self._key(Phase.OPEN, _NOWHERE)
-                due, place = self._due.get(key), _NOWHERE
-            name, where = _phase_name(frame.phase), f"step {frame.step}, micro-batch {frame.micro_batch}"
-            if not due:
-                raise BadFrame(f"{name} of {where} answers nothing")
-            if due[0][0] != place:
-                (step, micro_batch), _ = due[0]
-                raise BadFrame(f"{name} of {where}, where that of step {step}, micro-batch {micro_batch} was due")
-            _, question = due.popleft()
+            if frame.phase == Phase.CLOSE and key not in self._due:  # which also answers an OPEN that has come too late
+                place = _NOWHERE
+                key = self._key(Phase.OPEN, place)
+            due = self._due.get(key) or Turns[_FramePlace, Question]()
+            try:
+                question = due.next(place)
+            except BadFrame as error:
+                raise BadFrame(f"{_named(frame)} {error}") from None
+            due.done()
             if not due:
                 del self._due[key]
         return question
@@ -81,24 +90,23 @@ class Questions:
     def _pass_of(self, message: stage_pb2.Frame) -> Question:
         begun = self._passes.get(_pass_key(message))
         if begun is None:
-            place = f"step {message.step}, micro-batch {message.micro_batch}"
-            raise BadFrame(f"{_phase_name(message.phase)} of {place}, which is not under way")
+            raise BadFrame(f"{_named(message)}, which is not under way")
         return begun
 
     def _applied(self, message: stage_pb2.Frame) -> frozenset[int]:
         return self._layout.unpack(message.applied) if self._layout and message.applied else frozenset()
 
-    def _key(self, phase: int, place: _Place) -> tuple[int, _Place]:
+    def _key(self, phase: int, place: _FramePlace) -> tuple[int, _FramePlace]:
         return phase, place if self._layout else _NOWHERE
 
 
-def _place(frame: stage_pb2.Frame | Frame) -> _Place:
-    return _NOWHERE if frame.phase in (Phase.OPEN, Phase.PROBE) else (frame.step, frame.micro_batch)
+def _place(frame: stage_pb2.Frame | Frame) -> _FramePlace:
+    return _NOWHERE if frame.phase in (Phase.OPEN, Phase.PROBE) else _FramePlace(frame.step, frame.micro_batch)
 
 
 def _pass_key(message: stage_pb2.Frame) -> tuple[bool, int]:
     return message.phase == Phase.EVALUATE, message.micro_batch
 
 
-def _phase_name(phase: int) -> str:
-    return Phase.Name(phase) if phase in Phase.values() else str(phase)
+def _named(frame: stage_pb2.Frame | Frame) -> str:
+    return f"{Phase.Name(frame.phase)} of {_FramePlace(frame.step, frame.micro_batch)}"

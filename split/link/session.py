@@ -27,7 +27,7 @@ from isthmus.split.resources.traffic import Traffic
 log = logging.getLogger(__name__)
 
 
-class Session:
+class SessionEnd:
     """One end: its codecs, the questions under way, and the count of what crossed.
 
     One thread may encode while another decodes.
@@ -103,7 +103,7 @@ class Session:
     def _asked(self, message: stage_pb2.Frame, at: float, frame: Frame) -> None:
         rule = rule_for(self.coder.terms.config, True, message)
         if rule is not None and rule.answered:
-            self._questions.asked(message, at, _rows_of_use(frame))
+            self._questions.asked(message, at, _rows_of_use(frame) if self.coder.terms.layout else 0)
 
     def _message(self, frame: Frame) -> stage_pb2.Frame:
         message = stage_pb2.Frame(

@@ -12,7 +12,7 @@ from isthmus.protos.v1 import stage_pb2
 from isthmus.split.errors import IsthmusError
 from isthmus.split.link.coding import Terms
 from isthmus.split.link.frames import Frame, Phase
-from isthmus.split.link.session import Session
+from isthmus.split.link.session import SessionEnd
 from isthmus.split.lora.sites import Layout
 from isthmus.split.resources.ledger import Ledger
 from isthmus.split.resources.traffic import Traffic
@@ -60,7 +60,7 @@ class StageSession:
         terms = terms if adapter is None else replace(terms, adapter=adapter)  # () is that of a device of rank 0
         terms = terms if layout is None else replace(terms, layout=layout)
         self._host, self._device, self._put = host, device, put
-        self._session = Session(job, "", terms, host.ledger, traffic, device=False)
+        self._session = SessionEnd(job, "", terms, host.ledger, traffic, device=False)
         self._deliver = self._answer  # one object: it names this stream to the host
 
     def take(self, message: stage_pb2.Frame) -> Future[None] | None:

@@ -34,7 +34,7 @@ def test_an_answer_out_of_turn_is_refused() -> None:
     questions = Questions()
     for micro_batch in range(2):
         questions.asked(frame(Phase.FORWARD, 5, 1, 16, 4, micro_batch=micro_batch), at=0.0)
-    with pytest.raises(BadFrame, match="FORWARD of step 5, micro-batch 1, where that of step 5, micro-batch 0 was due"):
+    with pytest.raises(BadFrame, match="FORWARD of step 5, micro-batch 1 is out of turn: that of step 5"):
         questions.answered(frame(Phase.FORWARD, 5, micro_batch=1))
     with pytest.raises(BadFrame, match="BACKWARD of step 5, micro-batch 0 answers nothing"):
         questions.answered(frame(Phase.BACKWARD, 5))
