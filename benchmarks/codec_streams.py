@@ -14,9 +14,10 @@ from isthmus.split.data.stdlib_text import PRIVATE_MODULES, private_text
 from isthmus.split.errors import BadData
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.streams import TRAINING, stream_of
-from isthmus.split.link.session import Frame, LocalLink
+from isthmus.split.link.device import LocalLink
+from isthmus.split.link.frames import Frame
+from isthmus.split.methods.local import train_locally
 from isthmus.split.models.source import open_model
-from isthmus.split.training.local import train_split_locally
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,6 @@ def capture(model: str, path: Path | None, config: TrainingConfig, sequences: in
             take(frame, False)
             return frame
 
-    with patch("isthmus.split.training.local.LocalLink", Watched):
-        train_split_locally(source, config, [(train, None)])
+    with patch("isthmus.split.methods.local.LocalLink", Watched):
+        train_locally(source, config, [(train, None)])
     return passed

@@ -44,8 +44,8 @@ from isthmus.split.errors import BadData
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.link.profile import LinkProfile
 from isthmus.split.lora.lora import lora_config, save_adapter
+from isthmus.split.methods.local import train_locally
 from isthmus.split.models.source import open_model
-from isthmus.split.training.local import train_split_locally
 from isthmus.split.training.loss import nll
 
 _TRAINING_KINDS = ("forward", "backward", "aggregate", "step")
@@ -112,7 +112,7 @@ def run(case: Case, base: TrainingConfig, files: Mapping[str, Path], model: str,
     training = training_of(case, base)
     train, held_out = texts(case.data, files, training, model)
     source = open_model(model)
-    done = train_split_locally(source, training, [(train, None)], profile=_NARROW)
+    done = train_locally(source, training, [(train, None)], profile=_NARROW)
     ledger = done.ledgers["d0"]
     traffic = ledger.traffic
     size = sum(

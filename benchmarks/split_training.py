@@ -29,8 +29,8 @@ from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.data.sequences import Sequences, batch_indices, sequences_of_file
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.lora.lora import lora_config
+from isthmus.split.methods.local import train_locally
 from isthmus.split.models.source import ModelFolder, open_model
-from isthmus.split.training.local import train_split_locally
 
 UNSPLIT, LOCAL, ONE, THREE = "unsplit", "split_local", "grpc_one_device", "grpc_three_devices"
 VARIANTS = {LOCAL: 1, ONE: 1, THREE: 3}  # and their devices
@@ -110,7 +110,7 @@ def train_split(model: str, text_file: Path, config: TrainingConfig, step_done: 
         if event.HasField("step"):
             step_done()
 
-    train_split_locally(source, config, [(text, None)], tell=tell)
+    train_locally(source, config, [(text, None)], tell=tell)
 
 
 def _text(model: str, file: Path, config: TrainingConfig) -> tuple[ModelFolder, Sequences]:

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import platform
-import random
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 
@@ -22,11 +21,12 @@ from isthmus.client.runner import DeviceOptions, Runner
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from isthmus.split.errors import IsthmusError, NotAllowed, NotEnrolled
+from isthmus.split.link.backoff import Backoff
 from isthmus.split.tls import aio_channel, check_name, error_of
 
 log = logging.getLogger(__name__)
 
-_FIRST_RETRY, _LAST_RETRY = 0.5, 15.0  # seconds; each wait is drawn from half to one and a half of it
+_FIRST_RETRY, _LAST_RETRY = 1.0, 20.0  # seconds up to which the first wait, and any, is drawn
 _LEAVE_SECONDS = 10.0  # that a task gets to end when the daemon is told to
 _ENDED = (pb.TaskState.DONE, pb.TaskState.FAILED, pb.TaskState.CANCELLED)
 
@@ -47,23 +47,24 @@ class Daemon:
         self._stopping.set()
 
     async def run(self) -> None:
-        delay = _FIRST_RETRY
+        backoff = Backoff(_FIRST_RETRY, _LAST_RETRY)
         try:
             while not self._stopping.is_set():
                 try:
                     if await self._session():
-                        delay = _FIRST_RETRY
+                        backoff.reset()
                     if self._stopping.is_set():
                         break
-                    log.warning("the coordinator closed the session; connecting again")
+                    why = "the coordinator closed the session"
                 except (NotEnrolled, NotAllowed):
                     raise
                 except IsthmusError as error:
-                    log.warning("%s; trying again in about %.1f s", error, delay)
+                    why = str(error)
+                seconds = backoff.wait()
+                log.warning("%s; trying again in %.1f s", why, seconds)
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(delay * random.uniform(0.5, 1.5)):
+                    async with asyncio.timeout(seconds):
                         await self._stopping.wait()
-                delay = min(2 * delay, _LAST_RETRY)
         finally:
             await self._end_tasks()
 

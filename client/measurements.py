@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from isthmus.client.identity import Identity
-from isthmus.client.runner import DLORA, SERVE, TRAINING, DeviceOptions
+from isthmus.client.runner import SERVE, DeviceOptions
 from isthmus.split.errors import IsthmusError
 from isthmus.split.link.profile import LinkProfile
+from isthmus.split.methods import METHODS
 from isthmus.split.plan.link_probe import measure_link
 from isthmus.split.runtime.speed import (
     Speed,
@@ -48,7 +49,7 @@ class Measurements:
     def __init__(self, identity: Identity, options: DeviceOptions) -> None:
         self._identity, self._options = identity, options
         self._path = options.state / "speed.json"
-        self._serves, self._trains = SERVE in options.allow, bool({TRAINING, DLORA} & set(options.allow))
+        self._serves, self._trains = SERVE in options.allow, bool(METHODS.keys() & set(options.allow))
         self._speeds = kept_speeds(self._path, options.device, options.threads) if self._serves else []
         self._training = 0.0  # FLOP/s; 0: not measured yet
         self._link: LinkProfile | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import secrets
 import shutil
 import threading
@@ -22,36 +21,37 @@ from isthmus.client.weights import device_source
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from isthmus.split.data.sequences import Sequences, sequences_of_file
-from isthmus.split.dlora.device import DloraTrainer
 from isthmus.split.errors import IsthmusError, LinkLost, NotAllowed, NotFound
 from isthmus.split.inference.holding import Holding
 from isthmus.split.inference.serving import ServingConfig
 from isthmus.split.job.config import TrainingConfig
-from isthmus.split.job.groups import MERGE
 from isthmus.split.job.shapes import Shape, asked
-from isthmus.split.link.session import GrpcLink
+from isthmus.split.link.backoff import Backoff
+from isthmus.split.link.device import GrpcLink
 from isthmus.split.lora.lora import lora_config, save_adapter
 from isthmus.split.lora.served import LoraAdapter
+from isthmus.split.methods import METHODS, method_of
 from isthmus.split.models.blobs import Blobs
 from isthmus.split.models.precision import pick_device, pick_precision
 from isthmus.split.models.source import TensorSource
-from isthmus.split.models.stage import Stage, StageSpec
-from isthmus.split.plan.parts import device_stages
+from isthmus.split.models.stage import StageSpec
 from isthmus.split.resources.ledger import Ledger
 from isthmus.split.runtime.choose import RuntimeChoice, make_runtime
 from isthmus.split.tls import channel, check_name, join_address, split_address
-from isthmus.split.training.checkpoint import DeviceRecord, OptimizerRecord
+from isthmus.split.training.checkpoint import DeviceRecord
 from isthmus.split.training.device import Cancelled, DeviceTrainer, Progress
+from isthmus.split.training.device_steps import DeviceContext
+from isthmus.split.training.method import DeviceResources
 
 log = logging.getLogger(__name__)
 
 State = pb.TaskState
 LABELS_LEAVE = "labels-leave"  # a permission: jobs whose labels, which are the text, go to the coordinator
 MODULES_LEAVE = "modules-leave"  # a permission: jobs in which what was learnt from the text goes to the coordinator
-SERVE, TRAINING, DLORA = "serve", "splitlora", "dlora"
-ALLOWED = (TRAINING, DLORA, LABELS_LEAVE, SERVE)  # unless the owner says something else
+SERVE = "serve"
+ALLOWED = (*METHODS, LABELS_LEAVE, SERVE)  # unless the owner says something else
 TASK_KINDS = (*ALLOWED, MODULES_LEAVE)
-_FIRST_RETRY, _LAST_RETRY = 0.5, 15.0  # seconds between attempts to reach the stage again
+_FIRST_RETRY, _LAST_RETRY = 1.0, 20.0  # seconds up to which the first wait for the stage, and any, is drawn
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,10 @@ class Runner(threading.Thread):
                     "the owner of this device keeps its labels: only jobs with --labels device may run here"
                 )
             log.warning("job %s: labels go to the coordinator, which can read the text of %s", self.task.job, data.name)
-        if (config.dlora.aggregate or config.dlora.killed == MERGE) and MODULES_LEAVE not in self._options.allow:
+        lets_out = method_of(config).lets_out(config)
+        if lets_out and MODULES_LEAVE not in self._options.allow:
             raise NotAllowed(
-                "the owner of this device keeps what its modules learn: jobs with --aggregate or --killed merge run "
+                f"the owner of this device keeps what its modules learn: jobs with {lets_out} run "
                 f"here with `isthmus-client run --allow {','.join(self._options.allow)},{MODULES_LEAVE}`"
             )
         source, _, digest = self._weights()
@@ -139,16 +140,13 @@ class Runner(threading.Thread):
         trainer = self._trainer(source, digest, config, train, validation)
         self._state(State.RUNNING)
         traffic = trainer.ledger.traffic
+        keep = partial(self._keep, lora_config(config, source.config, self._shape(config).rank or None))
 
         def train_over(stage: grpc.Channel, port: int) -> None:
             link = GrpcLink(stage, self.task.job, secrets.token_hex(8), trainer.terms, trainer.ledger, port=port)
             try:
                 self._stoppable(link.close)
-                if isinstance(trainer, DloraTrainer):
-                    keep = partial(self._keep, lora_config(config, source.config, trainer.layout.rank or None))
-                    trainer.run(link, cancelled=self._cancelled, tell=self._log_progress, keep=keep)
-                else:
-                    trainer.run(link, cancelled=self._cancelled, tell=self._log_progress)
+                trainer.run(link, cancelled=self._cancelled, tell=self._log_progress, keep=keep)
             finally:
                 link.close()
 
@@ -208,42 +206,20 @@ class Runner(threading.Thread):
 
     def _trainer(
         self, source: TensorSource, digest: str, config: TrainingConfig, train: Sequences, validation: Sequences | None
-    ) -> DeviceTrainer | DloraTrainer:
+    ) -> DeviceTrainer:
         device = pick_device(self._options.device)
-        shape = self._shape(config)
-        stages = device_stages(source, config, shape, device)
-        if config.devices_train_all:
-            return DloraTrainer(
-                stages,
-                source.config,
-                config,
-                train,
-                validation,
-                Ledger(slow_down=self._options.slow_down),
-                dtype=pick_precision(config.optimizer.precision, device),
-                record=DeviceRecord(self._folder),
-                stage_digest=digest,
-                shape=shape,
-            )
+        dtype = pick_precision(config.optimizer.precision, device)
+        context = DeviceContext(config, train, validation, Ledger(slow_down=self._options.slow_down), dtype)
 
-        def reshape(shape: Shape) -> tuple[list[Stage], str]:
-            moved, _, digest = self._weights(cut=shape.cut)
+        def reload(cut: int) -> tuple[TensorSource, str]:
+            moved, _, digest = self._weights(cut=cut)
             self._state(State.RUNNING)
-            return device_stages(moved, config, shape, device), digest
+            return moved, digest
 
         moves = asked(config)[0].automatic
-        return DeviceTrainer(
-            stages,
-            config,
-            train,
-            validation,
-            Ledger(slow_down=self._options.slow_down),
-            dtype=pick_precision(config.optimizer.precision, device),
-            record=OptimizerRecord(self._folder),
-            stage_digest=digest,
-            shape=shape if moves else None,
-            reshape=reshape if moves else None,
-        )
+        resources = DeviceResources(source, self._shape(config), device, reload if moves else None)
+        steps = method_of(config).device_steps(context, resources)
+        return DeviceTrainer(context, steps, record=DeviceRecord(self._folder), stage_digest=digest)
 
     @property
     def _folder(self) -> Path:
@@ -276,7 +252,7 @@ class Runner(threading.Thread):
         work_done: a count that grows when a connection was of use.
         """
         host, port = stage_address(self.task.stage_address, self._identity.host)
-        delay = _FIRST_RETRY
+        backoff = Backoff(_FIRST_RETRY, _LAST_RETRY)
         while True:
             before = work_done()
             with channel(join_address(host, port), self._identity.credentials) as opened:
@@ -286,12 +262,12 @@ class Runner(threading.Thread):
                 except LinkLost as error:
                     lost = error
             if work_done() > before:
-                delay = _FIRST_RETRY
+                backoff.reset()
+            seconds = backoff.wait()
             if not self._cancelled.is_set():
-                log.warning("job %s: %s; trying again in about %.1f s", self.task.job, lost, delay)
-            if self._cancelled.wait(delay * random.uniform(0.5, 1.5)):
+                log.warning("job %s: %s; trying again in %.1f s", self.task.job, lost, seconds)
+            if self._cancelled.wait(seconds):
                 raise Cancelled("the task was cancelled")
-            delay = min(2 * delay, _LAST_RETRY)
 
     def _log_progress(self, progress: Progress) -> None:
         if progress.step % 10 == 0 or progress.step == progress.steps:

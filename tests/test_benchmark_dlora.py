@@ -18,8 +18,7 @@ from benchmarks.dlora.kill_and_revive import cases_of, training_of
 from benchmarks.dlora.runs import Case, Outcome, Point, Texts, run, spread
 from benchmarks.dlora.summary import BYTES_A_VALUE, keys, summarise
 from isthmus.split.data.documents import Document
-from isthmus.split.data.sequences import IGNORE, batch_indices
-from isthmus.split.dlora.device import seen_positions
+from isthmus.split.data.sequences import IGNORE, batch_indices, seen_positions
 from isthmus.split.dlora.kill_policy import KillPolicy
 from isthmus.split.dlora.module_costs import module_costs
 from isthmus.split.job.groups import KEEP

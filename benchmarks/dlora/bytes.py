@@ -26,9 +26,9 @@ from benchmarks.harness import (
 from isthmus.coordinator.cli.common import human_bytes
 from isthmus.split.data.documents import read_documents
 from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices, build_sequences
-from isthmus.split.dlora.local import train_dlora_locally
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.lora.sites import Layout, layout_of
+from isthmus.split.methods.local import train_locally
 from isthmus.split.models.source import open_model
 from isthmus.split.resources.ledger import Ledger
 from isthmus.split.training.device import seen_positions
@@ -56,7 +56,7 @@ def savings(layout: Layout, rows: int, rows_of_use: int) -> dict[str, int]:
 
 def measured(model: str, training: TrainingConfig, text: Sequences) -> int:
     """Bytes of modules in the job's steps."""
-    run = train_dlora_locally(open_model(model), training, [(text, None)])
+    run = train_locally(open_model(model), training, [(text, None)])
     return _of_modules(run.ledgers["d0"])
 
 

@@ -34,6 +34,7 @@ from isthmus.split.inference.exits import parse_exit
 from isthmus.split.inference.local import make_drafter
 from isthmus.split.inference.serving import CLOUD, ServingConfig, SpanConfig
 from isthmus.split.job.events import log_line
+from isthmus.split.link.backoff import Backoff
 from isthmus.split.models.source import ModelFolder, end_tokens, open_model
 from isthmus.split.printable import log_to_stderr
 from isthmus.split.runtime.choose import RuntimeChoice
@@ -41,8 +42,7 @@ from isthmus.split.tls import DEVICE, SERVER_OPTIONS, STAGE, Peer, bind_one_of, 
 
 log = logging.getLogger(__name__)
 
-_AGAIN = 1.0  # seconds before a holder actor that died soon is made again, doubled up to _AT_MOST
-_AT_MOST = 30.0
+_AGAIN, _AT_MOST = 2.0, 30.0  # seconds up to which the first wait for a new holder actor, and any, is drawn
 _SOON = 10.0  # seconds; one that lived for longer is made again at once
 
 
@@ -209,7 +209,7 @@ class GatewayActor:
             certificate=self._options.stage_certificate,
             key=self._options.stage_key,
         )
-        delay = 0.0
+        backoff = Backoff(_AGAIN, _AT_MOST)
         while True:
             actor: Any = ray.remote(HolderActor).options(num_cpus=0, scheduling_strategy="SPREAD").remote(task)
             began = time.monotonic()
@@ -222,9 +222,11 @@ class GatewayActor:
                 why = " ".join(str(error.cause if isinstance(error, RayTaskError) else error).split())[:300]
             finally:
                 ray.kill(actor)
-            delay = 0.0 if time.monotonic() - began > _SOON else min(max(_AGAIN, 2 * delay), _AT_MOST)
+            lived = time.monotonic() - began > _SOON
+            if lived:
+                backoff.reset()
             self._events.put_nowait(log_line(f"blocks {span}: actor {number} died ({why}); again"))
-            await asyncio.sleep(delay)
+            await asyncio.sleep(0.0 if lived else backoff.wait())
 
     async def _tell_when_complete(self) -> None:
         """Tell that the model is served, once every span has a holder."""

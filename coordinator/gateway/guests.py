@@ -24,7 +24,7 @@ from isthmus.split.errors import BadFrame, BadRequest, BadTensor, IsthmusError, 
 from isthmus.split.inference.chain import Span
 from isthmus.split.inference.request import Busy
 from isthmus.split.inference.serving import ServingConfig
-from isthmus.split.inference.wire import HiddenCoder, rows_of
+from isthmus.split.inference.wire import ComputingEnd, Forget, HiddenBatch, Limits
 from isthmus.split.runtime.base import BadPosition, Row
 from isthmus.split.tls import check_name
 
@@ -124,12 +124,11 @@ class Guest:
         self.error: IsthmusError | None = None
         self.closed = asyncio.Event()
         self.task: asyncio.Task[Any] | None = None  # that serves the stream
-        self._spans, self._sequences, self._most = spans, sequences, most
-        self._serving, self._hidden_size = serving, hidden_size
-        self._coder: HiddenCoder | None = None
+        self._spans, self._sequences = spans, sequences
+        limits = Limits(len(sequences), most, serving.limits.context, len(serving.adapters), serving.chain.codec)
+        self._end = ComputingEnd(hidden_size, limits)
         self._lengths = dict.fromkeys(sequences, 0)  # tokens that have gone through
         self._under_way: dict[int, set[int]] = {}  # by batch, until its answer is sent: its sequences
-        self._last = 0  # batch
         self._answers: set[asyncio.Task[None]] = set()
         self._newest: asyncio.Task[None] | None = None
         self._outbox: asyncio.Queue[pb.Result | None] = asyncio.Queue()
@@ -174,72 +173,37 @@ class Guest:
 
     def _take(self, message: pb.ToHolder) -> None:
         """Raises BadFrame, BadTensor or CodecError for what was not agreed."""
-        kind = message.WhichOneof("kind")
-        if kind == "agreed" and self._coder is None:
-            if message.agreed.codec != self._serving.chain.codec:
-                raise BadFrame(
-                    f"codec {message.agreed.codec[:32]!r}: this model is served with {self._serving.chain.codec}"
-                )
-            self._coder = HiddenCoder(self._serving.chain.codec, message.agreed.seed, self._hidden_size)
-        elif kind == "batch" and self._coder is not None:
-            self._start(message.batch, self._coder)
-        elif kind == "forget":
-            if len(message.forget.sequences) > len(self._sequences):
-                raise BadFrame(f"{len(message.forget.sequences)} sequences to forget, of {len(self._sequences)}")
-            for number in message.forget.sequences:
-                sequence = self._number(number)
+        asked = self._end.take(message)
+        if isinstance(asked, Forget):
+            for sequence in [self._number(number) for number in asked.sequences]:
                 self._lengths[sequence] = 0
                 for span in self._spans:
                     span.forget([sequence])
-        else:
-            raise BadFrame(f"{kind} out of turn")
+        elif isinstance(asked, HiddenBatch):
+            self._start(asked)
 
-    def _start(self, batch: pb.Batch, coder: HiddenCoder) -> None:
-        if batch.id <= self._last:
-            raise BadFrame(f"batch {batch.id} after batch {self._last}")
-        if len(batch.rows) > len(self._sequences):
-            raise BadFrame(f"{len(batch.rows)} rows for {len(self._sequences)} sequences")
-        asked = rows_of(batch)
-        tokens = sum(row.count for row in asked)
-        if tokens > self._most:
-            raise BadFrame(f"a batch of {tokens} tokens; {self._most} can be")
-        rows = [replace(row, sequence=self._number(row.sequence)) for row in asked]
-        if len({row.sequence for row in rows}) < len(rows):
-            raise BadFrame("a batch has a sequence twice")
-        for row in rows:
-            if row.adapter > len(self._serving.adapters):
-                raise BadFrame(f"adapter {row.adapter} of {len(self._serving.adapters)}")
-            if not row.count or row.position + row.count > self._serving.limits.context:
-                raise BadFrame(
-                    f"tokens {row.position} to {row.position + row.count}: not in {self._serving.limits.context}"
-                )
-        hidden = coder.decode(batch.hidden, tokens)
-        if hidden.abs().max() > _GREATEST:
+    def _start(self, batch: HiddenBatch) -> None:
+        rows = [replace(row, sequence=self._number(row.sequence)) for row in batch.rows]
+        if batch.hidden.abs().max() > _GREATEST:
             raise BadTensor(f"hidden states beyond {_GREATEST:g}")
-        self._last = batch.id
         self._under_way[batch.id] = {row.sequence for row in rows}
-        self._newest = asyncio.create_task(self._answer(batch.id, rows, hidden, coder, self._newest))
+        self._newest = asyncio.create_task(self._answer(batch.id, rows, batch.hidden, self._newest))
         self._answers.add(self._newest)
         self._newest.add_done_callback(self._answers.discard)
 
-    async def _answer(
-        self, batch: int, rows: Sequence[Row], hidden: Tensor, coder: HiddenCoder, before: asyncio.Task[None] | None
-    ) -> None:
+    async def _answer(self, batch: int, rows: Sequence[Row], hidden: Tensor, before: asyncio.Task[None] | None) -> None:
         """before: whose answer is sent first."""
         started = time.perf_counter()
-        result = pb.Result(id=batch)
         try:
             output = await self._compute(rows, hidden)
-            result.computing_seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started
             await _end_of(before)
-            coding = coder.seconds
-            result.hidden.CopyFrom(coder.encode(output))
-            result.coding_seconds = coder.seconds - coding
+            result = self._end.result(batch, output, seconds)
         except IsthmusError as error:
-            result.error, result.bad_position = str(error), isinstance(error, BadPosition)
-        except Exception:  # a bug: this batch's alone
+            result = self._end.failure(batch, error)
+        except Exception as error:  # a bug: this batch's alone
             log.exception("a device's batch could not be computed")
-            result.error = "the gateway could not compute it; its log says why"
+            result = self._end.failure(batch, error, "the gateway could not compute it; its log says why")
         await _end_of(before)
         self._outbox.put_nowait(result)
 
@@ -256,9 +220,7 @@ class Guest:
         return hidden
 
     def _number(self, asked: int) -> int:
-        """The chain's number of a sequence. Raises BadFrame for one that there is not, or that is under way."""
-        if asked >= len(self._sequences):
-            raise BadFrame(f"sequence {asked} of {len(self._sequences)}")
+        """The chain's number of a sequence. Raises BadFrame for one that is under way."""
         sequence = self._sequences[asked]
         if any(sequence in batch for batch in self._under_way.values()):
             raise BadFrame(f"sequence {asked} is under way already")

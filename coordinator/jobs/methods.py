@@ -26,19 +26,19 @@ from isthmus.split.inference.serving import (
 )
 from isthmus.split.inference.using import user_parts
 from isthmus.split.job.config import TrainingConfig
-from isthmus.split.job.shapes import Shape, aggregation_of, as_plain, asked, check_named, fixed_shapes, from_plain
+from isthmus.split.job.shapes import Shape, as_plain, asked, check_named, fixed_shapes, from_plain
 from isthmus.split.link.profile import LinkProfile
 from isthmus.split.lora.folder import AdapterFolder
 from isthmus.split.lora.served import LoraAdapter
 from isthmus.split.lora.sites import layout_of
+from isthmus.split.methods import METHODS as TRAINING_METHODS
+from isthmus.split.methods import method_of as training_method
 from isthmus.split.models.source import ModelFolder, open_model
 from isthmus.split.models.stage import StageSpec
 from isthmus.split.plan.costs import Costs
 from isthmus.split.plan.parts import parts_of
 from isthmus.split.plan.shapes import Capabilities, check_memory, choose_shapes
 from isthmus.split.training.checkpoint import CheckpointFolder
-
-DLORA = "dlora"
 
 
 class Method(Protocol):
@@ -67,12 +67,12 @@ class Method(Protocol):
 
 
 class Training:
-    """splitlora and dlora: a device holds the blocks below its cut."""
+    """A device holds the blocks below its cut, and trains by one of split/methods."""
 
     def __init__(self, spec: pb.JobSpec, cache: Path) -> None:
         self.config = TrainingConfig.from_json(spec.training)
         if self.config.method != spec.method:
-            raise BadRequest(f"method {spec.method} with the options of another: say --method {DLORA} or leave it out")
+            raise BadRequest(f"method {spec.method} with the options of another: say --method {self.config.method}")
         self.steps = self.config.steps
         self.folder = open_model(spec.model)
         self._spec, self._cache = spec, cache
@@ -82,7 +82,7 @@ class Training:
         if spec.devices:
             check_named(self.config, spec.devices)
             if not self.automatic:
-                aggregation_of(self.config, fixed_shapes(self.config, spec.devices))
+                training_method(self.config).check_shapes(self.config, fixed_shapes(self.config, spec.devices))
         cuts = asked(self.config)[0]
         for cut in sorted(set(cuts.numbers)):  # what is wrong with one, and reading its weights, comes now
             self._weights_of(cut)
@@ -129,9 +129,7 @@ class Training:
 
     def shaped(self, shapes: Mapping[str, Shape]) -> None:
         """Takes up what the devices are to hold. Raises BadRequest for what cannot be."""
-        if self.config.dlora.aggregate and len(set(shapes.values())) > 1:
-            raise BadRequest("--aggregate with method dlora: devices that differ have no average; give all one --rank")
-        aggregation_of(self.config, shapes)
+        training_method(self.config).check_shapes(self.config, shapes)
         for shape in shapes.values():
             parts_of(self.folder.config, self.config, shape)
             self._weights_of(shape.cut)
@@ -306,7 +304,10 @@ class Serving:
         return any(set(span.holders) <= set(failed) for span in self.config.spans)
 
 
-METHODS: Mapping[str, type[Training] | type[Serving]] = {"splitlora": Training, DLORA: Training, "serve": Serving}
+METHODS: Mapping[str, type[Training] | type[Serving]] = {
+    **dict.fromkeys(TRAINING_METHODS, Training),
+    "serve": Serving,
+}
 
 
 def _memory(profile: pb.Profile) -> float:

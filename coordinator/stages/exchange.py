@@ -1,12 +1,10 @@
-"""Serves Stage.Exchange: checks and decodes frames, hands them to the stage's host, encodes the answers."""
+"""Serves Stage.Exchange: moves messages between gRPC and the stage's end of each device's session."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -14,19 +12,9 @@ import grpc.aio
 
 from isthmus.protos.v1 import stage_pb2, stage_pb2_grpc
 from isthmus.split.errors import IsthmusError, NotAllowed
-from isthmus.split.link.coding import Coder
-from isthmus.split.link.protocol import Rules
-from isthmus.split.link.session import (
-    HELD,
-    Frame,
-    Host,
-    Phase,
-    Questions,
-    as_known,
-    frame_to_proto,
-    is_answer,
-    kind_and_sizes,
-)
+from isthmus.split.link.coding import Terms
+from isthmus.split.link.frames import Frame, Phase, as_known
+from isthmus.split.link.stage import Host, StageSession
 from isthmus.split.resources.tcp import Watch
 from isthmus.split.resources.traffic import Traffic
 from isthmus.split.tls import Peer, peer_of
@@ -38,9 +26,15 @@ class ExchangeServicer(stage_pb2_grpc.StageServicer):
     """One stream for each device of one job. `allowed` knows which certificate of which device may come in."""
 
     def __init__(
-        self, host: Host, rules: Rules, allowed: Callable[[Peer], bool], traffic: Mapping[str, Traffic]
+        self,
+        host: Host,
+        job: str,
+        terms: Terms,
+        allowed: Callable[[Peer], bool],
+        traffic: Mapping[str, Traffic],
     ) -> None:
-        self._host, self._rules, self._allowed, self._traffic = host, rules, allowed, traffic
+        self._host, self._job, self._terms = host, job, terms
+        self._allowed, self._traffic = allowed, traffic
         self._streams: dict[str, _Stream] = {}
 
     async def Exchange(
@@ -48,17 +42,10 @@ class ExchangeServicer(stage_pb2_grpc.StageServicer):
     ) -> AsyncIterator[stage_pb2.Frame]:
         peer = peer_of(context.auth_context())
         self._check(peer)
-        stream = _Stream(self._host, self._rules, peer.name, self._traffic[peer.name], _address(context.peer()))
-        first = await anext(requests, None)
-        while first is not None and first.phase == Phase.PROBE:
-            yield stream.probed(self._rules.decode(stream.received(first), None, stream.coder), first.session)
-            first = await anext(requests, None)
-        if first is None:
-            return
-        self._check(peer)  # again: it may have been revoked since
-        stream.open(self._rules.decode(stream.received(first), None, stream.coder), first.session)
-        self._streams[peer.name] = stream
-        reading = asyncio.create_task(stream.read(requests))
+        stream = _Stream(
+            self._host, self._job, self._terms, peer.name, self._traffic[peer.name], _address(context.peer())
+        )
+        reading = asyncio.create_task(stream.read(requests, lambda: self._opening(peer, stream)))
         try:
             async for message in stream.answers():
                 yield message
@@ -75,47 +62,36 @@ class ExchangeServicer(stage_pb2_grpc.StageServicer):
         if device in self._streams:
             self._streams[device].end(NotAllowed(f"device {device} was revoked, or enrolled anew"))
 
+    def _opening(self, peer: Peer, stream: _Stream) -> None:
+        """Before a device's OPEN is taken."""
+        self._check(peer)  # again: it may have been revoked since
+        self._streams[peer.name] = stream
+
     def _check(self, peer: Peer) -> None:
         if peer.role != "device" or not self._allowed(peer):
-            raise NotAllowed(f"{peer.role} {peer.name} has no part in job {self._rules.job}, or is revoked")
+            raise NotAllowed(f"{peer.role} {peer.name} has no part in job {self._job}, or is revoked")
 
 
 class _Stream:
     """One device's stream. Frames are decoded and encoded in threads: the loop has other devices to serve."""
 
-    def __init__(self, host: Host, rules: Rules, device: str, traffic: Traffic, address: str) -> None:
-        adapter, layout = host.adapter_shapes(device), host.layout_for(device)
-        rules = rules if adapter is None else replace(rules, adapter=adapter)  # () is that of a device of rank 0
-        rules = rules if layout is None else replace(rules, layout=layout)
-        self._host, self._rules, self._device = host, rules, device
-        self._traffic = traffic
-        self._wire = Watch(traffic.connections, peer=address)
-        self._ledger = host.ledger
-        self.coder = Coder(rules.terms(), self._ledger)
-        self._session = ""
+    def __init__(self, host: Host, job: str, terms: Terms, device: str, traffic: Traffic, address: str) -> None:
         self._loop = asyncio.get_running_loop()
+        self._session = StageSession(host, device, job, terms, traffic, self._put)
+        self._wire = Watch(traffic.connections, peer=address)
         self._answers: asyncio.Queue[Frame | IsthmusError | None] = asyncio.Queue()
         self._room = asyncio.Event()
-        self._deliver = self._take  # one object: it names this stream to the host
-        self._questions = Questions()
 
-    def open(self, frame: Frame, session: str) -> None:
-        self._session = session
-        if frame.open is not None:
-            self.coder = Coder(self._rules.terms(max(1, frame.open.samples)), self._ledger)
-        self._host.join(self._device, frame, self._deliver)
-
-    async def read(self, requests: AsyncIterator[stage_pb2.Frame]) -> None:
+    async def read(self, requests: AsyncIterator[stage_pb2.Frame], opening: Callable[[], None]) -> None:
         """Until the device closes its side, its link breaks, or it sends what was not agreed."""
         last: IsthmusError | None = None
         try:
             async for message in requests:
-                self.received(message)
-                frame = await asyncio.to_thread(self._rules.decode, message, self._session, self.coder)
-                if frame.phase == Phase.PROBE:
-                    self._answers.put_nowait(frame)
-                else:
-                    await asyncio.wrap_future(self._host.submit(self._device, frame, self._deliver))
+                if message.phase == Phase.OPEN:
+                    opening()
+                taken = await asyncio.to_thread(self._session.take, message)
+                if taken is not None:
+                    await asyncio.wrap_future(taken)
                 while self._answers.qsize() >= _WAITING:  # it does not take its answers: nothing more is read from it
                     self._room.clear()
                     await self._room.wait()
@@ -131,58 +107,19 @@ class _Stream:
             self._room.set()
             if isinstance(answer, IsthmusError):
                 raise answer
-            if answer.phase == Phase.PROBE:
-                yield self.probed(answer, self._session)
-                continue
-            message = await asyncio.to_thread(self._encode, answer)
-            self._traffic.crossed("sent", *kind_and_sizes(message))
+            message = await asyncio.to_thread(self._session.encode, answer)
             self._wire.look(now=answer.phase == Phase.CLOSE)  # afterwards the connection is gone
             yield message
-
-    def received(self, message: stage_pb2.Frame) -> stage_pb2.Frame:
-        kind, codec, payload, total = kind_and_sizes(message)
-        known = {"", "none", *self.coder.plan.codecs.values()}
-        self._traffic.crossed("received", kind, codec if codec in known else "unknown", payload, total)
-        if message.phase != Phase.PROBE:
-            self._questions.asked(message)
-        return message
-
-    def probed(self, frame: Frame, session: str) -> stage_pb2.Frame:
-        """The answer to a PROBE: as many bytes as were asked for, which nobody on the way can shrink."""
-        assert frame.probe is not None
-        filling = os.urandom(frame.probe.answer_bytes)
-        message = stage_pb2.Frame(
-            job=self._rules.job, session=session, phase=Phase.PROBE, step=frame.step, probe={"filling": filling}
-        )
-        self._traffic.crossed("sent", *kind_and_sizes(message))
-        return message
 
     def end(self, reason: IsthmusError | None) -> None:
         self._answers.put_nowait(reason)
 
     def close(self) -> None:
         self._wire.look(now=True)
-        self._host.leave(self._device, self._deliver)
+        self._session.close()
 
-    def _take(self, answer: Frame | IsthmusError) -> None:  # called in the host's thread
-        if isinstance(answer, Frame) and is_answer(answer):
-            place = stage_pb2.Frame(phase=answer.phase, step=answer.step, micro_batch=answer.micro_batch)
-            held, _ = self._questions.answered(place)
-            answer = replace(answer, values={**answer.values, HELD: held})
+    def _put(self, answer: Frame | IsthmusError) -> None:  # in any thread
         self._loop.call_soon_threadsafe(self._answers.put_nowait, answer)
-
-    def _encode(self, answer: Frame) -> stage_pb2.Frame:
-        rules = self._rules
-        message = frame_to_proto(
-            answer, rules.job, self._session, self.coder, rules.config.devices.labels, upward=False
-        )
-        if answer.plan is not None:
-            self.coder.use(answer.plan)
-        if answer.shape is not None:
-            adapter = self._host.adapter_shapes(self._device) or ()
-            self._rules = replace(self._rules, adapter=adapter)
-            self.coder.reshape(adapter)
-        return message
 
 
 def _address(peer: str) -> str:

@@ -7,42 +7,37 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
 import ray
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from isthmus.coordinator.control.interceptors import ErrorInterceptor
 from isthmus.coordinator.stages.exchange import ExchangeServicer
 from isthmus.protos.v1 import stage_pb2_grpc
 from isthmus.protos.v1.events_pb2 import Event
-from isthmus.split.dlora.backbone import Backbone
-from isthmus.split.dlora.host import BackboneHost
 from isthmus.split.errors import IsthmusError
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.events import Tell
 from isthmus.split.job.shapes import asked, from_plain
-from isthmus.split.link.protocol import Rules
-from isthmus.split.link.session import Host
-from isthmus.split.lora.lora import initial_adapter, lora_config, save_adapter, shapes_of, unflatten
-from isthmus.split.lora.sites import layout_of
-from isthmus.split.models.precision import pick_device, pick_precision
+from isthmus.split.link.coding import Terms
+from isthmus.split.lora.lora import lora_config, save_adapter
+from isthmus.split.methods import method_of
+from isthmus.split.models.precision import pick_device
 from isthmus.split.models.source import open_model
 from isthmus.split.plan.costs import Costs
 from isthmus.split.plan.cut_mover import CutMover
-from isthmus.split.plan.parts import Parts, merger_of, parts_of, server_stages
-from isthmus.split.printable import log_to_stderr
 from isthmus.split.resources.ledger import Ledger
 from isthmus.split.resources.traffic import Traffic
 from isthmus.split.tls import SERVER_OPTIONS, Peer, bind_one_of, server_credentials
 from isthmus.split.training.checkpoint import CheckpointFolder
-from isthmus.split.training.host import StageHost
-from isthmus.split.training.server import ServerTrainer
+from isthmus.split.training.host import JobHost
+from isthmus.split.training.hosted_job import HostContext
+from isthmus.split.training.method import StageResources
 
 log = logging.getLogger(__name__)
 
@@ -83,14 +78,13 @@ class StageActor:
     """Made a Ray actor by `start_stage_actor`. `control` is told of every event."""
 
     def __init__(self, task: StageTask, serving: ServingOptions, control: Any) -> None:
-        log_to_stderr("%(asctime)s %(name)s: %(message)s")
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
         self._task, self._serving, self._control = task, serving, control
         self._devices = dict(task.devices)
         self._finished: asyncio.Future[dict[str, Any]] | None = None
         self._traffic = {name: Traffic() for name in task.devices}
         self._server: grpc.aio.Server | None = None
-        self._host: Host | None = None
-        self._result: Callable[[], dict[str, Any]] = dict
+        self._host: JobHost | None = None
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._telling: asyncio.Task[None] | None = None
 
@@ -105,8 +99,8 @@ class StageActor:
         def tell(event: Event) -> None:  # in the host's thread
             loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        self._host, rules = host, rules = await asyncio.to_thread(self._build, tell)
-        self._servicer = ExchangeServicer(host, rules, self._allowed, self._traffic)
+        self._host, terms = host, terms = await asyncio.to_thread(self._build, tell)
+        self._servicer = ExchangeServicer(host, self._task.job, terms, self._allowed, self._traffic)
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
         stage_pb2_grpc.add_StageServicer_to_server(self._servicer, self._server)
         credentials = server_credentials(self._serving.certificate, self._serving.key, self._serving.ca)
@@ -141,51 +135,29 @@ class StageActor:
         if self._host is not None:
             await asyncio.to_thread(self._host.close)
 
-    def _build(self, tell: Tell) -> tuple[Host, Rules]:
-        """What serves the job's devices, and the checks of their frames; from here on `_result` knows its end."""
+    def _build(self, tell: Tell) -> tuple[JobHost, Terms]:
+        """What serves the job's devices, and what frames are checked by; the host knows what differs between them."""
         source, config = open_model(self._task.model), self._config
-        shapes = from_plain(self._task.shapes)
-        parts = parts_of(source.config, config, next(iter(shapes.values())))
-        device = pick_device(self._serving.device)
-        dtype = pick_precision(config.optimizer.precision, device)
-        checkpoints = CheckpointFolder(Path(self._task.folder) / "checkpoints")
-        digests = list(self._task.stage_digests.values())
-        common: dict[str, Any] = {
-            "initial_adapter": initial_adapter(parts.adapter, config.seed),
-            "stage_digest": digests[0] if len(digests) == 1 else self._task.stage_digests,
-            "checkpoints": checkpoints,
-            "resume": checkpoints.last() if self._task.resume else None,
-            "tell": tell,
-        }
         ledger = Ledger(slow_down=self._serving.slow_down)
         if ledger.slow_down > 1:
             log.warning("job %s: emulating a machine %g times slower", self._task.job, ledger.slow_down)
-        segments = server_stages(source, config, shapes, device)
-        lora = lora_config(config, source.config)
-        layout = layout_of(source.config, config) if config.devices_train_all else None
-        if layout is not None:
-            layouts = {name: layout.cut_at(shape.cut, shape.rank) for name, shape in shapes.items()}
-            personal = BackboneHost(Backbone(segments, layout, ledger, dtype=dtype), config, layouts, **common)
-            self._result = lambda: self._result_of_devices(personal, parts, lora)
-            host: Host = personal
-        else:
-            merging = merger_of(source.config, config, shapes)
-            moves = merging is not None and asked(config)[0].automatic
-            split = StageHost(
-                ServerTrainer(
-                    segments, config, ledger, dtype=dtype, cuts={name: shape.cut for name, shape in shapes.items()}
-                ),
-                config,
-                set(self._task.devices),
-                merging=merging,
-                mover=CutMover(Costs(source.config, config), self._task.memory) if moves else None,
-                segments=lambda shapes: server_stages(source, config, shapes, device),
-                **common,
-            )
-            self._result = lambda: self._result_of_split(split, parts, lora)
-            host = split
-        adapter, model = shapes_of(parts.adapter), source.config
-        return host, Rules(self._task.job, config, model.hidden_size, model.vocab_size, adapter, layout)
+        moves = asked(config)[0].automatic
+        resources = StageResources(
+            source,
+            config,
+            from_plain(self._task.shapes),
+            pick_device(self._serving.device),
+            ledger,
+            digests=self._task.stage_digests,
+            mover=CutMover(Costs(source.config, config), self._task.memory) if moves else None,
+        )
+        checkpoints = CheckpointFolder(Path(self._task.folder) / "checkpoints")
+        last = checkpoints.last() if self._task.resume else None
+        context = HostContext(config, set(self._task.devices), checkpoints=checkpoints, resume=last, tell=tell)
+        self._lora = lora_config(config, source.config)
+        host = JobHost(method_of(config).host_steps(resources), context)
+        model = source.config
+        return host, Terms(config, 1, (), model.hidden_size, model.vocab_size)
 
     def _allowed(self, peer: Peer) -> bool:
         return self._devices.get(peer.name) == peer.serial
@@ -209,27 +181,19 @@ class StageActor:
                     log.exception("job %s: the coordinator did not take an event", self._task.job)
                     self._give_up(f"the coordinator could not record the job's progress: {error}")
 
-    def _result_of_split(self, host: StageHost, parts: Parts, lora: LoraConfig) -> dict[str, Any]:
-        """Writes the adapter; the report's parts that only this side knows."""
-        outcome = host.outcome()
-        tensors = outcome.merged or {**unflatten(parts.adapter, outcome.device_adapter), **outcome.server}
-        adapter = self._write(tensors, lora)
-        return {
-            "adapter": adapter,
-            "losses": outcome.losses,
-            "resources": outcome.resources,
-            **self._counted(host.ledger),
-        }
+    def _result(self) -> dict[str, Any]:
+        """Writes the adapter, where the job has one; the report's parts that only this side knows."""
+        assert self._host is not None
+        outcome = self._host.outcome()
+        adapter = None if outcome.adapter is None else self._write(outcome.adapter)
+        losses = {"losses": outcome.losses} if outcome.losses else {}
+        counted = self._counted(self._host.ledger)
+        return {"adapter": adapter, "resources": outcome.resources, **losses, **counted}
 
-    def _result_of_devices(self, host: BackboneHost, parts: Parts, lora: LoraConfig) -> dict[str, Any]:
-        """Of DLoRA: there is an adapter here only where the devices' were averaged."""
-        adapter = None if host.average is None else self._write(unflatten(parts.adapter, host.average), lora)
-        return {"adapter": adapter, "resources": host.resources, **self._counted(host.ledger)}
-
-    def _write(self, tensors: Mapping[str, Tensor], lora: LoraConfig) -> str:
+    def _write(self, tensors: Mapping[str, Tensor]) -> str:
         folder = Path(self._task.folder) / "adapter"
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, which ended before it could say so
-        save_adapter(folder, dict(sorted(tensors.items())), lora, self._task.base_model)
+        save_adapter(folder, dict(sorted(tensors.items())), self._lora, self._task.base_model)
         return str(folder)
 
     def _counted(self, ledger: Ledger) -> dict[str, Any]:

@@ -13,40 +13,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from isthmus.protos.v1 import codec_pb2
 from isthmus.split.codecs.finite import is_finite
 from isthmus.split.codecs.payload import Reader, Writer
+from isthmus.split.codecs.state import CodecState, Kept, Written
 from isthmus.split.errors import CodecError
 
 Keys = Sequence[int]  # of the samples of a batch: rows of the tensor's first dimension, across epochs
 
 
-@dataclass
-class CodecState:
-    """One end's memory of one stream of tensors. Equal seeds and equal tensors give equal bytes.
-
-    parts: what each part of the pipeline keeps, by the part's name. `count` tensors have passed.
-    """
-
-    seed: int
-    count: int = 0
-    parts: dict[str, Any] = field(default_factory=dict)
-    bits_a_value: float | None = None  # of recent tensors, for `Codec.estimate`
-
-    def generator(self, device: torch.device, salt: int = 0) -> torch.Generator:
-        """The random generator of the present tensor, from the seed and the number of tensors before it."""
-        mixed = (self.seed * 1_000_003 + self.count) * 1_000_003 + salt
-        return torch.Generator(device=device).manual_seed(mixed % 2**63)
+@runtime_checkable
+class Keeps(Protocol):
+    """A part that keeps something in the state."""
 
     @property
-    def memory_bytes(self) -> int:
-        """Bytes of the tensors that the parts keep."""
-        return sum(_tensor_bytes(part) for part in self.parts.values())
+    def name(self) -> str: ...
+
+    def read(self, written: Written) -> Kept:
+        """What it had kept. Raises CodecError for what it cannot have written."""
 
 
 class Memory(Protocol):
@@ -235,6 +225,14 @@ class Codec:
             return float(self.wire_bytes(shape))
         return math.prod(shape) * state.bits_a_value / 8
 
+    def read_state(self, message: codec_pb2.CodecState, matrices: int = 0) -> CodecState:
+        """A state that was written down. matrices: how many have a state of their own (matrices.py).
+
+        Raises CodecError for one that this codec cannot have had."""
+        parts: tuple[object, ...] = (self.memory, self.transform, self.quantiser)
+        readers = {part.name: part.read for part in parts if isinstance(part, Keeps)}
+        return CodecState.from_proto(message, readers, matrices)
+
     def _decoded(self, payload: bytes, rows: int, width: int, state: CodecState) -> Tensor:
         coded = width if self.transform is None else self.transform.width(width)
         values = self.quantiser.dequantise(payload, rows, coded, self.entropy)
@@ -275,15 +273,3 @@ def _keys_of(x: Tensor, keys: Keys | None) -> Keys:
     if len(keys) != batch:
         raise CodecError(f"{len(keys)} keys for a batch of {batch}")
     return keys
-
-
-def _tensor_bytes(value: object) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(counted := getattr(value, "bytes", None), int):  # a part that keeps count itself
-        return counted
-    if isinstance(value, dict):
-        return sum(_tensor_bytes(one) for one in value.values())
-    if isinstance(value, list | tuple):
-        return sum(_tensor_bytes(one) for one in value)
-    return 0 if not hasattr(value, "__dict__") else sum(_tensor_bytes(one) for one in vars(value).values())

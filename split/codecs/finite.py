@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,9 +19,14 @@ _GREATEST_NORM = 2.0**31
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are: their least and their greatest tell (in one pass; isfinite().all() takes several)."""
+    """Whether no value is NaN or infinite: of all but huge values the sum tells, and of the others the least and the
+    greatest. NumPy's sum of a small tensor takes a tenth of a torch operation on a core that has been idle."""
     if not tensor.numel():
         return True
+    if tensor.device.type == "cpu" and tensor.dtype == torch.float32:
+        with np.errstate(over="ignore", invalid="ignore"):
+            if math.isfinite(np.add.reduce(tensor.detach().numpy(), axis=None)):
+                return True
     least, greatest = tensor.detach().aminmax()
     return math.isfinite(least) and math.isfinite(greatest)
 

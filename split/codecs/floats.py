@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isthmus.split.codecs.base import CodecState, Entropy
+from isthmus.split.codecs.base import Entropy
 from isthmus.split.codecs.blocks import blocked, divided, scale_bytes, scales_from, scales_of, unblocked
 from isthmus.split.codecs.packing import Unsigned, byte_planes, from_byte_planes
 from isthmus.split.codecs.payload import Reader, Writer
 from isthmus.split.codecs.plain import Plain
+from isthmus.split.codecs.state import CodecState
 from isthmus.split.errors import CodecError
 
 _GREATEST_BFLOAT16 = torch.finfo(torch.bfloat16).max

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from isthmus.split.codecs.base import CodecState, Entropy
+from isthmus.split.codecs.base import Entropy
 from isthmus.split.codecs.blocks import blocked, blocks_in, divided, scale_bytes, scales_from, scales_of, unblocked
 from isthmus.split.codecs.payload import Reader
+from isthmus.split.codecs.state import CodecState
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isthmus.split.codecs.base import CodecState
+from isthmus.split.codecs.state import CodecState, Written, tensor_bytes
 from isthmus.split.errors import CodecError
 
 _LASTS = 64  # tensors that the first basis is taken to be good for
@@ -39,6 +39,15 @@ class _Learnt:
     since_basis: int = 0  # rows
     since_check: int = 0  # rows
     gap: int = 0  # widths: of rows to let pass before the next check
+
+    @property
+    def bytes(self) -> int:
+        return tensor_bytes(self.basis) + tensor_bytes(self.moments)
+
+    def written(self) -> Written:
+        kept = ((0, self.basis), (1, self.moments))
+        numbers = (float(self.width), self.weight, float(self.since_basis), float(self.since_check), float(self.gap))
+        return Written(numbers, tuple(((key,), tensor) for key, tensor in kept if tensor is not None))
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,21 @@ class Klt:
 
     def side_bytes(self, width: int) -> int:
         return width * self._block(width)
+
+    def read(self, written: Written) -> _Learnt:
+        if len(written.numbers) != 5 or not all(0 <= number < 2**53 for number in written.numbers):
+            raise CodecError(f"a state of {self.name} without its five numbers")
+        width, weight, *counts = written.numbers
+        tensors = dict(written.tensors)
+        whole = all(number == int(number) for number in (width, *counts)) and width >= 1
+        if not whole or len(tensors) != len(written.tensors) or not tensors.keys() <= {(0,), (1,)}:
+            raise CodecError(f"a state of {self.name} for a width of {width}")
+        learnt = _Learnt(int(width), tensors.get((0,)), tensors.get((1,)), weight, *map(int, counts))
+        for tensor in tensors.values():
+            block = tensor.shape[-1] if tensor.dim() == 3 else 0
+            if not block or tensor.shape != (width // block, block, block) or block != self._block(learnt.width):
+                raise CodecError(f"a state of {self.name} with a matrix of {tuple(tensor.shape)}")
+        return learnt
 
     def _block(self, width: int) -> int:
         """The largest that divides the width."""

@@ -8,15 +8,17 @@ is lost, unless `ef` (error feedback) sends it later.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from isthmus.split.codecs.base import CodecState, Entropy
+from isthmus.split.codecs.base import Entropy
 from isthmus.split.codecs.floats import BFloat16, power_of_two, shift_from
 from isthmus.split.codecs.payload import Reader
+from isthmus.split.codecs.state import CodecState, Written, tensor_bytes
+from isthmus.split.errors import CodecError
 
 _BFLOAT16 = BFloat16()
 _MORE = 8  # columns beyond the rank while looking for the best ones
@@ -48,6 +50,20 @@ class FactorQuantiser(ABC):
         return _size(rows, width, _rank(self.rank, rows, width), entropy)
 
 
+@dataclass
+class _RightFactors:
+    """(width, rank) of the last tensor of each shape, by (rows, width)."""
+
+    factors: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor_bytes(factor) for factor in self.factors.values())
+
+    def written(self) -> Written:
+        return Written(tensors=tuple(self.factors.items()))
+
+
 @dataclass(frozen=True)
 class PowerSgd(FactorQuantiser):
     """Finds factors by one power iteration from the last tensor's right factor (Vogels et al. 2019, arXiv 1905.13727).
@@ -64,12 +80,21 @@ class PowerSgd(FactorQuantiser):
 
     def _factors(self, x: Tensor, rank: int, state: CodecState) -> tuple[Tensor, Tensor]:
         rows, width = x.shape
-        kept: dict[tuple[int, int], Tensor] = state.parts.setdefault(self.name, {})
-        last = kept.get((rows, width))
+        kept = state.parts.setdefault(self.name, _RightFactors())
+        assert isinstance(kept, _RightFactors)
+        last = kept.factors.get((rows, width))
         start = _start(width, rank, state) if last is None else last
         left = torch.linalg.qr(x @ start.to(x.device))[0]
-        right = kept[rows, width] = x.T @ left
+        right = kept.factors[rows, width] = x.T @ left
         return left, right
+
+    def read(self, written: Written) -> _RightFactors:
+        factors = {}
+        for key, factor in written.tensors:
+            if len(key) != 2 or factor.shape != (key[1], _rank(self.rank, *key)) or key in factors:
+                raise CodecError(f"a state of {self.name} with a factor of {tuple(factor.shape)}")
+            factors[key[0], key[1]] = factor
+        return _RightFactors(factors)
 
 
 @dataclass(frozen=True)

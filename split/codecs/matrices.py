@@ -10,9 +10,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from isthmus.split.codecs.base import Codec, CodecState, Keys
+from isthmus.protos.v1 import codec_pb2
+from isthmus.split.codecs.base import Codec, Keys
 from isthmus.split.codecs.lowrank import FactorQuantiser
 from isthmus.split.codecs.payload import Reader, Writer
+from isthmus.split.codecs.state import CodecState
 from isthmus.split.errors import CodecError
 
 
@@ -62,16 +64,19 @@ class Matrices:
         self._check(shape)
         return sum(Writer.section_bytes(self.codec.wire_bytes(one)) for one in self.shapes)
 
+    def read_state(self, message: codec_pb2.CodecState) -> CodecState:
+        """A state that was written down. Raises CodecError for one that this codec cannot have had."""
+        return self.codec.read_state(message, len(self.shapes))
+
     def _check(self, shape: Sequence[int]) -> None:
         values = sum(math.prod(one) for one in self.shapes)
         if tuple(shape) != (values,):
             raise CodecError(f"a tensor of {tuple(shape)} in the place of matrices with {values} values")
 
     def _states(self, state: CodecState) -> list[CodecState]:
-        states: list[CodecState] = state.parts.setdefault("matrices", [])
-        if not states:
-            states += [CodecState(state.seed + index) for index in range(len(self.shapes))]
-        return states
+        if not state.matrices:
+            state.matrices += [CodecState(state.seed + index) for index in range(len(self.shapes))]
+        return state.matrices
 
 
 AnyCodec: TypeAlias = Codec | Matrices

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from isthmus.split.codecs.base import CodecState, Keys
+from isthmus.split.codecs.base import Keys
+from isthmus.split.codecs.state import CodecState, Written, tensor_bytes
 from isthmus.split.errors import CodecError
 
 _MIB = 1 << 20
@@ -31,10 +32,28 @@ class _Store:
         for key, tensor in zip(_store_keys(keys, x), _samples(x), strict=True):
             old = self.tensors.pop(key, None)
             self.tensors[key] = tensor.clone()
-            self.bytes += _size(tensor) - (0 if old is None else _size(old))
+            self.bytes += tensor_bytes(tensor) - tensor_bytes(old)
             while self.bytes > limit * _MIB:
                 _, oldest = self.tensors.popitem(last=False)
-                self.bytes -= _size(oldest)
+                self.bytes -= tensor_bytes(oldest)
+
+    def written(self) -> Written:
+        """In the order in which they were put."""
+        return Written(tensors=tuple(((key,), tensor) for (key, _), tensor in self.tensors.items()))
+
+
+def _read(name: str, limit: int, written: Written) -> _Store:
+    """limit: MiB. Raises CodecError for what a store of this limit cannot have had."""
+    store = _Store()
+    for key, tensor in written.tensors:
+        place = (key[0] if len(key) == 1 else -1, tuple(tensor.shape))
+        if place[0] < 0 or place in store.tensors:
+            raise CodecError(f"a state of {name} with a sample {key}")
+        store.tensors[place] = tensor
+        store.bytes += tensor_bytes(tensor)
+    if store.bytes > limit * _MIB:
+        raise CodecError(f"a state of {name} of {store.bytes} bytes; {limit} MiB can be")
+    return store
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,9 @@ class ErrorFeedback:
     def after(self, decoded: Tensor, keys: Keys, state: CodecState) -> Tensor:
         return decoded
 
+    def read(self, written: Written) -> _Store:
+        return _read(self.name, self.limit, written)
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -104,6 +126,9 @@ class Delta:
         _store(self.name, state).put(keys, whole, self.limit)
         return whole
 
+    def read(self, written: Written) -> _Store:
+        return _read(self.name, self.limit, written)
+
     def _with_known(self, x: Tensor, keys: Keys, state: CodecState, factor: int) -> Tensor:
         """x plus or minus what is known of each sample. All is looked up before any is put: a sample that is there
         twice differs from the same tensor both times."""
@@ -127,10 +152,6 @@ def _samples(x: Tensor) -> Tensor:
 
 def _store_keys(keys: Keys, x: Tensor) -> list[_Key]:
     return [(key, tuple(x.shape[1:])) for key in keys]
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _name(name: str, limit: int) -> str:

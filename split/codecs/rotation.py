@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from isthmus.split.codecs.base import CodecState
+from isthmus.split.codecs.state import CodecState
 from isthmus.split.errors import CodecError
 
 _LARGEST_BLOCK = 1024
@@ -59,11 +59,13 @@ class Hadamard:
 
     def _signs(self, width: int, state: CodecState) -> Tensor:
         """(width,) of 1 and -1; the same for every tensor of this width, drawn on the CPU wherever the tensors are."""
-        known: dict[int, Tensor] = state.parts.setdefault(self.name, {})
-        if width not in known:
-            generator = torch.Generator().manual_seed((state.seed * 1_000_003 + width) % 2**63)
-            known[width] = 1.0 - 2.0 * torch.randint(2, (width,), generator=generator).float()
-        return known[width]
+        return _signs((state.seed * 1_000_003 + width) % 2**63, width)
+
+
+@lru_cache(maxsize=256)
+def _signs(seed: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 1.0 - 2.0 * torch.randint(2, (width,), generator=generator).float()
 
 
 def _block(width: int) -> int:

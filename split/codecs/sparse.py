@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isthmus.split.codecs.base import CodecState, Entropy, Quantiser
+from isthmus.split.codecs.base import Entropy, Quantiser
 from isthmus.split.codecs.floats import BFloat16, Float16
 from isthmus.split.codecs.integers import Integer
 from isthmus.split.codecs.packing import bits_for, pack, packed_size, unpack
 from isthmus.split.codecs.payload import Reader, Writer
 from isthmus.split.codecs.plain import Plain
+from isthmus.split.codecs.state import CodecState
 from isthmus.split.errors import CodecError
 
 # Of the values that are sent; int8 has one scale for a row's values.

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from isthmus.split.codecs.base import CodecState, Entropy
+from isthmus.split.codecs.base import Entropy
 from isthmus.split.codecs.packing import pack_bits, packed_size, unpack_bits
 from isthmus.split.codecs.payload import Reader, Writer
+from isthmus.split.codecs.state import CodecState
 from isthmus.split.errors import CodecError
 
 _REACH = 16  # RMS that the symbols reach at least

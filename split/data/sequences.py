@@ -170,3 +170,8 @@ def sequences_of_file(
     except BadData as error:
         line = str(error)
         raise BadData(line if line.startswith(path.name) else f"{path.name}: {line}") from None
+
+
+def seen_positions(wanted: Tensor) -> Tensor:
+    """(rows, sequence) bool: the positions up to the last wanted one of each row, which alone can influence it."""
+    return wanted.flip(1).cummax(1).values.flip(1)

@@ -1,79 +1,67 @@
-"""Hosts the backbone for several devices, each with steps of its own: passes, their frames, and who is done.
+"""DLoRA at the coordinator: the backbone's passes, their frames, and which modules are active where.
 
-One thread owns the members; a pass (a micro-batch of a device on its way through the blocks) has a thread of its own,
-which waits where the device is asked. Nothing that a step changes is here, so a device that goes away in the middle
-of an exchange takes nothing with it: it does the step anew. Only with `aggregate` do devices wait for one another.
+Each device has steps of its own. A pass (a micro-batch of a device on its way through the blocks) has a thread of its
+own, which waits where the device is asked. Nothing that a step changes is here, so a device that goes away in the
+middle of an exchange takes nothing with it: it does the step anew. Only with `aggregate` do devices wait for one
+another.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch import Tensor
 
 from isthmus.protos.v1 import stage_pb2
-from isthmus.protos.v1.events_pb2 import (
-    Aggregated,
-    CheckpointSaved,
-    DeviceJoined,
-    DeviceLeft,
-    Evaluated,
-    Event,
-    JobFailed,
-    JobFinished,
-    ModulesChanged,
-    StepDone,
-    TrainingStarted,
-)
-from isthmus.split.aggregation.averager import Averager
+from isthmus.protos.v1.events_pb2 import Event, ModulesChanged
+from isthmus.split.aggregation.averager import Share
 from isthmus.split.codecs.finite import DIVERGED, can_be_used
 from isthmus.split.dlora.backbone import Active, Backbone
 from isthmus.split.dlora.passes import Passing
-from isthmus.split.errors import BadFrame, BadRequest, BadTensor, IsthmusError, LinkLost, WrongState
+from isthmus.split.errors import BadFrame, BadTensor, IsthmusError
 from isthmus.split.job.config import TrainingConfig
-from isthmus.split.job.events import Tell, log_line, tell_nobody
+from isthmus.split.job.events import log_line
 from isthmus.split.job.groups import MERGE
-from isthmus.split.job.shapes import AVERAGE
-from isthmus.split.link.coding import Plan
-from isthmus.split.link.protocol import EVALUATIONS_AHEAD
-from isthmus.split.link.session import ENDS, Deliver, Frame, Phase
+from isthmus.split.link.frames import ENDS, EVALUATIONS_AHEAD, Frame, Phase
 from isthmus.split.lora.lora import shapes_of
 from isthmus.split.lora.sites import Layout, adapter_of
-from isthmus.split.plan.choose import DeviceView, Planner
-from isthmus.split.training.checkpoint import Checkpoint, CheckpointFolder
-from isthmus.split.training.device import tensor_of
-from isthmus.split.training.inbox import Inbox
-from isthmus.split.training.members import problem_with_open
-from isthmus.split.training.patience import Patience
-from isthmus.split.training.perplexity import perplexity
+from isthmus.split.training.averages import Aggregation, Averages
+from isthmus.split.training.checkpoint import Checkpoint
+from isthmus.split.training.digests import check_holds, digest_of, digest_of_all
+from isthmus.split.training.frames import tensor_of
+from isthmus.split.training.membership import JoinedDevice, not_due
+from isthmus.split.training.steps import HostSteps
 
 
 @dataclass
-class _Member:
-    """A device that has joined. step: that STEP has not come for."""
+class _Exchange:
+    """What a device has under way. Of the step's micro-batches, `begun` have come forward and `ended` are through."""
 
-    deliver: Deliver
-    samples: int
-    families: frozenset[str]
-    measured: stage_pb2.Measured
-    step: int
-    plan: Plan = field(default_factory=Plan)
-    admitted: bool = False
-    begun: int = 0  # micro-batches of the step that have come forward
+    begun: int = 0
     ended: int = 0
     passes: dict[tuple[bool, int], Passing] = field(default_factory=dict)  # evaluating, number
-    merged: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    merged: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # A and B, by module
     trained: frozenset[int] = frozenset()  # in the step under way
-    aggregate: Frame | None = None  # that has come, and waits for the others
-    heard: float = field(default_factory=time.monotonic)  # when a frame last came from it, or it got an answer
+
+    @property
+    def is_between_steps(self) -> bool:
+        return not self.begun and all(evaluating for evaluating, _ in self.passes)
+
+    def end(self) -> None:
+        """The device has gone."""
+        for passing in self.passes.values():
+            passing.end()
+        self.passes.clear()
 
 
-class BackboneHost:
-    """tell(event) is called in the host's thread."""
+class DloraHost(HostSteps):
+    """layouts: of the job's devices, by name. initial: the adapter that an average begins with, by name, where one is
+    asked for. digests: of the model files that a device holds, by cut; empty: not known."""
+
+    keeps_own = True
 
     def __init__(
         self,
@@ -81,57 +69,21 @@ class BackboneHost:
         config: TrainingConfig,
         layouts: Mapping[str, Layout],
         *,
-        initial_adapter: Mapping[str, Tensor],
-        stage_digest: str | Mapping[str, str] = "",
-        checkpoints: CheckpointFolder | None = None,
-        resume: Checkpoint | None = None,
-        patience: Patience | None = None,
-        tell: Tell = tell_nobody,
+        initial: Mapping[str, Tensor],
+        digests: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
-        """layouts: of the job's devices, by name. initial_adapter: what an average begins with, where one is asked for.
-        stage_digest: of what devices hold; by device where they differ."""
-        devices = set(layouts)
-        self.backbone, self.config, self.tell = backbone, config, tell
-        self.ledger = backbone.ledger
-        self._layouts = dict(layouts)
-        self._awaited = set(devices)
+        self.backbone, self.ledger, self.hidden_size = backbone, backbone.ledger, backbone.hidden_size
+        self.config, self._layouts, self._digests = config, dict(layouts), dict(digests)
+        self.digest = digest_of_all(digests)
         self._adapters = {device: shapes_of(adapter_of(layout)) for device, layout in layouts.items()}
-        self._stage_digest, self._checkpoints = stage_digest, checkpoints
-        self._patience = patience or Patience()
-        self._over_since: dict[str, float] = {}  # when each device was first seen to have no step left
-        self._planner = Planner(config, backbone.hidden_size)
-        self._averager = Averager(config, initial_adapter) if config.dlora.aggregate else None
-        self._point = resume or self._average_of(0, None)  # the last aggregation
-        if resume and resume.stage_digest != self._point_digest:
-            raise WrongState("the model's files have changed since the checkpoint was written: put the old ones back")
-        self._members: dict[str, _Member] = {}
-        self._steps = dict.fromkeys(devices, 0)  # that each device has told of
+        self._averages = Averages(config, initial)
         self._trained = {name: frozenset(range(len(one.modules))) for name, one in layouts.items()}  # as was told last
-        self._done: set[str] = set()
-        self._evaluations: dict[int, dict[str, tuple[float, int]]] = {}
-        self._evaluated: set[int] = set()  # steps of those that were told
-        self._resources: dict[str, dict[str, float]] = {}
-        self._started = self._finished = False
-        self._inbox = Inbox("backbone-host", look=self._drop_silent, fail=self._fail)
-        self._inbox.start()
+        self._exchanges: dict[str, _Exchange] = {}
 
-    # ---- called from any thread ----
+    # ---- devices ----
 
-    def join(self, device: str, frame: Frame, deliver: Deliver) -> Future[None]:
-        """A device's OPEN. A device that joins again replaces itself."""
-        return self._post(device, deliver, lambda: self._join(device, frame, deliver))
-
-    def submit(self, device: str, frame: Frame, deliver: Deliver) -> Future[None]:
-        """The next frame of a device's stream. One that is not due is refused with BadFrame, to that device alone."""
-        return self._post(device, deliver, lambda: self._submit(device, frame, deliver))
-
-    def leave(self, device: str, deliver: Deliver) -> None:
-        """A device's stream has ended. Nothing happens if the device has joined again by another one since."""
-        self._inbox.put(lambda: self._leave(device, deliver))
-
-    def start_without(self, missing: set[str]) -> None:
-        """Stops waiting for devices that have not come, or do not come back. They may still come."""
-        self._inbox.put(lambda: self._start_without(missing))
+    def adapter_values(self, device: str) -> int:
+        return sum(math.prod(shape) for shape in self._adapters[device])
 
     def adapter_shapes(self, device: str) -> tuple[tuple[int, ...], ...] | None:
         return self._adapters.get(device)
@@ -139,177 +91,137 @@ class BackboneHost:
     def layout_for(self, device: str) -> Layout | None:
         return self._layouts.get(device)
 
-    def close(self) -> None:
-        """Ends the thread once what was submitted is done, and all passes."""
-        self._inbox.close()
-        for member in self._members.values():
-            _end_passes(member)
+    def check_open(self, device: str, opened: stage_pb2.Open) -> None:
+        digest = digest_of(self._digests, self._layouts[device].cut)
+        check_holds(opened, self.adapter_values(device), "this device has", digest)
 
-    @property
-    def resources(self) -> dict[str, dict[str, float]]:
-        """Each device's report, after `finished`."""
-        return self._resources
+    def begin(self, device: JoinedDevice) -> Frame:
+        exchange = self._exchanges[device.name] = _Exchange()
+        if not self.config.averages and device.step - self.job.progress.by_device[device.name] == 1:
+            device.step -= 1  # its STEP was lost with the link, and comes again
+            exchange.begun = exchange.ended = device.plan.micro_batches
+        return super().begin(device)
 
-    @property
-    def average(self) -> Tensor | None:
-        """The devices' averaged adapter, flat; None where none was asked for."""
-        return self._point.device_adapter
+    def left(self, device: JoinedDevice) -> None:
+        exchange = self._exchanges.pop(device.name, None)
+        if exchange is not None:
+            exchange.end()
 
-    # ---- in the host's thread ----
+    def owed_by(self, device: JoinedDevice) -> float | None:
+        passes = self._exchanges[device.name].passes
+        return max(passing.waits_for for passing in passes.values()) if passes else None
 
-    def _post(self, device: str, deliver: Deliver, work: Callable[[], None]) -> Future[None]:
-        def refused(error: BadRequest) -> None:
-            deliver(error)
-            self._leave(device, deliver)
+    # ---- frames ----
 
-        return self._inbox.post(work, refused)
-
-    def _join(self, device: str, frame: Frame, deliver: Deliver) -> None:
-        opened = frame.open
-        problem = self._problem_with(device, opened)
-        if problem or opened is None:
-            raise BadFrame(problem)
-        if self._finished or (opened.last_step == self.config.steps and device in self._done):
-            deliver(Frame(Phase.CLOSE, self.config.steps))
-            return
-        earlier = self._members.get(device)
-        if earlier is not None:
-            earlier.deliver(WrongState(f"{device} has opened this job again from another run"))
-            self._leave(device, earlier.deliver)
-        measured = frame.measured or stage_pb2.Measured()
-        self._members[device] = _Member(
-            deliver, opened.samples, frozenset(opened.codecs), measured, int(opened.last_step)
-        )
-        joined = DeviceJoined(samples=opened.samples, last_step=opened.last_step)
-        self.tell(Event(device=device, joined=joined))
-        self._admit()
-
-    def _problem_with(self, device: str, opened: stage_pb2.Open | None) -> str:
-        problem = problem_with_open(device, opened, self._layouts, self.config)
-        if problem or opened is None:
-            return problem
-        if opened.adapter_values != self._values_of(device):
-            return f"an adapter of {opened.adapter_values} values; this device has {self._values_of(device)}"
-        digest = self._stage_digest if isinstance(self._stage_digest, str) else self._stage_digest[device]
-        if digest and opened.stage_digest != digest:
-            return "the device's model files differ from the coordinator's: their digests are not the same"
-        if opened.last_step > self.config.steps:
-            return f"a device after step {opened.last_step} of {self.config.steps}"
-        return ""
-
-    def _admit(self) -> None:
-        """Lets devices in: each at once, or, where adapters are averaged, all together at the start."""
-        if not self._started:
-            if self.config.dlora.aggregate and not self._awaited <= self._members.keys():
-                return
-            self._started = True
-            self.tell(Event(started=TrainingStarted(step=self._point.step)))
-        for device, member in sorted(self._members.items()):
-            if not member.admitted:
-                self._open(device, member)
-
-    def _open(self, device: str, member: _Member) -> None:
-        view = DeviceView.of(member.families, member.measured, member.plan)
-        plans, sentences = self._planner.plans({device: view}, {})
-        for sentence in sentences:
-            self.tell(log_line(sentence))
-        member.plan = plans[device]
-        tensor = None
-        if self.config.dlora.aggregate:
-            member.step, tensor = self._point.step, self._point.device_adapter
-        elif member.step - self._steps[device] == 1:
-            member.step -= 1  # its STEP was lost with the link, and comes again
-            member.begun = member.ended = member.plan.micro_batches
-        member.admitted, member.heard = True, time.monotonic()
-        agreement = stage_pb2.Agreement(
-            start_step=member.step,
-            batch_size=self.config.batch_size,
-            sequence_length=self.config.text.sequence_length,
-            hidden_size=self.backbone.hidden_size,
-            adapter_values=self._values_of(device),
-        )
-        member.deliver(Frame(Phase.OPEN, agreement=agreement, tensor=tensor, plan=member.plan))
-
-    def _start_without(self, missing: set[str]) -> None:
-        self._awaited -= missing - self._members.keys()
-        if self._members:
-            self._admit()
-        self._tell_evaluations()
-        self._finish_if_done()
-
-    def _submit(self, device: str, frame: Frame, deliver: Deliver) -> None:
-        member = self._members.get(device)
-        if member is None or member.deliver is not deliver:
-            return  # what a stream that was replaced or refused had sent before it ended
-        if not member.admitted:
-            raise BadFrame(f"{Phase.Name(frame.phase)} before the session was agreed")
-        member.heard = time.monotonic()
-        if frame.site or frame.phase == Phase.BACKWARD:
-            passing = member.passes.get((frame.phase == Phase.EVALUATE, frame.micro_batch))
-            if passing is None:
-                raise _not_due(device, frame)
-            passing.offer(frame)
-        elif frame.phase in (Phase.FORWARD, Phase.EVALUATE):
-            self._begin(device, member, frame)
-        elif frame.phase == Phase.MERGE:
-            self._merge(device, member, frame)
-        elif frame.phase == Phase.STEP:
-            self._stepped(device, member, frame)
-        elif frame.phase == Phase.AGGREGATE:
-            self._aggregate(device, member, frame)
-        elif frame.phase == Phase.REPORT:
-            self._report(device, member, frame)
-        elif frame.phase == Phase.CLOSE and member.step == self.config.steps:
-            member.deliver(Frame(Phase.CLOSE, frame.step))
-            self._done.add(device)
-            self._leave(device, deliver)
+    def check(self, device: JoinedDevice, frame: Frame) -> None:
+        exchange, phase = self._exchanges[device.name], frame.phase
+        if frame.site or phase == Phase.BACKWARD:
+            return  # the pass that it belongs to knows whether it is due
+        between = exchange.is_between_steps
+        if phase == Phase.FORWARD:
+            due = self._forward_is_due(device, exchange, frame)
+        elif phase == Phase.MERGE:
+            due = between and frame.step == device.step and not self.job.owes_adapter(device)
+            due = due and self.config.dlora.killed == MERGE
+        elif phase == Phase.STEP and not frame.values.get(ENDS):
+            due = frame.step == device.step and exchange.ended >= device.plan.micro_batches
         else:
-            raise _not_due(device, frame)
-
-    def _begin(self, device: str, member: _Member, frame: Frame) -> None:
-        """Starts a pass."""
-        evaluating = frame.phase == Phase.EVALUATE
-        if evaluating:
-            due = self._between_steps(member) and frame.step == member.step
-            due = due and self.config.evaluates_after(frame.step) and (True, frame.micro_batch) not in member.passes
-            due = due and len(member.passes) <= EVALUATIONS_AHEAD
-        else:
-            due = (frame.step, frame.micro_batch) == (member.step, member.begun) and not self._owes_adapter(member)
-            due = due and not any(key[0] for key in member.passes) and member.begun - member.ended < member.plan.depth
-            due = due and member.step < self.config.steps and member.begun < member.plan.micro_batches
+            super().check(device, frame)
+            due = between and (phase in (Phase.EVALUATE, Phase.STEP, Phase.CLOSE) or not exchange.passes)
+            if phase == Phase.EVALUATE:
+                under_way = exchange.passes
+                due = due and (True, frame.micro_batch) not in under_way and len(under_way) <= EVALUATIONS_AHEAD
         if not due:
-            raise _not_due(device, frame)
-        active = self._active(device, member, frame)
+            raise not_due(device.name, frame)
+
+    def _forward_is_due(self, device: JoinedDevice, exchange: _Exchange, frame: Frame) -> bool:
+        plan, place = device.plan, (frame.step, frame.micro_batch)
+        due = place == (device.step, exchange.begun) and not self.job.owes_adapter(device)
+        due = due and not any(evaluating for evaluating, _ in exchange.passes)
+        due = due and exchange.begun - exchange.ended < plan.depth and exchange.begun < plan.micro_batches
+        return due and device.step < self.config.steps
+
+    def take(self, device: JoinedDevice, frame: Frame) -> None:
+        exchange = self._exchanges[device.name]
+        if frame.site or frame.phase == Phase.BACKWARD:
+            passing = exchange.passes.get((frame.phase == Phase.EVALUATE, frame.micro_batch))
+            if passing is None:
+                raise not_due(device.name, frame)
+            passing.offer(frame)
+        elif frame.phase == Phase.MERGE:
+            self._merge(device.name, exchange, frame)
+        else:
+            self._begin_pass(device, exchange, frame)
+
+    def _begin_pass(self, device: JoinedDevice, exchange: _Exchange, frame: Frame) -> None:
+        evaluating = frame.phase == Phase.EVALUATE
+        active = self._active(device.name, exchange, frame)
 
         def ended(error: IsthmusError | None) -> None:  # in the pass's thread
-            self._inbox.put(lambda: self._ended(device, member, passing, error))
+            self.put(lambda: self._ended(device, exchange, passing, error))
 
-        passing = Passing(self.backbone, self._layouts[device], frame, active, member.deliver, ended)
-        member.passes[evaluating, frame.micro_batch] = passing
-        member.begun += not evaluating
+        passing = Passing(self.backbone, self._layouts[device.name], frame, active, device.deliver, ended)
+        exchange.passes[evaluating, frame.micro_batch] = passing
+        exchange.begun += not evaluating
         passing.start()
 
-    def _active(self, device: str, member: _Member, frame: Frame) -> Active:
+    def _active(self, device: str, exchange: _Exchange, frame: Frame) -> Active:
         """What a pass's frame says of the modules. Raises BadFrame for what cannot be."""
         layout = self._layouts[device]
         applied = layout.unpack(frame.applied)
         if not applied <= layout.remote:
             raise BadFrame("modules of the device's own blocks are not asked for")
         if frame.phase == Phase.EVALUATE:
-            return Active(frozenset(), applied, dict(member.merged))
+            return Active(frozenset(), applied, dict(exchange.merged))
         trained = layout.unpack(frame.trained)
         if not trained & layout.remote <= applied:
             raise BadFrame("modules that train and are not asked for")
         if not frame.micro_batch:
-            member.trained = trained
-        if trained != member.trained:
+            exchange.trained = trained
+        if trained != exchange.trained:
             raise BadFrame("micro-batches of one step that train different modules")
         self._tell_modules(device, frame.step, trained)
-        for number in trained & member.merged.keys():
-            del member.merged[number]
-        if applied & member.merged.keys():
+        for number in trained & exchange.merged.keys():
+            del exchange.merged[number]
+        if applied & exchange.merged.keys():
             raise BadFrame("modules that are merged and to be asked for")
-        return Active(trained, applied, dict(member.merged))
+        return Active(trained, applied, dict(exchange.merged))
+
+    def _merge(self, device: str, exchange: _Exchange, frame: Frame) -> None:
+        """The stage is to apply these modules itself from here on."""
+        layout = self._layouts[device]
+        numbers = layout.unpack(frame.trained)
+        if not numbers or not numbers <= layout.remote:
+            raise BadFrame("MERGE of no module, or of one in the device's own blocks")
+        values = tensor_of(frame)
+        if not can_be_used([values]):
+            raise BadTensor(f"MERGE of values that float32 cannot use: {DIVERGED}")
+        for number in sorted(numbers):
+            parts = []
+            for shape in layout.shapes(number).values():
+                size = shape[0] * shape[1]
+                parts.append(values[:size].reshape(shape))
+                values = values[size:]
+            exchange.merged[number] = parts[0], parts[1]
+
+    def _ended(self, device: JoinedDevice, exchange: _Exchange, passing: Passing, error: IsthmusError | None) -> None:
+        key = passing.evaluating, passing.number
+        if exchange.passes.get(key) is not passing:
+            return
+        del exchange.passes[key]
+        if error is not None:
+            self.job.put_out(device, error)
+            return
+        exchange.ended += not passing.evaluating
+        self.job.answer(device.name, passing.result)
+
+    def stepped(self, device: JoinedDevice, frame: Frame) -> None:
+        exchange = self._exchanges[device.name]
+        exchange.begun = exchange.ended = 0
+        if frame.values.get(ENDS):
+            self._tell_modules(device.name, frame.step, frozenset())
+            line = f"{device.name}: after step {frame.step} no module is left that trains: its training has ended"
+            self.job.tell(log_line(line, device.name))
 
     def _tell_modules(self, device: str, step: int, trained: frozenset[int]) -> None:
         layout = self._layouts[device]
@@ -325,210 +237,15 @@ class BackboneHost:
                 active=layout.names(trained),
                 message=message,
             )
-            self.tell(Event(device=device, modules=changed))
+            self.job.tell(Event(device=device, modules=changed))
 
-    def _merge(self, device: str, member: _Member, frame: Frame) -> None:
-        if not self._between_steps(member) or frame.step != member.step or self.config.dlora.killed != MERGE:
-            raise _not_due(device, frame)
-        layout = self._layouts[device]
-        numbers = layout.unpack(frame.trained)
-        if not numbers or not numbers <= layout.remote:
-            raise BadFrame("MERGE of no module, or of one in the device's own blocks")
-        values = tensor_of(frame)
-        if not can_be_used([values]):
-            raise BadTensor(f"MERGE of values that float32 cannot use: {DIVERGED}")
-        for number in sorted(numbers):
-            parts = []
-            for shape in layout.shapes(number).values():
-                size = shape[0] * shape[1]
-                parts.append(values[:size].reshape(shape))
-                values = values[size:]
-            member.merged[number] = parts[0], parts[1]
+    # ---- aggregation ----
 
-    def _between_steps(self, member: _Member) -> bool:
-        return not member.begun and not self._owes_adapter(member) and all(key[0] for key in member.passes)
+    def unfit(self, shares: Mapping[str, Share], last: Tensor | None) -> set[str]:
+        return self._averages.unfit(shares, last)
 
-    def _owes_adapter(self, member: _Member) -> bool:
-        """Whether an aggregation lies between it and its next step."""
-        return self.config.aggregates_after(member.step) and member.step > self._point.step
+    def aggregate(self, step: int, shares: Mapping[str, Share], last: Tensor | None) -> Aggregation:
+        return self._averages.aggregate(step, shares, last)
 
-    def _ended(self, device: str, member: _Member, passing: Passing, error: IsthmusError | None) -> None:
-        key = passing.evaluating, passing.number
-        if member.passes.get(key) is not passing:
-            return
-        del member.passes[key]
-        if error is not None:
-            member.deliver(error)
-            self._leave(device, member.deliver)
-            return
-        member.heard = time.monotonic()
-        member.ended += not passing.evaluating
-        member.deliver(passing.result)
-
-    def _stepped(self, device: str, member: _Member, frame: Frame) -> None:
-        if frame.values.get(ENDS) and frame.step == member.step < self.config.steps and self._between_steps(member):
-            line = f"{device}: after step {member.step} no module is left that trains: its training has ended"
-            if self._steps[device] < self.config.steps:  # else it is told again, over another link
-                self._tell_modules(device, member.step, frozenset())
-                self.tell(log_line(line, device))
-            member.step = self._steps[device] = self.config.steps
-            return
-        if frame.step != member.step or member.ended < member.plan.micro_batches:
-            raise _not_due(device, frame)
-        member.step += 1
-        member.begun = member.ended = 0
-        self._steps[device] = member.step
-        self._patience.kept_pace(device)
-        values = frame.values
-        done = StepDone(
-            step=min(self._steps.values()),
-            device_step=member.step,
-            loss=values["nll"] / max(values["tokens"], 1),
-            tokens=int(values["tokens"]),
-            devices=[device],
-        )
-        self.tell(Event(device=device, step=done))
-
-    def _aggregate(self, device: str, member: _Member, frame: Frame) -> None:
-        due = self._owes_adapter(member) and member.aggregate is None and not member.passes
-        if not due or frame.step != member.step - 1:
-            raise _not_due(device, frame)
-        member.aggregate = frame
-        self._average_if_complete()
-
-    def _average_if_complete(self) -> None:
-        members = {device: member for device, member in self._members.items() if member.admitted}
-        if not members or self._averager is None or any(member.aggregate is None for member in members.values()):
-            return
-        frames = {device: member.aggregate for device, member in members.items() if member.aggregate is not None}
-        total = sum(member.samples for member in members.values())
-        shares = [(tensor_of(frame), members[device].samples / total) for device, frame in frames.items()]
-        last = self._point.device_adapter
-        unfit = self._averager.unfit({device: tensor_of(frame) for device, frame in frames.items()}, last)
-        if unfit:
-            device = min(unfit)
-            line = f"{device}: the adapter's values after step {members[device].step} are none that float32 can use"
-            members[device].deliver(BadTensor(f"{line}: {DIVERGED}"))
-            self._leave(device, members[device].deliver)  # and the average is made of the others
-            return
-        error = self._averager.error(shares, last)
-        try:
-            average, encoded = self._averager.average(shares, last)
-        except BadTensor as problem:  # of no device alone
-            raise WrongState(f"the average of the adapters cannot be sent: {problem}") from None
-        done = max(member.step for member in members.values())
-        self.tell(Event(aggregation=Aggregated(step=done, method=AVERAGE, aggregation_error=error)))
-        point = self._average_of(done, average)
-        point.check_finite()
-        self._point = point
-        if self.config.checkpoints_after(done) and self._checkpoints:
-            self._checkpoints.save(self._point)  # before anyone has it
-            self.tell(Event(checkpoint=CheckpointSaved(step=done)))
-        for device, frame in frames.items():
-            members[device].aggregate, members[device].heard = None, time.monotonic()
-            members[device].deliver(Frame(Phase.AGGREGATE, frame.step, encoded=encoded))
-
-    def _average_of(self, step: int, average: Tensor | None) -> Checkpoint:
-        return Checkpoint(step, {}, {}, average, [], self._point_digest)
-
-    @property
-    def _point_digest(self) -> str:
-        """Averages are of devices that are alike."""
-        return self._stage_digest if isinstance(self._stage_digest, str) else ""
-
-    def _values_of(self, device: str) -> int:
-        return sum(math.prod(shape) for shape in self._adapters[device])
-
-    def _report(self, device: str, member: _Member, frame: Frame) -> None:
-        if "evaluation_tokens" not in frame.values:
-            self._resources[device] = dict(frame.values)
-            return
-        if not self._between_steps(member) or member.passes or not self.config.evaluates_after(frame.step):
-            raise _not_due(device, frame)
-        sums = self._evaluations.setdefault(frame.step, {})
-        sums[device] = (frame.values.get("evaluation_nll", 0.0), int(frame.values["evaluation_tokens"]))
-        self._tell_evaluations()
-
-    def _tell_evaluations(self) -> None:
-        """Adds up those that no awaited device lacks."""
-        for step, sums in sorted(self._evaluations.items()):
-            total, tokens = sum(loss for loss, _ in sums.values()), sum(count for _, count in sums.values())
-            if step in self._evaluated or not self._awaited <= sums.keys() or not tokens:
-                continue
-            self._evaluated.add(step)
-            each = {name: perplexity(loss, count) for name, (loss, count) in sums.items() if count}
-            evaluation = Evaluated(step=step, perplexity=perplexity(total, tokens), tokens=tokens, devices=each)
-            self.tell(Event(evaluation=evaluation))
-
-    def _leave(self, device: str, deliver: Deliver) -> None:
-        member = self._members.get(device)
-        if member is None or member.deliver is not deliver:
-            return
-        del self._members[device]
-        _end_passes(member)
-        self.tell(Event(device=device, left=DeviceLeft(step=member.step, done=device in self._done)))
-        self._average_if_complete()
-        self._finish_if_done()
-
-    def _finish_if_done(self) -> None:
-        if not self._finished and self._done and not self._members and self._awaited <= self._done:
-            self._finished = True
-            self.tell(Event(finished=JobFinished(step=self.config.steps)))
-
-    def _drop_silent(self) -> None:
-        """Goes on without a device that owes a frame for too long: a pass, another device, or the job's end waits."""
-        now = time.monotonic()
-        for device, member in list(self._members.items()):
-            if self._members.get(device) is not member or not member.admitted:
-                continue  # gone meanwhile, or its turn has not come
-            patience = self._patience.of(device)
-            asked = any(passing.waits_for > patience for passing in member.passes.values())
-            silent = now - member.heard > patience and member.aggregate is None and not member.passes
-            if member.step == self.config.steps and not self._owes_adapter(member):
-                since = self._over_since.setdefault(device, now)
-                if asked or silent or now - since > self._patience.closing:
-                    self._give_up(device, member, max(now - member.heard, now - since))
-            elif asked or (silent and self._others_wait_for(device)):
-                self._patience.was_silent(device)
-                member.deliver(LinkLost(f"{device} owed a frame for {patience:.0f} s"))
-                if self._others_are_done(device) and self._patience.is_least(device):
-                    message = f"{device} was silent again and again: the job ends without it"
-                    self.tell(log_line(message, device))
-                    self._awaited.discard(device)
-                self._leave(device, member.deliver)
-
-    def _others_wait_for(self, device: str) -> bool:
-        """With their adapters, or because the job is done but for this device."""
-        waiting = any(member.aggregate is not None for member in self._members.values())
-        return waiting or self._others_are_done(device)
-
-    def _others_are_done(self, device: str) -> bool:
-        return bool(self._done) and self._awaited - {device} <= self._done
-
-    def _give_up(self, device: str, member: _Member, seconds: float) -> None:
-        """Ends a device's part in the job without what it has not reported in time after its last step."""
-        self._patience.was_silent(device)
-        line = f"{device} has not closed the job {seconds:.0f} s after it was done"
-        self.tell(log_line(f"{line}: its last report is missing", device))
-        member.deliver(LinkLost(line))
-        self._done.add(device)
-        self._leave(device, member.deliver)
-
-    def _fail(self, error: IsthmusError) -> None:
-        for member in self._members.values():
-            member.deliver(error)
-            _end_passes(member)
-        self._members.clear()
-        self.tell(Event(failed=JobFailed(message=str(error))))
-
-
-def _end_passes(member: _Member) -> None:
-    for passing in member.passes.values():
-        passing.end()
-    member.passes.clear()
-
-
-def _not_due(device: str, frame: Frame) -> BadFrame:
-    site = f", site {frame.site}" if frame.site else ""
-    place = f"step {frame.step}, micro-batch {frame.micro_batch}{site}"
-    return BadFrame(f"{Phase.Name(frame.phase)} of {place} is not due from {device}")
+    def adapter(self, point: Checkpoint) -> dict[str, Tensor] | None:
+        return None if point.device_adapter is None else self._averages.named(point.device_adapter)

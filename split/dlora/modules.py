@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from isthmus.split.errors import BadTensor
 from isthmus.split.job.groups import DROP, KEEP, MERGE
-from isthmus.split.link.session import Frame
+from isthmus.split.link.frames import Frame
 from isthmus.split.lora.lora import flatten, initial_adapter
 from isthmus.split.lora.sites import Layout, LoraModule, Site
 from isthmus.split.models.stage import Stage

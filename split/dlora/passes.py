@@ -11,12 +11,13 @@ from collections.abc import Callable
 from torch import Tensor
 
 from isthmus.split.codecs.finite import DIVERGED, is_finite
+from isthmus.split.data.sequences import seen_positions
 from isthmus.split.dlora.backbone import Active, Backbone, Pass
 from isthmus.split.errors import BadFrame, BadTensor, IsthmusError, LinkLost
-from isthmus.split.link.session import INPUT_GRADIENT, Deliver, Frame, Phase
+from isthmus.split.link.frames import INPUT_GRADIENT, Frame, Phase
+from isthmus.split.link.stage import Deliver
 from isthmus.split.lora.sites import Layout, Site
-from isthmus.split.training.device import seen_positions, tensor_of
-from isthmus.split.training.host import where_wanted
+from isthmus.split.training.frames import tensor_of, where_wanted
 
 log = logging.getLogger(__name__)
 

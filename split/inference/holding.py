@@ -15,11 +15,11 @@ import grpc
 from isthmus.protos.v1 import chain_pb2 as pb
 from isthmus.protos.v1.chain_pb2_grpc import ChainStub
 from isthmus.split.codecs import FAMILIES
-from isthmus.split.errors import BadFrame, IsthmusError, LinkLost
-from isthmus.split.inference.wire import HiddenCoder, rows_of
+from isthmus.split.errors import IsthmusError, LinkLost
+from isthmus.split.inference.wire import MAX_TOKENS, ComputingEnd, Forget, HiddenBatch, Limits
+from isthmus.split.link.transport import GrpcTransport
 from isthmus.split.models.stage import StageSpec
-from isthmus.split.runtime.base import BadPosition, Runtime
-from isthmus.split.tls import error_of
+from isthmus.split.runtime.base import Runtime
 
 log = logging.getLogger(__name__)
 
@@ -47,32 +47,26 @@ class Holding:
             codecs=sorted(FAMILIES),
             process=os.getpid(),
         )
+        limits = Limits(runtime.sequences, MAX_TOKENS, runtime.tokens, runtime.adapters)
+        self._end = ComputingEnd(hidden_size, limits)
         self._outbox: queue.SimpleQueue[pb.FromHolder | None] = queue.SimpleQueue()
         self._outbox.put(pb.FromHolder(hello=hello))
         self._leaving = threading.Event()
         self.batches = 0  # that were computed
-        self._call = ChainStub(channel).Hold(self._messages())
+        self._transport: GrpcTransport[pb.FromHolder, pb.ToHolder] = GrpcTransport(
+            ChainStub(channel).Hold, "this job's gateway"
+        )
 
     def run(self) -> None:
         self._runtime.forget(list(self._runtime.lengths()))
-        coder: HiddenCoder | None = None
         try:
-            for message in self._call:
-                kind = message.WhichOneof("kind")
-                if kind == "batch" and coder is not None:
-                    self._outbox.put(pb.FromHolder(result=self._compute(message.batch, coder)))
-                    self.batches += 1
-                elif kind == "forget":
-                    self._runtime.forget(message.forget.sequences)
-                elif kind == "agreed" and coder is None:
-                    coder = HiddenCoder(message.agreed.codec, message.agreed.seed, self._hidden_size)
-                else:
-                    raise BadFrame(f"the gateway sent {kind} out of turn")
-        except grpc.RpcError as error:
+            for message in self._transport.exchange(self._messages()):
+                self._take(message)
+        except IsthmusError:
             if not self._leaving.is_set():
-                raise error_of(error, "this job's gateway") from None
+                raise
         finally:
-            self._call.cancel()
+            self._transport.close()
             self._outbox.put(None)
         if not self._leaving.is_set():
             raise LinkLost("the gateway closed the stream")
@@ -82,26 +76,33 @@ class Holding:
         if not self._leaving.is_set():
             self._leaving.set()
             self._outbox.put(pb.FromHolder(leaving=pb.Leaving()))
-            timer = threading.Timer(_LAST_ANSWER, self._call.cancel)  # of a gateway that does not answer
+            timer = threading.Timer(_LAST_ANSWER, self._transport.close)  # of a gateway that does not answer
             timer.daemon = True
             timer.start()
 
-    def _compute(self, batch: pb.Batch, coder: HiddenCoder) -> pb.Result:
+    def _take(self, message: pb.ToHolder) -> None:
         """What is wrong with one batch ends that batch alone."""
-        coding = coder.seconds
+        if not message.HasField("batch"):
+            asked = self._end.take(message)
+            if isinstance(asked, Forget):
+                self._runtime.forget(asked.sequences)
+            return
         try:
-            rows = rows_of(batch)
-            hidden = coder.decode(batch.hidden, sum(row.count for row in rows))
-            started = time.perf_counter()
-            output = self._runtime.compute(rows, hidden)
-            seconds = time.perf_counter() - started
-            encoded = coder.encode(output)
+            result = self._compute(message)
         except IsthmusError as error:
-            return pb.Result(id=batch.id, error=str(error), bad_position=isinstance(error, BadPosition))
+            result = self._end.failure(message.batch.id, error)
         except Exception as error:  # no memory, a bug: the gateway goes to another holder
             log.exception("a batch could not be computed")
-            return pb.Result(id=batch.id, error=f"{type(error).__name__}: {error}")
-        return pb.Result(id=batch.id, hidden=encoded, computing_seconds=seconds, coding_seconds=coder.seconds - coding)
+            result = self._end.failure(message.batch.id, error, f"{type(error).__name__}: {error}")
+        self._outbox.put(pb.FromHolder(result=result))
+        self.batches += 1
+
+    def _compute(self, message: pb.ToHolder) -> pb.Result:
+        batch = self._end.take(message)
+        assert isinstance(batch, HiddenBatch)
+        started = time.perf_counter()
+        output = self._runtime.compute(batch.rows, batch.hidden)
+        return self._end.result(batch.id, output, time.perf_counter() - started)
 
     def _messages(self) -> Iterator[pb.FromHolder]:
         with contextlib.suppress(GeneratorExit):

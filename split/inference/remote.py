@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 
 from torch import Tensor
@@ -14,6 +13,7 @@ from isthmus.protos.v1 import chain_pb2 as pb
 from isthmus.split.errors import BadFrame, IsthmusError, LinkLost
 from isthmus.split.inference.chain import Cost
 from isthmus.split.inference.wire import HiddenCoder, rows_to_proto
+from isthmus.split.link.turns import Turns
 from isthmus.split.printable import printable
 from isthmus.split.runtime.base import BadPosition, Row
 
@@ -31,8 +31,8 @@ class RemoteHolder:
         self._timeout = timeout
         self._outbox: asyncio.Queue[pb.ToHolder | None] = asyncio.Queue()
         self._outbox.put_nowait(pb.ToHolder(agreed=pb.Agreed(codec=codec, seed=seed)))
-        # Batch, its tokens, who waits.
-        self._due: deque[tuple[int, int, asyncio.Future[tuple[Tensor, float]]]] = deque()
+        # By batch: its tokens, who waits.
+        self._due: Turns[int, tuple[int, asyncio.Future[tuple[Tensor, float]]]] = Turns()
         self._last = self._answered = 0  # batches
         self._ended: IsthmusError | None = None
         self._watch: asyncio.TimerHandle | None = None
@@ -48,7 +48,7 @@ class RemoteHolder:
         self.cost.sent += batch.ByteSize()
         loop = asyncio.get_running_loop()
         result: asyncio.Future[tuple[Tensor, float]] = loop.create_future()
-        self._due.append((batch.id, len(hidden), result))
+        self._due.ask(batch.id, (len(hidden), result))
         self._outbox.put_nowait(pb.ToHolder(batch=batch))
         if self._watch is None:
             self._watch = loop.call_later(self._timeout, self._look, self._answered)
@@ -81,20 +81,20 @@ class RemoteHolder:
             self._close_if_done()
             return
         result = message.result
-        if kind != "result" or not self._due or self._due[0][0] != result.id:
+        if kind != "result":
             raise BadFrame(f"{self.name} sent {kind} out of turn")
-        _, tokens, waiting = self._due[0]
+        tokens, waiting = self._due.next(result.id)
         self._answered += 1
         self.cost.received += message.ByteSize()
         if result.HasField("hidden"):
             coding = self._coder.seconds
             output = self._coder.decode(result.hidden, tokens)
             self.cost.coding += self._coder.seconds - coding + _seconds(result.coding_seconds)
-            self._due.popleft()  # not before: what cannot be decoded is lost with the stream
+            self._due.done()  # not before: what cannot be decoded is lost with the stream
             if not waiting.done():
                 waiting.set_result((output, _seconds(result.computing_seconds)))
         else:
-            self._due.popleft()
+            self._due.done()
             line = f"{self.name}: {printable(result.error, 500)}"
             if not waiting.done():
                 waiting.set_exception(BadPosition(line) if result.bad_position else IsthmusError(line))
@@ -104,7 +104,7 @@ class RemoteHolder:
         """The stream has ended: what is under way is lost."""
         self.gone, self._ended = True, error
         while self._due:
-            waiting = self._due.popleft()[2]
+            _, waiting = self._due.done()
             if not waiting.done():
                 waiting.set_exception(LinkLost(f"{self.name}: {error}"))
         self._outbox.put_nowait(None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import secrets
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from isthmus.split.inference.exits import ExitRule
 from isthmus.split.inference.local import EARLY, LOOKUP, NONE, make_drafter
 from isthmus.split.inference.remote import RemoteHolder
 from isthmus.split.inference.serving import ServingConfig
+from isthmus.split.link.backoff import Backoff
 from isthmus.split.lora.served import LoraAdapter
 from isthmus.split.models.source import TensorSource
 from isthmus.split.models.stage import StageSpec
@@ -33,7 +33,7 @@ from isthmus.split.tls import Credentials, aio_channel, error_of
 log = logging.getLogger(__name__)
 
 GATEWAY = "gateway"
-_FIRST_RETRY, _LAST_RETRY = 0.2, 5.0  # seconds between attempts to reach the gateway again
+_FIRST_RETRY, _LAST_RETRY = 0.3, 6.0  # seconds up to which the first wait for the gateway, and any, is drawn
 _ANSWER = 60.0  # seconds for a batch, beside those that the gateway itself may wait for holders
 
 
@@ -156,8 +156,8 @@ class Using:
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _keep_up(self, taken: asyncio.Future[None]) -> None:
-        delay = _FIRST_RETRY
-        while True:
+        backoff = Backoff(_FIRST_RETRY, _LAST_RETRY)
+        while True:  # a stream's end is an error in any case
             before = self.streams
             try:
                 await self._stream(taken)
@@ -171,9 +171,11 @@ class Using:
                 if not isinstance(known, LinkLost):
                     await self._span.add(_Refusal(known))
                     return
-                delay = _FIRST_RETRY if self.streams > before else min(2 * delay, _LAST_RETRY)
-                log.warning("%s; dialling again in about %.1f s", known, delay)
-            await asyncio.sleep(delay * random.uniform(0.5, 1.5))
+                if self.streams > before:
+                    backoff.reset()
+                seconds = backoff.wait()
+                log.warning("%s; dialling again in %.1f s", known, seconds)
+                await asyncio.sleep(seconds)
 
     async def _stream(self, taken: asyncio.Future[None]) -> None:
         """One stream, from hello to end, which is an error in any case."""

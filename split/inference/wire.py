@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from isthmus.protos.v1 import chain_pb2 as pb
 from isthmus.protos.v1 import stage_pb2
 from isthmus.split.codecs import CodecState, parse
-from isthmus.split.codecs.wire import Expected, decode_tensor, encode_tensor
-from isthmus.split.errors import BadFrame, BadTensor
-from isthmus.split.runtime.base import Row
+from isthmus.split.codecs.wire import Expected
+from isthmus.split.errors import BadFrame
+from isthmus.split.link.coding import StreamCoder
+from isthmus.split.runtime.base import BadPosition, Row
 
 MAX_TOKENS = 8192  # in one batch
+_NOT_FINITE = "hidden states with NaN or infinity"  # they would stay in a cache
 
 
 class HiddenCoder:
@@ -25,29 +25,128 @@ class HiddenCoder:
 
     def __init__(self, codec: str, seed: int, hidden_size: int) -> None:
         """codec: canonical name. Raises CodecError for one that there is not."""
-        self._codec, self._hidden_size = parse(codec), hidden_size
-        self._out, self._in = CodecState(seed), CodecState(seed)
+        self._hidden_size = hidden_size
+        self._out, self._in = (StreamCoder(parse(codec), CodecState(seed), _NOT_FINITE) for _ in range(2))
         self.seconds = 0.0  # of encoding and decoding so far
 
     def encode(self, hidden: Tensor) -> stage_pb2.Tensor:
-        if self._codec.name == "none":
-            return encode_tensor(hidden)
         started = time.perf_counter()
-        payload = self._codec.encode(hidden, self._out)
+        message = self._out.encode(hidden)
         self.seconds += time.perf_counter() - started
-        return stage_pb2.Tensor(codec=self._codec.name, dtype="float32", shape=list(hidden.shape), payload=payload)
+        return message
 
     def decode(self, message: stage_pb2.Tensor, tokens: int) -> Tensor:
-        """(tokens, hidden). Raises BadTensor, also for NaN and infinity: they would stay in a cache."""
+        """(tokens, hidden). Raises BadTensor or CodecError for what is not that, NaN and infinity included."""
         shape = (tokens, self._hidden_size)
-        expected = Expected("float32", shape, tokens * self._hidden_size, self._codec)
+        expected = Expected("float32", shape, tokens * self._hidden_size, self._in.codec)
         started = time.perf_counter()
-        hidden = decode_tensor(message, expected, self._in)
+        hidden = self._in.decode(message, expected)
         self.seconds += time.perf_counter() - started
-        # The sum is nearly always finite, and then all are. Each operation takes 0.1 ms on a core that has been idle.
-        if not math.isfinite(np.add.reduce(hidden.numpy(), axis=None)) and not torch.isfinite(hidden).all():
-            raise BadTensor("hidden states with NaN or infinity")
         return hidden
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the computing end of a stream takes: sequences, numbered from 0; tokens of a batch, and of a sequence;
+    adapters. codec: canonical name, if it has to be that one."""
+
+    sequences: int
+    batch: int
+    context: int
+    adapters: int
+    codec: str = ""
+
+
+@dataclass(frozen=True)
+class HiddenBatch:
+    """The next tokens of some sequences. hidden: (tokens of all rows in order, hidden size)."""
+
+    id: int
+    rows: tuple[Row, ...]
+    hidden: Tensor
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Sequences whose tokens are not needed any more."""
+
+    sequences: tuple[int, ...]
+
+
+class ComputingEnd:
+    """The end of a chain's stream that computes: a holder's, or the gateway's for a device that has the text.
+
+    Checks and decodes what comes; encodes what goes back.
+    """
+
+    def __init__(self, hidden_size: int, limits: Limits) -> None:
+        self._hidden_size, self._limits = hidden_size, limits
+        self._coder: HiddenCoder | None = None
+        self._last = 0  # batch
+
+    def take(self, message: pb.ToHolder) -> HiddenBatch | Forget | None:
+        """None: the other end has said how hidden states are coded. Raises BadFrame, BadTensor or CodecError for what
+        was not agreed."""
+        kind = message.WhichOneof("kind")
+        if kind == "agreed" and self._coder is None:
+            self._agree(message.agreed)
+            return None
+        if kind == "batch" and self._coder is not None:
+            return self._batch(message.batch, self._coder)
+        if kind == "forget":
+            return self._forget(message.forget)
+        raise BadFrame(f"{kind} out of turn")
+
+    def result(self, batch: int, output: Tensor, computing: float) -> pb.Result:
+        """computing: seconds that it took. Results are made in the order in which they are sent."""
+        assert self._coder is not None
+        coding = self._coder.seconds
+        hidden = self._coder.encode(output)
+        return pb.Result(
+            id=batch, hidden=hidden, computing_seconds=computing, coding_seconds=self._coder.seconds - coding
+        )
+
+    @staticmethod
+    def failure(batch: int, error: Exception, line: str = "") -> pb.Result:
+        """What ended one batch, and no other."""
+        return pb.Result(id=batch, error=line or str(error), bad_position=isinstance(error, BadPosition))
+
+    def _agree(self, agreed: pb.Agreed) -> None:
+        if self._limits.codec not in ("", agreed.codec):
+            raise BadFrame(f"codec {agreed.codec[:32]!r}: this model is served with {self._limits.codec}")
+        self._coder = HiddenCoder(codec_for_hidden_states(agreed.codec), agreed.seed, self._hidden_size)
+
+    def _batch(self, message: pb.Batch, coder: HiddenCoder) -> HiddenBatch:
+        limits = self._limits
+        if message.id <= self._last:
+            raise BadFrame(f"batch {message.id} after batch {self._last}")
+        self._last = message.id
+        if len(message.rows) > limits.sequences:
+            raise BadFrame(f"{len(message.rows)} rows for {limits.sequences} sequences")
+        rows = rows_of(message)
+        tokens = sum(row.count for row in rows)
+        if tokens > limits.batch:
+            raise BadFrame(f"a batch of {tokens} tokens; {limits.batch} can be")
+        self._check_sequences([row.sequence for row in rows])
+        if len({row.sequence for row in rows}) < len(rows):
+            raise BadFrame("a batch has a sequence twice")
+        for row in rows:
+            if row.adapter > limits.adapters:
+                raise BadFrame(f"adapter {row.adapter} of {limits.adapters}")
+            if not row.count or row.position + row.count > limits.context:
+                raise BadFrame(f"tokens {row.position} to {row.position + row.count}: not in {limits.context}")
+        return HiddenBatch(message.id, tuple(rows), coder.decode(message.hidden, tokens))
+
+    def _forget(self, message: pb.Forget) -> Forget:
+        if len(message.sequences) > self._limits.sequences:
+            raise BadFrame(f"{len(message.sequences)} sequences to forget, of {self._limits.sequences}")
+        self._check_sequences(message.sequences)
+        return Forget(tuple(message.sequences))
+
+    def _check_sequences(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            if number >= self._limits.sequences:
+                raise BadFrame(f"sequence {number} of {self._limits.sequences}")
 
 
 def rows_to_proto(rows: Sequence[Row]) -> list[pb.Row]:

@@ -7,20 +7,25 @@ device is under way. A codec that stays keeps its state, on both ends.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from isthmus.protos.v1 import stage_pb2
+from isthmus.protos.v1 import codec_pb2, stage_pb2
 from isthmus.split.codecs import AnyCodec, CodecState, for_matrices, parse
+from isthmus.split.codecs.finite import DIVERGED, is_finite
 from isthmus.split.codecs.wire import AS_IT_IS, Expected, decode_tensor, encode_tensor
 from isthmus.split.data.sequences import batch_indices, micro_batch_slices
-from isthmus.split.errors import BadFrame
+from isthmus.split.errors import BadFrame, BadTensor, CodecError
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.streams import ADAPTERS, STREAMS
+from isthmus.split.lora.sites import Layout
 from isthmus.split.resources.ledger import Ledger
+
+_NOT_FINITE = f"a tensor with NaN or infinity: {DIVERGED}"
 
 
 @dataclass(frozen=True)
@@ -28,13 +33,19 @@ class Terms:
     """What both ends of a session know before its first plan, and code by.
 
     samples: training sequences of the device, from which follows which are in a batch. adapter: the shapes of the
-    matrices that make up the device's adapter. widest: the most values a row that cross for a site (DLoRA).
+    matrices that make up the device's adapter. layout: of the modules, as this device has them (DLoRA).
     """
 
     config: TrainingConfig
     samples: int
     adapter: tuple[tuple[int, ...], ...] = ()
-    widest: int = 0
+    hidden_size: int = 0
+    vocabulary_size: int = 0
+    layout: Layout | None = None
+
+    @property
+    def adapter_values(self) -> int:
+        return sum(math.prod(shape) for shape in self.adapter)
 
 
 @dataclass(frozen=True)
@@ -78,33 +89,58 @@ def stream_seed(seed: int, stream: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:6], "big")
 
 
+class StreamCoder:
+    """One end of one stream of tensors: its codec, and what that remembers.
+
+    not_finite: what is said of a tensor with NaN or infinity from the other end.
+    """
+
+    def __init__(self, codec: AnyCodec, state: CodecState, not_finite: str = _NOT_FINITE) -> None:
+        self.codec, self.state, self._not_finite = codec, state, not_finite
+
+    def encode(self, tensor: Tensor, keys: Sequence[int] | None = None) -> stage_pb2.Tensor:
+        """keys: of the samples in the tensor's first dimension, for codecs that remember samples.
+
+        Raises CodecError for NaN and infinity, where the codec is not exact."""
+        if self.codec.name == "none":
+            return encode_tensor(tensor)
+        payload = self.codec.encode(tensor, self.state, keys)
+        return stage_pb2.Tensor(codec=self.codec.name, dtype="float32", shape=list(tensor.shape), payload=payload)
+
+    def decode(self, message: stage_pb2.Tensor, expected: Expected, keys: Sequence[int] | None = None) -> Tensor:
+        """float32 on the CPU. Raises BadTensor or CodecError when it is not what was agreed, NaN or infinity included:
+        what has come from the other side goes into gradients and caches, and would stay there."""
+        tensor = decode_tensor(message, expected, self.state, keys)
+        if not is_finite(tensor):
+            raise BadTensor(self._not_finite)
+        return tensor
+
+
 class Coder:
-    """One end of one session."""
+    """One end of one training session: a codec and its memory for each stream, and each site of it."""
 
     def __init__(self, terms: Terms, ledger: Ledger) -> None:
         self.plan = Plan()
-        self._terms, self._ledger = terms, ledger
-        self._codecs: dict[tuple[str, int], tuple[AnyCodec, CodecState]] = {}  # by stream and site
+        self.terms, self._ledger = terms, ledger
+        self._streams: dict[tuple[str, int], StreamCoder] = {}  # by stream and site
         self._memory: dict[tuple[str, int], int] = {}  # bytes that each one's codec remembers
 
     def use(self, plan: Plan) -> None:
         """From the next frame on."""
         for stream in STREAMS:
-            name = plan.codec_of(stream)
-            known = self._codecs.get((stream, 0))
-            if known is None or known[0].name != name or plan.seed != self.plan.seed:
-                self._codecs = {key: codec for key, codec in self._codecs.items() if key[0] != stream}
-                self._codecs[stream, 0] = self._codec(stream, name), CodecState(stream_seed(plan.seed, stream))
+            known = self._streams.get((stream, 0))
+            if known is None or known.codec.name != plan.codec_of(stream) or plan.seed != self.plan.seed:
+                self._streams = {key: coder for key, coder in self._streams.items() if key[0] != stream}
+                self._streams[stream, 0] = self._begun(stream, plan)
         self.plan = plan
 
     def reshape(self, adapter: tuple[tuple[int, ...], ...]) -> None:
         """The device's cut has moved and its adapter has matrices of these shapes from now on: what codecs remember is
         of other tensors, so they begin anew, on both ends."""
-        self._terms = replace(self._terms, adapter=adapter)
+        self.terms = replace(self.terms, adapter=adapter)
         for stream in STREAMS:
-            if (stream, 0) in self._codecs:
-                name = self.plan.codec_of(stream)
-                self._codecs[stream, 0] = self._codec(stream, name), CodecState(stream_seed(self.plan.seed, stream))
+            if (stream, 0) in self._streams:
+                self._streams[stream, 0] = self._begun(stream, self.plan)
 
     def adapters_differ(self, stream: str) -> bool:
         """Whether an adapter crosses as its difference from the last average: where its codec is not exact."""
@@ -113,17 +149,17 @@ class Coder:
 
     @property
     def batch_size(self) -> int:
-        return self._terms.config.batch_size
-
-    def expected_at_site(self, stream: str, rows: int) -> Expected:
-        """What comes for a site: (rows, width), as many rows as are of use of `rows` sequences."""
-        most = rows * self._terms.config.text.sequence_length * self._terms.widest
-        return self.expected(stream, (None, None), most)
+        return self.terms.config.batch_size
 
     def rows(self, micro_batch: int) -> int:
         """Sequences in a micro-batch of a step."""
-        part = micro_batch_slices(self._terms.config.batch_size, self.plan.micro_batches)[micro_batch]
+        part = micro_batch_slices(self.batch_size, self.plan.micro_batches)[micro_batch]
         return int(part.stop - part.start)
+
+    def expected(self, stream: str, shape: tuple[int | None, ...], at_most: int) -> Expected:
+        """Of a tensor of a stream; of none (empty): it crosses as it is."""
+        known = self._streams.get((stream, 0))
+        return Expected("float32", shape, at_most, known.codec if known else AS_IT_IS)
 
     def encode(
         self, stream: str, tensor: Tensor, step: int = 0, micro_batch: int = 0, site: int = 0
@@ -131,18 +167,13 @@ class Coder:
         """site: of the modules whose tensor this is, (rows, width); each has a state of its own; 0: of none.
 
         Raises CodecError for NaN and infinity, where the codec is not exact."""
-        name = self.plan.codec_of(stream)
-        if name == "none":
+        if self.plan.codec_of(stream) == "none":
             return encode_tensor(tensor)
-        codec, state = self._at(stream, site)
+        coder = self._at(stream, site)
         started, own = time.perf_counter(), time.thread_time()
-        payload = codec.encode(tensor, state, None if site else self._keys(stream, step, micro_batch))
-        self._note("encode", (stream, site), name, tensor.numel(), self._took(started, own), state)
-        return stage_pb2.Tensor(codec=name, dtype="float32", shape=list(tensor.shape), payload=payload)
-
-    def expected(self, stream: str, shape: tuple[int | None, ...], at_most: int) -> Expected:
-        known = self._codecs.get((stream, 0))
-        return Expected("float32", shape, at_most, known[0] if known else AS_IT_IS)
+        message = coder.encode(tensor, self._keys(stream, step, micro_batch, site))
+        self._note("encode", (stream, site), tensor.numel(), self._took(started, own), coder)
+        return message
 
     def decode(
         self,
@@ -153,45 +184,73 @@ class Coder:
         micro_batch: int = 0,
         site: int = 0,
     ) -> Tensor:
-        """float32 on the CPU. Raises BadTensor or CodecError when it is not what was agreed."""
-        name = expected.codec.name
-        if name == "none":
-            return decode_tensor(message, expected)
-        _, state = self._at(stream, site)
+        """float32 on the CPU. Raises BadTensor or CodecError when it is not what was agreed, or not finite."""
+        if expected.codec.name == "none":
+            return StreamCoder(expected.codec, CodecState(0)).decode(message, expected)
+        coder = self._at(stream, site)
         started, own = time.perf_counter(), time.thread_time()
-        decoded = decode_tensor(message, expected, state, None if site else self._keys(stream, step, micro_batch))
-        self._note("decode", (stream, site), name, decoded.numel(), self._took(started, own), state)
+        decoded = coder.decode(message, expected, self._keys(stream, step, micro_batch, site))
+        self._note("decode", (stream, site), decoded.numel(), self._took(started, own), coder)
         return decoded
 
     def state_of(self, stream: str) -> CodecState | None:
         """What this end remembers of a stream; None before the first plan."""
-        known = self._codecs.get((stream, 0))
-        return None if known is None else known[1]
+        known = self._streams.get((stream, 0))
+        return None if known is None else known.state
 
-    def _at(self, stream: str, site: int) -> tuple[AnyCodec, CodecState]:
-        known = self._codecs.get((stream, site))
+    def to_proto(self) -> codec_pb2.SessionState:
+        """What this end remembers, between steps: another coder of the same terms goes on with it by `restore`."""
+        streams = [
+            codec_pb2.StreamState(stream=stream, site=site, state=coder.state.to_proto())
+            for (stream, site), coder in self._streams.items()
+        ]
+        return codec_pb2.SessionState(plan=self.plan.to_proto(), streams=streams)
+
+    def restore(self, message: codec_pb2.SessionState) -> None:
+        """Raises BadFrame or CodecError for what a coder of these terms cannot have written."""
+        self._streams.clear()
+        self._memory.clear()
+        self.use(Plan.from_proto(message.plan, self.batch_size))
+        for one in message.streams:
+            place = one.stream, one.site
+            if one.stream not in STREAMS:
+                raise BadFrame(f"a state of a stream that there is not: {one.stream[:32]!r}")
+            if one.site:
+                if self.terms.layout is None:
+                    raise BadFrame(f"a state of site {one.site}, where there are none")
+                self.terms.layout.site(one.site)
+            coder = self._at(*place)
+            state = coder.codec.read_state(one.state)
+            if state.seed != coder.state.seed:
+                raise CodecError(f"a state of {one.stream} of another session's seed")
+            self._streams[place] = StreamCoder(coder.codec, state)
+            self._memory[place] = state.memory_bytes
+
+    def _at(self, stream: str, site: int) -> StreamCoder:
+        known = self._streams.get((stream, site))
         if known is None:
             state = CodecState(stream_seed(self.plan.seed, f"{stream}/{site}"))
-            known = self._codecs[stream, site] = self._codecs[stream, 0][0], state
+            known = self._streams[stream, site] = StreamCoder(self._streams[stream, 0].codec, state)
         return known
 
-    def _note(
-        self, what: str, place: tuple[str, int], name: str, values: int, seconds: float, state: CodecState
-    ) -> None:
+    def _begun(self, stream: str, plan: Plan) -> StreamCoder:
+        codec = parse(plan.codec_of(stream))
+        state = CodecState(stream_seed(plan.seed, stream))
+        return StreamCoder(for_matrices(codec, self.terms.adapter) if stream in ADAPTERS else codec, state)
+
+    def _note(self, what: str, place: tuple[str, int], values: int, seconds: float, coder: StreamCoder) -> None:
         # Each stream is coded by one thread at a time, so only its own state may be looked at.
-        self._memory[place] = state.memory_bytes
-        self._ledger.coded(name, what, values, seconds, sum(list(self._memory.values())))
+        self._memory[place] = coder.state.memory_bytes
+        self._ledger.coded(coder.codec.name, what, values, seconds, sum(list(self._memory.values())))
 
     def _took(self, started: float, own: float) -> float:
         """Seconds since then; waits where the ledger emulates a slower machine."""
         return self._ledger.slowed(time.perf_counter() - started, time.thread_time() - own)
 
-    def _codec(self, stream: str, name: str) -> AnyCodec:
-        return for_matrices(parse(name), self._terms.adapter) if stream in ADAPTERS else parse(name)
-
-    def _keys(self, stream: str, step: int, micro_batch: int) -> Sequence[int] | None:
-        if stream in ADAPTERS or parse(self.plan.codec_of(stream)).memory is None:
+    def _keys(self, stream: str, step: int, micro_batch: int, site: int) -> Sequence[int] | None:
+        """Of the samples in a tensor; None for a codec that does not remember any, and for sites."""
+        if site or stream in ADAPTERS or parse(self.plan.codec_of(stream)).memory is None:
             return None
-        config = self._terms.config
-        indices = batch_indices(self._terms.samples, config.batch_size, step, config.seed)
+        config = self.terms.config
+        indices = batch_indices(self.terms.samples, config.batch_size, step, config.seed)
         return indices[micro_batch_slices(config.batch_size, self.plan.micro_batches)[micro_batch]]

@@ -32,7 +32,7 @@ class Checkpoint:
     device_adapter: Tensor | None  # flat, (values,); None before the first aggregation
     losses: list[float]
     stage_digest: str = ""  # of the model files that the devices hold
-    merged: dict[str, Tensor] = field(default_factory=dict)  # of devices that differ: see split/aggregation/merger.py
+    merged: dict[str, Tensor] = field(default_factory=dict)  # of devices that differ: see split/aggregation/merging.py
     shapes: dict[str, list[int]] = field(default_factory=dict)  # of the devices: cut and rank, where they differ
 
     def tensors(self) -> dict[str, Tensor]:
@@ -84,54 +84,29 @@ class CheckpointFolder:
         )
 
 
-class OptimizerRecord:
-    """A device's own optimiser state of one job, at the steps at which the job has checkpoints."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def save(self, step: int, state: Mapping[str, Tensor]) -> None:
-        _check_finite(step, state)
-        _save(self.folder, step, dict(state), {"step": step})
-
-    def last_step(self) -> int:
-        """The newest recorded step; 0 without one."""
-        return max(_steps(self.folder), default=0)
-
-    def drop_after(self, step: int) -> None:
-        """Forgets what an earlier run recorded beyond the step at which the job goes on."""
-        for later in (known for known in _steps(self.folder) if known > step):
-            shutil.rmtree(self.folder / f"step-{later:08d}")
-
-    def load(self, step: int) -> dict[str, Tensor]:
-        """The state at `step`; empty when this device has none (it was not there): its optimiser then starts anew."""
-        return _load(self.folder, step)[0] if step in _steps(self.folder) else {}
-
-
 @dataclass(frozen=True)
 class DeviceState:
-    """A device's side after `step` steps. adapter: flat. controller: JSON-able, of what decides which modules train.
-    trained: names of those that do; told: the values of the last STEP."""
+    """A device's side after `step` steps. adapter: flat. optimizer: its tensors, by name. method: what its method has
+    to know besides, JSON-able. told: the values of the last STEP."""
 
     step: int
     adapter: Tensor
-    optimizer: dict[str, Tensor]
-    controller: dict[str, Any]
-    trained: list[str] | None = None  # None: all
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
     told: dict[str, float] = field(default_factory=dict)
 
 
 class DeviceRecord:
-    """All that a device has of a job of its own (DLoRA), at the job's checkpoints."""
+    """What a device has of a job, on its own disk, at the steps at which the job has checkpoints."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def save(self, state: DeviceState) -> None:
+        """Raises WrongState for NaN or infinity; what was saved before stays as it is."""
         tensors = {"adapter": state.adapter, **{f"optimizer/{name}": value for name, value in state.optimizer.items()}}
         _check_finite(state.step, tensors)
-        described = {name: getattr(state, name) for name in ("step", "controller", "trained", "told")}
-        _save(self.folder, state.step, tensors, described)
+        _save(self.folder, state.step, tensors, {"step": state.step, "method": state.method, "told": state.told})
 
     def last(self) -> DeviceState | None:
         """The newest one; None before the first. Raises WrongState when it cannot be read."""
@@ -139,7 +114,7 @@ class DeviceRecord:
         return self.at(steps[-1]) if steps else None
 
     def at(self, step: int) -> DeviceState | None:
-        """After `step` steps; None where there is no record of it. Later ones are forgotten."""
+        """After `step` steps; None where there is no record of it. Later ones are forgotten: the job goes on here."""
         for later in (known for known in _steps(self.folder) if known > step):
             shutil.rmtree(self.folder / f"step-{later:08d}")
         if step not in _steps(self.folder):

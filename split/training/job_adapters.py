@@ -1,170 +1,152 @@
 """The adapters of a job at its stage: what each device has, how they become one, and who holds which blocks.
 
-Where all devices are alike there is one average, the same bytes for all (averager.py). Where they differ each one gets
-its own part of what was merged (merger.py), and cuts may move (plan/cut_mover.py). Called in the host's thread.
+Where all devices are alike there is one average, the same bytes for all (averages.py). Where they differ each one gets
+its own part of what was merged (aggregation/merging.py), and cuts may move (plan/moving.py). All in the host's thread.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from torch import Tensor
 
 from isthmus.protos.v1 import stage_pb2
-from isthmus.protos.v1.events_pb2 import Aggregated, Event
-from isthmus.split.aggregation.averager import Averager, Share
+from isthmus.split.aggregation.averager import Share
 from isthmus.split.aggregation.merger import Merger
 from isthmus.split.errors import WrongState
 from isthmus.split.job.config import TrainingConfig
-from isthmus.split.job.events import Tell
-from isthmus.split.job.shapes import AVERAGE, Shape, as_plain
+from isthmus.split.job.shapes import Shape, as_plain
+from isthmus.split.link.frames import Frame, Phase
 from isthmus.split.link.profile import LinkProfile
-from isthmus.split.link.session import Frame, Phase
 from isthmus.split.lora.frozen import Frozen
-from isthmus.split.lora.lora import A, flatten, shapes_of
+from isthmus.split.lora.lora import A, shapes_of
 from isthmus.split.models.stage import Stage
 from isthmus.split.plan.choose import RECENT
 from isthmus.split.plan.cut_mover import CutMover, MeasuredDevice
+from isthmus.split.plan.shapes import ShapeChoice
+from isthmus.split.training.averages import Aggregation, Averages
 from isthmus.split.training.checkpoint import Checkpoint
+from isthmus.split.training.digests import check_holds, digest_of, digest_of_all
 from isthmus.split.training.server import ServerTrainer
 
 Segments = Callable[[Mapping[str, Shape]], list[Stage]]
 
 
+@dataclass(frozen=True)
+class Moving:
+    """What moves cuts in the midst of a job. mover: says when; segments: makes the stage's blocks for other shapes."""
+
+    mover: CutMover
+    segments: Segments
+
+
 class JobAdapters:
-    """initial_adapter: of all devices, where they are alike; merging: where they are not. The rest as in StageHost."""
+    """initial: the adapter that every device begins with, where all are alike; merging: merges those of devices that
+    differ. moving: None where cuts stay. digests: of the model files that a device holds, by cut; empty: not known."""
 
     def __init__(
         self,
         trainer: ServerTrainer,
         config: TrainingConfig,
+        initial: Mapping[str, Tensor],
         *,
-        initial_adapter: Mapping[str, Tensor],
-        merging: Merger | None,
-        mover: CutMover | None,
-        segments: Segments | None,
-        stage_digest: str | Mapping[int, str],
-        tell: Tell,
+        merging: Merger | None = None,
+        moving: Moving | None = None,
+        digests: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
-        self._trainer, self._config, self._tell = trainer, config, tell
-        self._initial = flatten(initial_adapter)
-        self._averager = Averager(config, initial_adapter)
-        self._merging, self._mover, self._segments = merging, mover, segments
-        self._stage_digest = stage_digest
+        self._trainer, self._config = trainer, config
+        self._averages = Averages(config, initial)
+        self._merging, self._moving, self._digests = merging, moving, dict(digests)
         self._recently = (0, 0.0)  # steps, and seconds of computing at the stage, at the last aggregation
 
     # ---- what a device has ----
 
     def values_of(self, device: str) -> int:
         """Length of its flattened adapter."""
-        return self._merging.values_of(device) if self._merging else self._initial.numel()
+        return self._merging.values_of(device) if self._merging else self._averages.initial.numel()
 
     def shapes_for(self, device: str) -> tuple[tuple[int, ...], ...] | None:
-        """Of the matrices of a device's adapter; None where they are the same for all."""
-        if self._merging is None or device not in self._merging.shapes:
+        """Of the matrices of a device's adapter; None for a device that has no part in the job."""
+        if self._merging is None:
+            return self._averages.shapes
+        if device not in self._merging.shapes:
             return None
         return shapes_of(self._merging.layout.like_of(self._merging.shapes[device]))
 
-    def problem_with(self, device: str, opened: stage_pb2.Open) -> str:
-        """Why a device that opens the job with this adapter and these files cannot take part; empty: it can."""
+    def check_open(self, device: str, opened: stage_pb2.Open) -> None:
+        """Raises BadFrame for a device with another adapter, or other files, than it is to have."""
         shape = self._claimed(device, opened)
         if shape is not None and self._merging is not None:
             values = sum(value.numel() for value in self._merging.layout.like_of(shape).values())
         else:
             values = self.values_of(device)
-        if opened.adapter_values != values:
-            whose = f"{device} has" if self._merging else "this job's devices have"
-            return f"an adapter of {opened.adapter_values} values; {whose} {values}"
-        digest = self._digest_of(shape)
-        if digest and opened.stage_digest != digest:
-            return "the device's model files differ from the coordinator's: their digests are not the same"
-        return ""
+        whose = f"{device} has" if self._merging else "this job's devices have"
+        cut = self._config.devices.cut_layer if shape is None else shape.cut
+        check_holds(opened, values, whose, digest_of(self._digests, cut))
 
-    def has_moved(self, device: str, opened: stage_pb2.Open) -> bool:
-        """Whether the device does not know yet where its cut is now."""
-        claimed = self._claimed(device, opened)
-        return self._merging is not None and claimed != self._merging.shapes[device]
-
-    def start(self, device: str, point: Checkpoint, *, moved: bool) -> Frame:
-        """What the answer to OPEN says of its adapter."""
+    def start(self, device: str, opened: stage_pb2.Open, point: Checkpoint) -> Frame:
+        """What the answer to OPEN says of its adapter, and of a cut that has moved and that it does not know yet."""
         if self._merging is None:
             return Frame(Phase.OPEN, tensor=point.device_adapter)
-        return self._with_adapter(Frame(Phase.OPEN, shape=self._merging.shapes[device] if moved else None), device)
+        shape = self._merging.shapes[device]
+        moved = self._claimed(device, opened) != shape
+        return self._with_adapter(Frame(Phase.OPEN, shape=shape if moved else None), device)
 
     # ---- aggregation ----
 
-    def unfit(self, shares: Mapping[str, Share], point: Checkpoint) -> set[str]:
+    def unfit(self, shares: Mapping[str, Share], last: Tensor | None) -> set[str]:
         """The devices whose adapters nobody could compute with: NaN, infinity, or so large that they lead there."""
-        if self._merging is not None:
-            return self._merging.unfit(shares)
-        sent = {device: share.values for device, share in shares.items()}
-        return self._averager.unfit(sent, point.device_adapter)
+        return self._merging.unfit(shares) if self._merging else self._averages.unfit(shares, last)
 
-    def merge(
-        self, step: int, shares: Mapping[str, Share], point: Checkpoint
-    ) -> tuple[Tensor | None, dict[str, Frame]]:
-        """point: the last aggregation. The average, where all have one and the same, and the answers; watchers are told
-        how exact it is."""
-        average: Tensor | None = None
+    def merge(self, step: int, shares: Mapping[str, Share], last: Tensor | None) -> Aggregation:
+        """last: the average of the last aggregation, where all have one and the same."""
         if self._merging is None:
-            total = sum(share.samples for share in shares.values())
-            weighted = [(share.values, share.samples / total) for share in shares.values()]
-            method, error = AVERAGE, self._averager.error(weighted, point.device_adapter)
-            average, encoded = self._averager.average(weighted, point.device_adapter)
-            answers = dict.fromkeys(shares, Frame(Phase.AGGREGATE, step, encoded=encoded))
-        else:
-            merged = self._merging.merge(shares, self._trainer.stepper.parameters)
-            method, error = self._merging.name, merged.error
-            self._trainer.take(merged.server, anew=self._config.starts_anew)
-            here = {name: factors for name, factors in merged.server_frozen.items() if name + A in merged.server}
-            self._trainer.frozen.take(Frozen(True, here))
-            answers = {
-                device: Frame(
-                    Phase.AGGREGATE,
-                    step,
-                    encoded=encoded,
-                    frozen=merged.frozen[device].to_proto() if device in merged.frozen else None,
-                )
-                for device, encoded in merged.answers.items()
-            }
-        self._tell(Event(aggregation=Aggregated(step=step + 1, method=method, aggregation_error=error)))
-        return average, answers
+            return self._averages.aggregate(step, shares, last)
+        merged = self._merging.merge(shares, self._trainer.stepper.parameters)
+        self._trainer.take(merged.server, anew=self._config.starts_anew)
+        here = {name: factors for name, factors in merged.server_frozen.items() if name + A in merged.server}
+        self._trainer.frozen.take(Frozen(True, here))
+        answers = {}
+        for device, encoded in merged.answers.items():
+            frozen = merged.frozen[device].to_proto() if device in merged.frozen else None
+            answers[device] = Frame(Phase.AGGREGATE, step, encoded=encoded, frozen=frozen)
+        return Aggregation(None, answers, self._merging.name, merged.error)
 
-    def move(self, step: int, measured: Mapping[str, stage_pb2.Measured], steps_timed: int) -> dict[str, Frame]:
-        """Right after `merge`: other cuts for those of these devices that have clearly too much or too little to do;
-        their answers. steps_timed: steps that this stage has computed in all."""
+    def move(
+        self, step: int, measured: Mapping[str, stage_pb2.Measured], steps_timed: int
+    ) -> tuple[dict[str, ShapeChoice], dict[str, Frame]]:
+        """Right after `merge`: other cuts for those of these devices that have clearly too much or too little to do,
+        and the answers that tell them. steps_timed: steps that this stage has computed in all."""
         work, (before, computed) = self._trainer.ledger.compute_by_work, self._recently
         computing = work["forward"] + work["backward"]
         self._recently = steps_timed, computing
         last = step + 1 == self._config.steps
-        if self._mover is None or self._merging is None or last or steps_timed == before:
-            return {}
+        if self._moving is None or self._merging is None or last or steps_timed == before:
+            return {}, {}
         seen = {
             device: MeasuredDevice(one.compute_seconds.get(RECENT, 0.0), LinkProfile.from_proto(one))
             for device, one in measured.items()
         }
         shapes = {device: self._merging.shapes[device] for device in sorted(measured)}
-        moves = self._mover.look(shapes, seen, (computing - computed) / (steps_timed - before))
+        moves = self._moving.mover.look(shapes, seen, (computing - computed) / (steps_timed - before))
         for device, choice in moves.items():
             self._merging.move(device, choice.shape, self._trainer.stepper.parameters)
-            self._tell(Event(device=device, shape=choice.told(device, f"after step {step + 1} ")))
         if moves:
             self._rebuild(self._merging)
-        return {
+        answers = {
             device: self._with_adapter(Frame(Phase.AGGREGATE, step, shape=choice.shape), device)
             for device, choice in moves.items()
         }
+        return moves, answers
 
     # ---- what lasts ----
 
     @property
     def digest(self) -> str:
         """Of the model files, for a checkpoint: of what devices hold with any of the cuts that they may have."""
-        if isinstance(self._stage_digest, str):
-            return self._stage_digest
-        return hashlib.sha256("".join(digest for _, digest in sorted(self._stage_digest.items())).encode()).hexdigest()
+        return digest_of_all(self._digests)
 
     def into(self, point: Checkpoint) -> Checkpoint:
         """A checkpoint with what has to be known of devices that differ."""
@@ -189,12 +171,11 @@ class JobAdapters:
         self._trainer.restore({name: value for name, value in known.items() if name in names}, state)
         self._trainer.frozen.take(Frozen(True, self._merging.frozen_of_server(self._trainer.stepper.parameters)))
 
-    def result(self, point: Checkpoint, server: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """The devices' average, flat; where they differ, the adapter of the whole model by name."""
-        average = point.device_adapter
-        if average is None:  # no device trains anything, or the job had no step
-            average = self._initial
-        return average, self._merging.result(server) if self._merging else None
+    def result(self, point: Checkpoint) -> dict[str, Tensor]:
+        """The adapter of the whole model, by name."""
+        if self._merging is not None:
+            return self._merging.result(point.server)
+        return {**self._averages.named(point.device_adapter), **point.server}
 
     # ---- parts of it ----
 
@@ -203,15 +184,10 @@ class JobAdapters:
         if self._merging is None:
             return None
         current = self._merging.shapes[device]
-        if self._mover is None or not opened.HasField("shape"):
+        if self._moving is None or not opened.HasField("shape"):
             return current
         claimed = Shape(opened.shape.cut, opened.shape.rank)
         return claimed if claimed.rank == current.rank else current
-
-    def _digest_of(self, shape: Shape | None) -> str:
-        if isinstance(self._stage_digest, str):
-            return self._stage_digest
-        return self._stage_digest.get(shape.cut if shape else -1, "of no cut of this job")
 
     def _with_adapter(self, answer: Frame, device: str) -> Frame:
         """The adapter that a device is to have, and all of its frozen part."""
@@ -222,10 +198,10 @@ class JobAdapters:
     def _rebuild(self, merging: Merger) -> None:
         """The server's segments for the shapes that there are now."""
         cuts = {device: shape.cut for device, shape in merging.shapes.items()}
-        if set(cuts.values()) == set(self._trainer.cuts.values()) or self._segments is None:
+        if set(cuts.values()) == set(self._trainer.cuts.values()) or self._moving is None:
             self._trainer.cuts = cuts
         else:
-            self._trainer.rebuild(self._segments(merging.shapes), cuts, merging.server_values())
+            self._trainer.rebuild(self._moving.segments(merging.shapes), cuts, merging.server_values())
         if self._config.starts_anew:
             names = self._trainer.stepper.parameters
             values = {name: value for name, value in merging.server_values().items() if name in names}

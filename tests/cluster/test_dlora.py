@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from isthmus.coordinator.emulation.local_cluster import submit
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.data.sequences import sequences_of_file
-from isthmus.split.dlora.local import DloraRun, train_dlora_locally
 from isthmus.split.job.config import TrainingConfig
+from isthmus.split.methods.local import LocalRun, train_locally
 from isthmus.split.models.source import ModelFolder
 from tests.cluster.house import TINY, House, ended, events_of, events_until, refusal, step_reached, succeeded
 
@@ -26,10 +26,10 @@ DLORA = TINY.but(method="dlora", cut_layer=1, micro_batches=2, aggregate_every=1
 ALLOWED = ["--allow", "splitlora,dlora,labels-leave,serve,modules-leave"]
 
 
-def local_run(house: House, config: TrainingConfig, devices: list[str]) -> DloraRun:
+def local_run(house: House, config: TrainingConfig, devices: list[str]) -> LocalRun:
     tokenizer = ModelFolder(house.model).tokenizer()
     texts = [sequences_of_file(house.texts[name], config.text, tokenizer) for name in devices]
-    return train_dlora_locally(ModelFolder(house.model), config, texts)
+    return train_locally(ModelFolder(house.model), config, texts)
 
 
 def own_adapter(house: House, device: str, job: str) -> dict[str, torch.Tensor]:

@@ -10,7 +10,8 @@ _TRAFFIC = [{"direction": "received", "payload_bytes": 5, "overhead_bytes": 1}]
 
 def test_a_device_that_did_not_report_has_unknown_figures_and_not_zeros() -> None:
     row = _device_row("b", {"traffic": {"b": _TRAFFIC}, "resources": {}})
-    assert row == {"name": "b", "bytes_sent": 6, "bytes_received": 0, "traffic": _TRAFFIC, "peak_bytes": None}
+    figures = {"bytes_sent": 6, "bytes_received": 0, "peak_bytes": None, "accelerator_energy_joules": None}
+    assert row == {"name": "b", "traffic": _TRAFFIC, **figures}
     assert set(_reported(row)) == {"unknown"}
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,14 +16,18 @@ from transformers import AutoModelForCausalLM
 from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.data.sequences import Sequences, batch_indices
 from isthmus.split.job.config import TrainingConfig
-from isthmus.split.lora.lora import add_lora, draw_initial_values, lora_config
+from isthmus.split.job.shapes import Shape
+from isthmus.split.lora.lora import draw_initial_values, lora_config
+from isthmus.split.methods import method_of
+from isthmus.split.methods.local import local_trainer, train_locally
 from isthmus.split.models.source import ModelFolder
-from isthmus.split.models.stage import build_stages, cut_in_two, cut_u_shaped
+from isthmus.split.plan.cut_mover import CutMover
 from isthmus.split.resources.ledger import Ledger
-from isthmus.split.training.device import DeviceTrainer, ServerTrainer
-from isthmus.split.training.host import Outcome
-from isthmus.split.training.local import train_split_locally
+from isthmus.split.training.device import DeviceTrainer
+from isthmus.split.training.host import JobHost
+from isthmus.split.training.hosted_job import HostContext, Outcome
 from isthmus.split.training.loss import nll
+from isthmus.split.training.method import StageResources
 
 
 def random_text(seed: int, count: int, length: int, vocabulary: int) -> Sequences:
@@ -40,24 +45,33 @@ class Run:
 
 
 def device_trainer(
-    folder: Path, config: TrainingConfig, train: Sequences, validation: Sequences | None = None
+    folder: Path,
+    config: TrainingConfig,
+    train: Sequences,
+    validation: Sequences | None = None,
+    shape: Shape | None = None,
+    **options: Any,
 ) -> DeviceTrainer:
-    source = ModelFolder(folder)
-    if config.devices.labels == "device":
-        front, _, tail = cut_u_shaped(source.config, config.devices.cut_layer)
-        stages = build_stages(source, [front, tail])
-    else:
-        stages = build_stages(source, [cut_in_two(source.config, config.devices.cut_layer)[0]])
-    add_lora(stages[0], lora_config(config, source.config), config.seed)
-    return DeviceTrainer(stages, config, train, validation, Ledger())
+    """shape: None: the job's."""
+    shape = shape or Shape(config.devices.cut_layer, config.lora.rank)
+    return local_trainer(ModelFolder(folder), config, (train, validation), shape, **options)
 
 
-def server_trainer(folder: Path, config: TrainingConfig) -> ServerTrainer:
-    source = ModelFolder(folder)
-    cut = cut_u_shaped if config.devices.labels == "device" else cut_in_two
-    stage = build_stages(source, [cut(source.config, config.devices.cut_layer)[1]])[0]
-    add_lora(stage, lora_config(config, source.config), config.seed)
-    return ServerTrainer(stage, config, Ledger(), dtype=torch.float32)
+def job_host(
+    folder: Path,
+    config: TrainingConfig,
+    devices: Sequence[str],
+    *,
+    shapes: Mapping[str, Shape] | None = None,
+    digests: Mapping[int, str] = MappingProxyType({}),
+    mover: CutMover | None = None,
+    **context: Any,
+) -> JobHost:
+    """shapes: None: all devices have the job's. context: of HostContext."""
+    shapes = shapes or dict.fromkeys(devices, Shape(config.devices.cut_layer, config.lora.rank))
+    where = torch.device("cpu")
+    resources = StageResources(ModelFolder(folder), config, shapes, where, Ledger(), digests=digests, mover=mover)
+    return JobHost(method_of(config).host_steps(resources), HostContext(config, set(devices), **context))
 
 
 def split_run(
@@ -72,7 +86,7 @@ def split_run(
     """Trains the devices d0, d1, ... on their texts."""
     events: list[Event] = []
     pairs = [(text, validation[i] if validation else None) for i, text in enumerate(texts)]
-    run = train_split_locally(
+    run = train_locally(
         ModelFolder(folder),
         config,
         pairs,

@@ -16,17 +16,14 @@ from isthmus.split.codecs import FAMILIES
 from isthmus.split.errors import BadRequest, BadTensor, WrongState
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import Shape, fixed_shapes
-from isthmus.split.link.coding import Terms
-from isthmus.split.link.session import Frame, LocalLink, Phase
+from isthmus.split.link.device import LocalLink
+from isthmus.split.link.frames import Frame, Phase
 from isthmus.split.lora.lora import lora_config, lora_parameters, save_adapter
 from isthmus.split.models.source import ModelFolder
-from isthmus.split.plan.parts import device_stages, merger_of, server_stages
+from isthmus.split.plan.parts import device_stages
 from isthmus.split.resources.ledger import Ledger
-from isthmus.split.training.device import DeviceTrainer
-from isthmus.split.training.host import StageHost
 from isthmus.split.training.loss import nll
-from isthmus.split.training.server import ServerTrainer
-from tests.split.jobs import random_text, split_run, unsplit_run
+from tests.split.jobs import device_trainer, job_host, random_text, split_run, unsplit_run
 from tests.split.test_host import Job
 from tests.split.test_training import CONFIG, _assert_same, _texts, _trained
 from tests.split.tiny_models import VOCABULARY, make_model
@@ -154,31 +151,15 @@ class Devices(Job):
     """As in test_host, of devices that differ."""
 
     def __init__(self, folder: Path, config: TrainingConfig, names: list[str]) -> None:
-        source = ModelFolder(folder)
         shapes = fixed_shapes(config, names)
-        self.trainers = {
-            name: DeviceTrainer(
-                device_stages(source, config, shapes[name], "cpu"),
-                config,
-                random_text(i, 20, 16, VOCABULARY),
-                random_text(90 + i, 3, 16, VOCABULARY),
-                Ledger(),
-            )
-            for i, name in enumerate(names)
-        }
+        self.trainers = {}
+        for i, name in enumerate(names):
+            train, held_out = random_text(i, 20, 16, VOCABULARY), random_text(90 + i, 3, 16, VOCABULARY)
+            self.trainers[name] = device_trainer(folder, config, train, held_out, shapes[name])
         self.events = []
         self.finished = threading.Event()
         self.config = config
-        cuts = {name: shape.cut for name, shape in shapes.items()}
-        segments = server_stages(source, config, shapes, "cpu")
-        self.host = StageHost(
-            ServerTrainer(segments, config, Ledger(), dtype=torch.float32, cuts=cuts),
-            config,
-            set(names),
-            initial_adapter=dict(self.trainers[names[0]].parameters),  # where all are alike after all
-            merging=merger_of(source.config, config, shapes),
-            tell=self._tell,
-        )
+        self.host = job_host(folder, config, names, shapes=shapes, tell=self._tell)
         self.errors = {}
 
 
@@ -196,7 +177,7 @@ def test_devices_of_any_shape_leave_and_come_back(llama: Path, leaves: str, fram
     assert not job.errors
     assert [step.step for step in job.steps()] == list(range(1, 13))
     assert 12 in job.host.outcome().perplexities
-    assert all(torch.isfinite(value).all() for value in job.host.outcome().merged.values())
+    assert all(torch.isfinite(value).all() for value in job.host.outcome().adapter.values())
 
 
 @pytest.mark.parametrize("aggregation", ["average", "stacking", "svd"])
@@ -210,14 +191,14 @@ def test_the_only_device_with_a_shape_of_its_own_loses_its_link_and_ends_with_th
     undisturbed.run({"a": {}})
     disturbed.run({"a": {"cut_after": frames, "rejoin": True}})
     assert disturbed.host.outcome().losses == undisturbed.host.outcome().losses
-    ends, expected = ((one.host.outcome().merged or one.host.outcome().server) for one in (disturbed, undisturbed))
+    ends, expected = (one.host.outcome().adapter for one in (disturbed, undisturbed))
     assert ends.keys() == expected.keys()
     assert all(torch.equal(ends[name], value) for name, value in expected.items())
 
 
 def test_a_device_with_an_adapter_of_another_shape_is_not_let_in(llama: Path) -> None:
     job = Devices(llama, LEAVING, ["a", "b", "c"])
-    link = LocalLink(job.host, "c", Terms(LEAVING, 20), Ledger(), timeout=10)
+    link = LocalLink(job.host, "c", job.trainers["a"].terms, Ledger(), timeout=10)
     values = sum(value.numel() for value in job.trainers["a"].parameters.values())
     opened = stage_pb2.Open(codecs=sorted(FAMILIES), samples=5, adapter_values=values)
     link.send(Frame(Phase.OPEN, open=opened))
@@ -242,7 +223,7 @@ def test_an_adapter_whose_products_overflow_is_merged_with_no_other(
     job.run({"a": {}, "b": {}, "c": {"large": (Phase.AGGREGATE, 3, value)}})
     assert job.errors.keys() == {"c"}
     assert isinstance(job.errors["c"], BadTensor)
-    assert [step["step"] for step in job.steps()] == list(range(1, 13))
-    merged = job.host.outcome().merged
+    assert [step.step for step in job.steps()] == list(range(1, 13))
+    merged = job.host.outcome().adapter
     assert merged is not None
     assert all(value.abs().max() < 10 for value in merged.values())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import queue
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,16 @@ from isthmus.split.codecs import FAMILIES
 from isthmus.split.errors import BadRequest, BadTensor, IsthmusError, LinkLost, WrongState
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.link.coding import Terms
-from isthmus.split.link.session import Frame, LocalLink, Phase
+from isthmus.split.link.device import LocalLink
+from isthmus.split.link.frames import Frame, Phase
 from isthmus.split.resources.ledger import Ledger
 from isthmus.split.training.checkpoint import Checkpoint, CheckpointFolder
-from isthmus.split.training.device import DeviceTrainer, tensor_of
-from isthmus.split.training.host import StageHost
+from isthmus.split.training.device import DeviceTrainer
+from isthmus.split.training.frames import tensor_of
+from isthmus.split.training.host import JobHost
 from isthmus.split.training.optim import Stepper
 from isthmus.split.training.patience import Patience
-from tests.split.jobs import device_trainer, random_text, server_trainer
+from tests.split.jobs import device_trainer, job_host, random_text
 from tests.split.tiny_models import VOCABULARY, make_model
 
 CONFIG = TrainingConfig.of(
@@ -47,8 +50,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class CutLink(LocalLink):
     """A link that breaks after a number of frames sent."""
 
-    def __init__(self, host: StageHost, device: str, config: TrainingConfig, frames: int) -> None:
-        super().__init__(host, device, Terms(config, 20), Ledger(), timeout=60)
+    def __init__(self, host: JobHost, device: str, terms: Terms, frames: int) -> None:
+        super().__init__(host, device, terms, Ledger(), timeout=60)
         self._left = frames
 
     def send(self, frame: Frame) -> None:
@@ -62,14 +65,14 @@ class CutLink(LocalLink):
 class LargeLink(LocalLink):
     """A link of a device that sends very large numbers, once: in the frame of this phase and step."""
 
-    def __init__(self, host: StageHost, device: str, config: TrainingConfig, large: tuple[Phase, int, float]) -> None:
-        super().__init__(host, device, Terms(config, 20), Ledger(), timeout=60)
+    def __init__(self, host: JobHost, device: str, terms: Terms, large: tuple[Phase, int, float]) -> None:
+        super().__init__(host, device, terms, Ledger(), timeout=60)
         self._large = large
 
     def send(self, frame: Frame) -> None:
         phase, step, value = self._large
         if (frame.phase, frame.step) == (phase, step):
-            frame = dataclasses.replace(frame, tensor=torch.full_like(tensor_of(frame), value))
+            frame = replace(frame, tensor=torch.full_like(tensor_of(frame), value))
         super().send(frame)
 
 
@@ -88,15 +91,8 @@ class Job:
         self.events: list[Event] = []
         self.finished = threading.Event()
         self.config = config
-        self.host = StageHost(
-            server_trainer(folder, config),
-            config,
-            set(names),
-            initial_adapter=dict(self.trainers[names[0]].parameters),
-            checkpoints=checkpoints,
-            resume=checkpoints.last() if checkpoints else None,
-            tell=self._tell,
-        )
+        last = checkpoints.last() if checkpoints else None
+        self.host = job_host(folder, config, names, checkpoints=checkpoints, resume=last, tell=self._tell)
         self.errors: dict[str, IsthmusError] = {}
 
     def _tell(self, event: Event) -> None:
@@ -118,20 +114,22 @@ class Job:
         """Trains one device; with `cut_after` its link breaks once, and with `rejoin` it then comes back; with `large`
         it sends very large numbers once."""
         trainer: DeviceTrainer = self.trainers[name]
-        link = LocalLink(self.host, name, Terms(self.config, 20), Ledger(), timeout=60)
-        if large is not None:
-            link = LargeLink(self.host, name, self.config, large)
         if cut_after is not None:
             try:
-                trainer.run(CutLink(self.host, name, self.config, cut_after), cancelled=threading.Event())
+                trainer.run(CutLink(self.host, name, trainer.terms, cut_after), cancelled=threading.Event())
                 return
             except LinkLost:
                 if not rejoin:
                     return
+        link = LocalLink(self.host, name, trainer.terms, Ledger(), timeout=60)
+        if large is not None:
+            link = LargeLink(self.host, name, trainer.terms, large)
         try:
             trainer.run(link, cancelled=threading.Event())
         except IsthmusError as error:
             self.errors[name] = error
+        finally:
+            link.close()
 
     def run(self, work: dict[str, dict[str, Any]]) -> None:
         threads = [threading.Thread(target=self.work, args=(name,), kwargs=how) for name, how in work.items()]
@@ -188,7 +186,7 @@ def test_a_job_whose_only_device_loses_its_link_ends_with_the_very_same_adapter(
 
 def test_a_device_that_is_connected_and_silent_does_not_stop_the_others(llama: Path) -> None:
     job = Job(llama, CONFIG, ["a", "b"])
-    job.host._patience = Patience(0.5)
+    job.host.job.deadlines.patience = Patience(0.5)
     other = threading.Thread(target=job.work, args=("a",))
     other.start()
     link = _open(job, "b")
@@ -204,15 +202,19 @@ def test_a_device_that_is_connected_and_silent_does_not_stop_the_others(llama: P
 
 def test_what_a_replaced_stream_still_sends_does_not_touch_the_new_one(llama: Path, undisturbed: Job) -> None:
     job = Job(llama, CONFIG, ["a"])
-    late = _open(job, "a")
-    assert late.receive().phase == Phase.OPEN
+    late: queue.SimpleQueue[Frame | IsthmusError] = queue.SimpleQueue()
+    deliver = late.put
+    job.host.join("a", Frame(Phase.OPEN, open=_opened(job)), deliver)
+    first = late.get(timeout=10)
+    assert isinstance(first, Frame)
+    assert first.phase == Phase.OPEN
     worker = threading.Thread(target=job.work, args=("a",))
     worker.start()
     with pytest.raises(WrongState, match="opened this job again"):
-        late.receive()
+        raise late.get(timeout=10)  # type: ignore[misc]
     for _ in range(50):
-        late.send(Frame(Phase.FORWARD, 0, tensor=torch.zeros(2, 8, 16)))
-    late.close()
+        job.host.submit("a", Frame(Phase.FORWARD, 0, tensor=torch.zeros(2, 8, 16)), deliver).result(10)
+    job.host.leave("a", deliver)
     worker.join(60)
     assert job.finished.wait(10)
     job.host.close()
@@ -220,11 +222,14 @@ def test_what_a_replaced_stream_still_sends_does_not_touch_the_new_one(llama: Pa
     assert job.host.outcome().losses == undisturbed.host.outcome().losses
 
 
+def _opened(job: Job, **changes: Any) -> stage_pb2.Open:
+    values = job.trainers["a"].terms.adapter_values
+    return stage_pb2.Open(**{"codecs": sorted(FAMILIES), "samples": 5, "adapter_values": values, **changes})
+
+
 def _open(job: Job, name: str, **changes: Any) -> LocalLink:
-    values = sum(p.numel() for p in job.trainers["a"].parameters.values())
-    opened = {"codecs": sorted(FAMILIES), "samples": 5, "adapter_values": values} | changes
-    link = LocalLink(job.host, name, Terms(job.config, 5), Ledger(), timeout=10)
-    link.send(Frame(Phase.OPEN, open=stage_pb2.Open(**opened)))
+    link = LocalLink(job.host, name, replace(job.trainers["a"].terms, samples=5), Ledger(), timeout=10)
+    link.send(Frame(Phase.OPEN, open=_opened(job, **changes)))
     return link
 
 
@@ -249,7 +254,7 @@ def test_a_device_that_does_not_fit_the_job_is_not_let_in(
 
 def test_another_model_than_the_coordinators_is_not_let_in(llama: Path) -> None:
     job = Job(llama, CONFIG, ["a"])
-    job.host._adapters._stage_digest = "0" * 64
+    job.host = job_host(llama, CONFIG, ["a"], digests={1: "0" * 64})
     with pytest.raises(BadRequest, match="model files differ from the coordinator's"):
         _open(job, "a", stage_digest="1" * 64).receive()
     job.host.close()
@@ -259,11 +264,17 @@ def test_another_model_than_the_coordinators_is_not_let_in(llama: Path) -> None:
     ("frame", "line"),
     [
         (Frame(Phase.FORWARD, 3, tensor=torch.zeros(2, 8, 16)), "FORWARD of step 3; due from b is FORWARD of step 0"),
-        (Frame(Phase.BACKWARD, 0, tensor=torch.zeros(2, 8, 16)), "BACKWARD of step 0; due from b is FORWARD of step 0"),
-        (Frame(Phase.AGGREGATE, 0, tensor=torch.zeros(3)), "AGGREGATE of step 0; due from b is FORWARD"),
+        (
+            Frame(Phase.BACKWARD, 0, tensor=torch.zeros(2, 8, 16), values={"tokens": 1.0}),
+            "BACKWARD of step 0; due from b is FORWARD of step 0",
+        ),
+        (Frame(Phase.AGGREGATE, 0), "AGGREGATE of step 0; due from b is FORWARD"),
         (Frame(Phase.FORWARD, 0), "FORWARD without its tensor"),
         (Frame(Phase.EVALUATE, 3, tensor=torch.zeros(2, 8, 16)), "EVALUATE after step 3, where no evaluation is due"),
-        (Frame(Phase.REPORT, 2, values={"evaluation_tokens": 1.0}), "REPORT after step 2, where no evaluation is due"),
+        (
+            Frame(Phase.REPORT, 2, values={"evaluation_nll": 1.0, "evaluation_tokens": 1.0}),
+            "REPORT after step 2, where no evaluation is due",
+        ),
     ],
 )
 def test_a_frame_that_is_not_due_ends_that_device_and_no_other(llama: Path, frame: Frame, line: str) -> None:
@@ -272,7 +283,8 @@ def test_a_frame_that_is_not_due_ends_that_device_and_no_other(llama: Path, fram
     other.start()
     link = _open(job, "b")
     assert link.receive().phase == Phase.OPEN
-    link.send(frame)
+    adapter = torch.zeros(job.trainers["b"].terms.adapter_values)
+    link.send(replace(frame, tensor=adapter) if frame.phase == Phase.AGGREGATE else frame)
     with pytest.raises(BadRequest, match=line):
         link.receive()
     other.join(60)
@@ -285,11 +297,13 @@ def test_a_frame_that_is_not_due_ends_that_device_and_no_other(llama: Path, fram
 def test_a_device_that_dies_before_the_last_has_come_is_waited_for_until_told_otherwise(llama: Path) -> None:
     job = Job(llama, CONFIG, ["a", "b", "c"])
     early = _open(job, "c")
+    waiting = threading.Event()
+    while not any(event.HasField("joined") and event.device == "c" for event in list(job.events)):
+        waiting.wait(0.01)
     early.close()
     others = [threading.Thread(target=job.work, args=(name,)) for name in ("a", "b")]
     for thread in others:
         thread.start()
-    waiting = threading.Event()
     while {"a", "b"} - {event.device for event in list(job.events) if event.HasField("joined")}:
         waiting.wait(0.01)
     assert not any(event.HasField("started") for event in job.events)
@@ -401,7 +415,7 @@ def test_what_is_not_finite_is_never_saved(tmp_path: Path, where: str, value: fl
     bad = {"device_adapter": torch.tensor([1.0, value]), "losses": [1.0, value]}
     contents = bad.get(where, {"x": torch.tensor([value])})
     with pytest.raises(WrongState, match="not finite after step 4"):
-        folder.save(dataclasses.replace(good, step=4, **{where: contents}))
+        folder.save(replace(good, step=4, **{where: contents}))
     kept = folder.last()
     assert kept is not None
     assert kept.step == 2
@@ -420,7 +434,7 @@ class QuietLink(LocalLink):
     """A link of a device that stays connected and says nothing more, from this phase of this step or a later one on."""
 
     def __init__(self, job: Job, device: str, phase: Phase, step: int) -> None:
-        super().__init__(job.host, device, Terms(job.config, 20), Ledger(), timeout=60)
+        super().__init__(job.host, device, job.trainers[device].terms, Ledger(), timeout=60)
         self._phase, self._step, self._quiet = phase, step, False
 
     def send(self, frame: Frame) -> None:
@@ -436,7 +450,7 @@ def test_a_device_that_never_closes_does_not_keep_a_job_that_is_done(
     llama: Path, phase: Phase, patience: Patience, others: list[str]
 ) -> None:
     job = Job(llama, CONFIG, [*others, "b"])
-    job.host._patience = dataclasses.replace(patience)
+    job.host.job.deadlines.patience = replace(patience)
     threads = [threading.Thread(target=job.work, args=(name,)) for name in others]
     for thread in threads:
         thread.start()
@@ -456,7 +470,7 @@ def test_a_device_that_never_closes_does_not_keep_a_job_that_is_done(
 
 def test_a_device_that_is_silent_again_and_again_is_waited_for_less_each_time(llama: Path) -> None:
     job = Job(llama, CONFIG.but(steps=100), ["a", "b"])
-    job.host._patience = Patience(1.0)
+    job.host.job.deadlines.patience = Patience(1.0)
     other = threading.Thread(target=job.work, args=("a",))
     other.start()
     patience = []
@@ -464,7 +478,7 @@ def test_a_device_that_is_silent_again_and_again_is_waited_for_less_each_time(ll
         with pytest.raises(LinkLost) as ended:
             job.trainers["b"].run(QuietLink(job, "b", Phase.FORWARD, 0), cancelled=threading.Event())
         assert "b owed a frame" in str(ended.value)
-        patience.append(job.host._patience.of("b"))
+        patience.append(job.host.job.deadlines.patience.of("b"))
     assert patience == [0.5, 0.25, 0.125]
     other.join(60)
     assert job.finished.wait(10)

@@ -16,15 +16,16 @@ from isthmus.split.data.sequences import Sequences, batch_indices
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.streams import choices
 from isthmus.split.link.coding import Plan, Terms
-from isthmus.split.link.session import Frame, LocalLink, Phase
+from isthmus.split.link.device import LocalLink
+from isthmus.split.link.frames import Frame, Phase
 from isthmus.split.lora.lora import add_lora, lora_config, lora_parameters
 from isthmus.split.models.source import ModelFolder
 from isthmus.split.models.stage import build_stages, cut_in_two, cut_u_shaped
 from isthmus.split.plan.choose import DeviceView, Planner
 from isthmus.split.resources.ledger import Ledger
-from isthmus.split.training.host import StageHost
+from isthmus.split.training.host import JobHost
 from isthmus.split.training.loss import nll
-from tests.split.jobs import Run, device_trainer, random_text, server_trainer, split_run, unsplit_run
+from tests.split.jobs import Run, device_trainer, job_host, random_text, split_run, unsplit_run
 from tests.split.tiny_models import VOCABULARY, make_model
 
 LENGTH = 8
@@ -160,8 +161,8 @@ def test_batches_with_few_predicted_tokens_are_weighted_as_a_whole(
 class Recording(LocalLink):
     """Keeps what the device sends and gets: (what, phase, step, micro-batch)."""
 
-    def __init__(self, host: StageHost, config: TrainingConfig) -> None:
-        super().__init__(host, "a", Terms(config, 20), Ledger(), timeout=60)
+    def __init__(self, host: JobHost, terms: Terms) -> None:
+        super().__init__(host, "a", terms, Ledger(), timeout=60)
         self.frames: list[tuple[str, str, int, int]] = []
 
     def send(self, frame: Frame) -> None:
@@ -177,8 +178,8 @@ class Recording(LocalLink):
 def recorded(folder: Path, config: TrainingConfig) -> list[tuple[str, str, int, int]]:
     """What one device sends and gets in a whole job."""
     trainer = device_trainer(folder, config, texts(1)[0])
-    host = StageHost(server_trainer(folder, config), config, {"a"}, initial_adapter=dict(trainer.parameters))
-    link = Recording(host, config)
+    host = job_host(folder, config, ["a"])
+    link = Recording(host, trainer.terms)
     trainer.run(link, cancelled=threading.Event())
     host.close()
     return link.frames

@@ -14,18 +14,14 @@ from transformers import LlamaConfig
 from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.shapes import Shape, from_plain
+from isthmus.split.link.device import LocalLink
 from isthmus.split.link.profile import LinkProfile
-from isthmus.split.link.session import LocalLink
-from isthmus.split.models.source import ModelFolder
 from isthmus.split.plan.costs import Costs
 from isthmus.split.plan.cut_mover import CutMover, MeasuredDevice
-from isthmus.split.plan.parts import device_stages, merger_of, server_stages
 from isthmus.split.plan.shapes import Capabilities, ShapeChoice, choose_shapes
 from isthmus.split.resources.ledger import Ledger
 from isthmus.split.training.checkpoint import CheckpointFolder
-from isthmus.split.training.device import DeviceTrainer
-from isthmus.split.training.server import ServerTrainer
-from tests.split.jobs import random_text, split_run, unsplit_run
+from tests.split.jobs import device_trainer, job_host, random_text, split_run, unsplit_run
 from tests.split.test_heterogeneous import SGD
 from tests.split.test_host import CutLink
 from tests.split.test_training import CONFIG, _assert_same, _texts
@@ -113,42 +109,23 @@ def test_a_device_whose_link_breaks_at_a_move_ends_with_the_very_same_adapter(ll
 
 
 def _alone(folder: Path, cut_after: int | None) -> dict[str, torch.Tensor]:
-    from isthmus.split.training.host import StageHost
-
-    source, config = ModelFolder(folder), AUTO.but(steps=8, aggregate_every=2)
+    config = AUTO.but(steps=8, aggregate_every=2)
     shape, finished = Shape(1, 4), threading.Event()
 
     def tell(event: Event) -> None:
         if event.HasField("finished") or event.HasField("failed"):
             finished.set()
 
-    host = StageHost(
-        ServerTrainer(
-            server_stages(source, config, {"a": shape}, "cpu"), config, Ledger(), dtype=torch.float32, cuts={"a": 1}
-        ),
-        config,
-        {"a"},
-        merging=merger_of(source.config, config, {"a": shape}),
-        mover=Scripted({1: {"a": 3}, 2: {"a": 2}}),
-        segments=lambda shapes: server_stages(source, config, shapes, "cpu"),
-        tell=tell,
-    )
-    trainer = DeviceTrainer(
-        device_stages(source, config, shape, "cpu"),
-        config,
-        random_text(0, 20, 16, VOCABULARY),
-        None,
-        Ledger(),
-        shape=shape,
-        reshape=lambda shape: (device_stages(source, config, shape, "cpu"), ""),
-    )
+    mover = Scripted({1: {"a": 3}, 2: {"a": 2}})
+    host = job_host(folder, config, ["a"], shapes={"a": shape}, mover=mover, tell=tell)
+    trainer = device_trainer(folder, config, random_text(0, 20, 16, VOCABULARY), shape=shape, moves=True)
     if cut_after is not None:
         with pytest.raises(Exception, match="the link was cut"):
-            trainer.run(CutLink(host, "a", config, cut_after), cancelled=threading.Event())
+            trainer.run(CutLink(host, "a", trainer.terms, cut_after), cancelled=threading.Event())
     trainer.run(LocalLink(host, "a", trainer.terms, Ledger()), cancelled=threading.Event())
     assert finished.wait(60)
     host.close()
-    return host.outcome().merged or {}
+    return host.outcome().adapter or {}
 
 
 MODEL = LlamaConfig(

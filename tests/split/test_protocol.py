@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,25 +19,19 @@ from isthmus.split.codecs.finite import LARGEST
 from isthmus.split.codecs.packing import pack_bits
 from isthmus.split.codecs.wire import DTYPES, Expected, check_tensor, decode_tensor, encode_tensor
 from isthmus.split.data.sequences import micro_batch_slices
-from isthmus.split.errors import BadFrame, BadRequest, BadTensor
+from isthmus.split.errors import BadFrame, BadTensor
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.streams import TRAINING
+from isthmus.split.link.checks import Envelope, check, decode
 from isthmus.split.link.coding import Coder, Plan, Terms
+from isthmus.split.link.frames import Frame, Phase
 from isthmus.split.link.profile import MAX_PROBE_BYTES
-from isthmus.split.link.protocol import Rules
-from isthmus.split.link.session import Phase
 from isthmus.split.resources.ledger import Ledger
 
 HIDDEN, VOCABULARY, ADAPTER = 4, 50, 6
 CONFIG = TrainingConfig.of(steps=5, batch_size=2, sequence_length=3)
-AT_DEVICE = Rules("job", CONFIG, HIDDEN, VOCABULARY, ((ADAPTER,),))
-AT_SERVER = Rules(
-    "job",
-    TrainingConfig.of(steps=5, batch_size=2, sequence_length=3, labels="server"),
-    HIDDEN,
-    VOCABULARY,
-    ((ADAPTER,),),
-)
+AT_DEVICE = Terms(CONFIG, 20, ((ADAPTER,),), HIDDEN, VOCABULARY)
+AT_SERVER = replace(AT_DEVICE, config=TrainingConfig.of(steps=5, batch_size=2, sequence_length=3, labels="server"))
 
 CODECS = [
     "none",
@@ -51,11 +46,13 @@ CODECS = [
 ]
 
 
-def coder(plan: Plan | None = None, config: TrainingConfig = CONFIG) -> Coder:
-    made = Coder(Terms(config, 20), Ledger())
+def decoded(message: stage_pb2.Frame, terms: Terms = AT_DEVICE, plan: Plan | None = None, session: str = "s") -> Frame:
+    """A message from a device, as the stage decodes it in a session (empty: in none yet)."""
+    coder = Coder(terms, Ledger())
     if plan is not None:
-        made.use(plan)
-    return made
+        coder.use(plan)
+    rule = check(message, Envelope("job", session, bool(session), upward=True), coder)
+    return decode(message, rule, coder)
 
 
 def plan_of(codec: str, micro_batches: int = 1) -> Plan:
@@ -99,7 +96,7 @@ def tensors(draw: st.DrawFn) -> stage_pb2.Tensor:
 def frames(draw: st.DrawFn) -> stage_pb2.Frame:
     return stage_pb2.Frame(
         job=draw(st.sampled_from(["job", "job", "job", "", "other"])),
-        session=draw(st.sampled_from(["s", "s", "s", "", "t" * 64, "../s"])),
+        session=draw(st.sampled_from(["s", "s", "s", "", "t" * 65])),
         step=draw(st.sampled_from([0, 1, 5, 6, 2**64 - 1])),
         micro_batch=draw(st.sampled_from([0, 0, 0, 1, 2, 2**32 - 1])),
         phase=draw(st.integers(0, 11)),
@@ -111,19 +108,19 @@ def frames(draw: st.DrawFn) -> stage_pb2.Frame:
     )
 
 
-@pytest.mark.parametrize("rules", [AT_DEVICE, AT_SERVER], ids=["labels at the device", "labels at the server"])
+@pytest.mark.parametrize("terms", [AT_DEVICE, AT_SERVER], ids=["labels at the device", "labels at the server"])
 @given(
     message=frames(),
-    session=st.sampled_from(["s", "s", "s", None]),
+    session=st.sampled_from(["s", "s", "s", ""]),
     codec=st.sampled_from(["none", "none", *CODECS]),
     micro_batches=st.sampled_from([1, 2]),
 )
 def test_any_frame_is_refused_or_fits_the_job(
-    rules: Rules, message: stage_pb2.Frame, session: str | None, codec: str, micro_batches: int
+    terms: Terms, message: stage_pb2.Frame, session: str, codec: str, micro_batches: int
 ) -> None:
     try:
-        frame = rules.decode(message, session, coder(plan_of(codec, micro_batches), rules.config))
-    except (BadRequest, BadTensor):
+        frame = decoded(message, terms, plan_of(codec, micro_batches), session)
+    except (BadFrame, BadTensor):
         return
     assert 0 <= frame.step <= CONFIG.steps
     assert all(abs(value) <= LARGEST for value in frame.values.values())
@@ -140,13 +137,13 @@ def test_any_frame_is_refused_or_fits_the_job(
         assert 0 < frame.tensor.numel() <= 2 * 3 * HIDDEN
         assert torch.isfinite(frame.tensor).all()
     if frame.labels is not None:
-        assert rules is AT_SERVER
+        assert terms is AT_SERVER
         assert frame.tensor is not None
         assert frame.labels.dtype == torch.int64
         assert frame.labels.shape == frame.tensor.shape[:2]
         assert ((frame.labels == -100) | ((frame.labels >= 0) & (frame.labels < VOCABULARY))).all()
     if frame.wanted is not None:
-        assert rules is AT_DEVICE
+        assert terms is AT_DEVICE
         assert frame.tensor is not None
         assert frame.wanted.shape == frame.tensor.shape[:2]
     assert (frame.probe is not None) == (frame.phase == Phase.PROBE)
@@ -162,7 +159,7 @@ def test_any_bytes_that_parse_are_refused_or_fit_the_job(data: bytes) -> None:
     except DecodeError:
         return
     with pytest.raises((BadFrame, BadTensor)):  # nothing random says the job's name
-        AT_DEVICE.decode(message, "s", coder())
+        decoded(message)
 
 
 @pytest.mark.parametrize(
@@ -175,11 +172,11 @@ def test_a_shape_that_was_not_agreed_on_is_refused_before_anything_is_allocated(
     tensor = stage_pb2.Tensor(codec="none", dtype="float32", shape=shape, payload=b"\0" * 64)
     message = stage_pb2.Frame(job="job", session="s", phase=phase, tensor=tensor)
     with pytest.raises(BadTensor):  # what is imported or cached at the first time is not counted
-        AT_DEVICE.decode(message, "s", coder())
+        decoded(message)
     tracemalloc.start()
     try:
         with pytest.raises(BadTensor) as refused:
-            AT_DEVICE.decode(message, "s", coder())
+            decoded(message)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -224,7 +221,7 @@ def test_a_tensor_by_a_codec_that_was_not_agreed_is_refused(agreed: str) -> None
             tensor = hidden_states()
             tensor.codec = other
             with pytest.raises(BadTensor, match="was not agreed on; agreed: " + agreed.split(":")[0]):
-                AT_DEVICE.decode(message(tensor=tensor), "s", coder(plan_of(agreed)))
+                decoded(message(tensor=tensor), plan=plan_of(agreed))
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -233,12 +230,12 @@ def test_a_payload_longer_than_its_codec_makes_is_refused_before_it_is_decoded(c
     tensor = hidden_states(codec=codec)
     tensor.payload = bytes(most + 1)
     with pytest.raises(BadTensor, match=f"{most + 1} bytes of payload"):
-        AT_DEVICE.decode(message(tensor=tensor), "s", coder(plan_of(codec)))
+        decoded(message(tensor=tensor), plan=plan_of(codec))
     tensor.payload = bytes(50 * 2**20)
     tracemalloc.start()
     try:
         with pytest.raises(BadTensor, match="52428800 bytes of payload"):
-            AT_DEVICE.decode(message(tensor=tensor), "s", coder(plan_of(codec)))
+            decoded(message(tensor=tensor), plan=plan_of(codec))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -252,7 +249,7 @@ def test_garbage_by_an_agreed_codec_is_refused_or_finite(codec: str, payload: by
     for phase, values in ((Phase.FORWARD, {}), (Phase.BACKWARD, {"tokens": 2.0})):
         sent = message(phase, tensor=tensor, micro_batch=micro_batch, values=values)
         try:
-            frame = AT_DEVICE.decode(sent, "s", coder(plan_of(codec, 2)))
+            frame = decoded(sent, plan=plan_of(codec, 2))
         except BadTensor:
             continue
         assert frame.tensor is not None
@@ -265,7 +262,7 @@ def test_a_frame_whose_last_bytes_are_missing_is_refused(codec: str) -> None:
     tensor = hidden_states(codec=codec)
     tensor.payload = tensor.payload[:-1]
     with pytest.raises(BadTensor):
-        AT_DEVICE.decode(message(tensor=tensor), "s", coder(plan_of(codec)))
+        decoded(message(tensor=tensor), plan=plan_of(codec))
 
 
 def test_evaluation_and_adapters_take_codecs_of_their_own() -> None:
@@ -274,69 +271,67 @@ def test_evaluation_and_adapters_take_codecs_of_their_own() -> None:
     values = torch.randn(ADAPTER, generator=torch.Generator().manual_seed(1))
     payload = parse(known).encode(values, CodecState(0))
     adapter = stage_pb2.Tensor(codec=known, dtype="float32", shape=(ADAPTER,), payload=payload)
-    frame = AT_DEVICE.decode(message(Phase.AGGREGATE, tensor=adapter), "s", coder(plan))
+    frame = decoded(message(Phase.AGGREGATE, tensor=adapter), plan=plan)
     assert frame.tensor is not None
     assert frame.tensor.shape == (ADAPTER,)
-    assert (
-        AT_DEVICE.decode(message(Phase.EVALUATE, tensor=hidden_states(1, known)), "s", coder(plan)).tensor is not None
-    )
-    assert AT_DEVICE.decode(message(tensor=hidden_states()), "s", coder(plan)).tensor is not None
+    assert decoded(message(Phase.EVALUATE, tensor=hidden_states(1, known)), plan=plan).tensor is not None
+    assert decoded(message(tensor=hidden_states()), plan=plan).tensor is not None
     with pytest.raises(BadTensor, match="codec 'none' was not agreed"):
-        AT_DEVICE.decode(message(Phase.EVALUATE, tensor=hidden_states()), "s", coder(plan))
+        decoded(message(Phase.EVALUATE, tensor=hidden_states()), plan=plan)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 3, 5])
 def test_a_micro_batch_has_the_rows_that_both_sides_know_of(micro_batches: int) -> None:
     config = TrainingConfig.of(steps=5, batch_size=5, sequence_length=3)
-    rules = Rules("job", config, HIDDEN, VOCABULARY, ((ADAPTER,),))
+    terms = replace(AT_DEVICE, config=config)
     plan = plan_of("none", micro_batches)
     for number, part in enumerate(micro_batch_slices(5, micro_batches)):
         rows = part.stop - part.start
         right = message(tensor=hidden_states(rows), micro_batch=number)
-        frame = rules.decode(right, "s", coder(plan, config))
+        frame = decoded(right, terms, plan)
         assert frame.micro_batch == number
         with pytest.raises(BadTensor, match="was not agreed on"):
-            rules.decode(message(tensor=hidden_states(rows + 1), micro_batch=number), "s", coder(plan, config))
+            decoded(message(tensor=hidden_states(rows + 1), micro_batch=number), terms, plan)
     for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.EVALUATE, Phase.STEP):
         beyond = message(phase, tensor=hidden_states(1), micro_batch=micro_batches)
         with pytest.raises(BadFrame, match=f"micro_batch {micro_batches}; this job's steps have"):
-            rules.decode(beyond, "s", coder(plan, config))
+            decoded(beyond, terms, plan)
 
 
 def test_labels_cross_as_int32_and_no_other_type() -> None:
     values = {"tokens": 4.0}
     labels = torch.tensor([[1, -100, 3], [4, 5, VOCABULARY - 1]])
     right = message(tensor=hidden_states(), labels=encode_tensor(labels.int()), values=values)
-    frame = AT_SERVER.decode(right, "s", coder())
+    frame = decoded(right, AT_SERVER)
     assert frame.labels is not None
     assert torch.equal(frame.labels, labels)
     wrong = message(tensor=hidden_states(), labels=encode_tensor(labels), values=values)
     with pytest.raises(BadTensor, match="dtype 'int64' was not agreed on; agreed: int32"):
-        AT_SERVER.decode(wrong, "s", coder())
+        decoded(wrong, AT_SERVER)
     for outside in (VOCABULARY, -1, -101):
         labels[0, 0] = outside
         wrong = message(tensor=hidden_states(), labels=encode_tensor(labels.int()), values=values)
         with pytest.raises(BadTensor, match=f"outside the vocabulary of {VOCABULARY}"):
-            AT_SERVER.decode(wrong, "s", coder())
+            decoded(wrong, AT_SERVER)
 
 
-@pytest.mark.parametrize("session", [None, "s"])
-def test_a_probe_is_let_in_before_and_after_open_and_none_that_is_too_large(session: str | None) -> None:
+@pytest.mark.parametrize("session", ["", "s"])
+def test_a_probe_is_let_in_before_and_after_open_and_none_that_is_too_large(session: str) -> None:
     for filling, answer in ((0, 0), (MAX_PROBE_BYTES, 0), (0, MAX_PROBE_BYTES)):
         probe = stage_pb2.Probe(filling=bytes(filling), answer_bytes=answer)
-        frame = AT_DEVICE.decode(message(Phase.PROBE, probe=probe), session, coder())
+        frame = decoded(message(Phase.PROBE, probe=probe), session=session)
         assert frame.probe == probe
     for filling, answer in ((MAX_PROBE_BYTES + 1, 0), (0, MAX_PROBE_BYTES + 1), (0, 2**32 - 1)):
         probe = stage_pb2.Probe(filling=bytes(filling), answer_bytes=answer)
         with pytest.raises(BadFrame, match=f"a PROBE of more than {MAX_PROBE_BYTES} bytes"):
-            AT_DEVICE.decode(message(Phase.PROBE, probe=probe), session, coder())
+            decoded(message(Phase.PROBE, probe=probe), session=session)
 
 
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
         ({"phase": Phase.PROBE}, "PROBE without its contents"),
-        ({"probe": stage_pb2.Probe(answer_bytes=1), "tensor": hidden_states()}, "or another frame with them"),
+        ({"probe": stage_pb2.Probe(answer_bytes=1), "tensor": hidden_states()}, "FORWARD with the contents of PROBE"),
         ({"phase": Phase.PROBE, "probe": stage_pb2.Probe(), "tensor": hidden_states()}, "PROBE with a tensor"),
         ({"phase": Phase.PROBE, "probe": stage_pb2.Probe(), "micro_batch": 1}, "micro_batch 1"),
         (
@@ -356,28 +351,28 @@ def test_a_probe_is_let_in_before_and_after_open_and_none_that_is_too_large(sess
 )
 def test_what_is_not_a_frame_of_this_protocol_is_refused(changes: dict[str, Any], line: str) -> None:
     with pytest.raises(BadFrame, match=line):
-        AT_DEVICE.decode(message(**changes), "s", coder())
+        decoded(message(**changes))
 
 
 def test_a_first_frame_is_open_or_probe_and_says_no_more_families_than_there_can_be() -> None:
     with pytest.raises(BadFrame, match="the first frame has to be OPEN"):
-        AT_DEVICE.decode(message(tensor=hidden_states()), None, coder())
+        decoded(message(tensor=hidden_states()), session="")
     many = stage_pb2.Open(codecs=[str(i) for i in range(65)])
     with pytest.raises(BadFrame, match="more than 64 codecs or times"):
-        AT_DEVICE.decode(message(Phase.OPEN, open=many), None, coder())
+        decoded(message(Phase.OPEN, open=many), session="")
 
 
 def test_positions_that_are_wanted_are_as_many_as_the_batch_has() -> None:
     wanted = torch.tensor([[True, False, True], [False, False, True]])
-    frame = AT_DEVICE.decode(message(tensor=hidden_states(), wanted=pack_bits(wanted)), "s", coder())
+    frame = decoded(message(tensor=hidden_states(), wanted=pack_bits(wanted)))
     assert frame.wanted is not None
     assert torch.equal(frame.wanted, wanted)
     with pytest.raises(BadTensor, match="2 bytes of flags"):
-        AT_DEVICE.decode(message(tensor=hidden_states(), wanted=b"\0\0"), "s", coder())
+        decoded(message(tensor=hidden_states(), wanted=b"\0\0"))
     values = {"tokens": 1.0, "nll": 1.0, "norm_squared": 1.0}
     with pytest.raises(BadFrame, match="STEP with positions"):
-        AT_DEVICE.decode(message(Phase.STEP, wanted=b"\0", values=values), "s", coder())
+        decoded(message(Phase.STEP, wanted=b"\0", values=values))
     labels = encode_tensor(torch.zeros(2, 3, dtype=torch.int32))
     sent = message(tensor=hidden_states(), labels=labels, wanted=b"\0", values={"tokens": 1.0})
     with pytest.raises(BadFrame, match="FORWARD with positions"):
-        AT_SERVER.decode(sent, "s", coder())
+        decoded(sent, AT_SERVER)

@@ -134,7 +134,7 @@ class Served:
             try:
                 yield holding
             finally:
-                holding._call.cancel()
+                holding._transport.close()
                 thread.join(LIMIT)
 
     @contextlib.asynccontextmanager

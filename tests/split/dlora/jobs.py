@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices
-from isthmus.split.dlora.local import DloraRun, train_dlora_locally
 from isthmus.split.dlora.module_selector import ModuleSelector
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.lora.lora import draw_initial_values, lora_config
+from isthmus.split.methods.local import LocalRun, train_locally
 from isthmus.split.models.source import ModelFolder
 from isthmus.split.training.loss import nll
 from isthmus.split.training.optim import Stepper
@@ -51,15 +51,17 @@ def padded_text(seed: int, count: int = 40) -> Sequences:
 
 def dlora_run(
     folder: Path, config: TrainingConfig, texts: Sequence[Sequences], **settings: Any
-) -> tuple[DloraRun, dict[str, list[float]]]:
+) -> tuple[LocalRun, dict[str, list[float]]]:
     """And the losses of each device's steps."""
+    if "checkpoints" in settings:
+        settings["resume"] = True
     losses: dict[str, list[float]] = {f"d{number}": [] for number in range(len(texts))}
 
     def tell(event: Event) -> None:
         if event.HasField("step"):
             losses[event.step.devices[0]].append(event.step.loss)
 
-    run = train_dlora_locally(ModelFolder(folder), config, [(one, None) for one in texts], tell=tell, **settings)
+    run = train_locally(ModelFolder(folder), config, [(one, None) for one in texts], tell=tell, **settings)
     return run, losses
 
 

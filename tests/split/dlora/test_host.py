@@ -13,20 +13,18 @@ import torch
 
 from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.dlora.backbone import _in_one_thread
-from isthmus.split.dlora.device import DloraTrainer
-from isthmus.split.dlora.host import BackboneHost
-from isthmus.split.dlora.local import backbone_of, device_of, train_dlora_locally
 from isthmus.split.errors import BadFrame, BadRequest, BadTensor, IsthmusError, LinkLost
 from isthmus.split.job.config import TrainingConfig
-from isthmus.split.job.shapes import Shape
-from isthmus.split.link.session import INPUT_GRADIENT, Frame, LocalLink, Phase
-from isthmus.split.lora.lora import initial_adapter
-from isthmus.split.lora.sites import layout_of
+from isthmus.split.link.device import LocalLink
+from isthmus.split.link.frames import INPUT_GRADIENT, Frame, Phase
+from isthmus.split.methods.local import train_locally
 from isthmus.split.models.source import ModelFolder
-from isthmus.split.plan.parts import parts_of
 from isthmus.split.training.checkpoint import CheckpointFolder, DeviceRecord
+from isthmus.split.training.device import DeviceTrainer
+from isthmus.split.training.host import JobHost
 from isthmus.split.training.patience import Patience
 from tests.split.dlora.jobs import CONFIG, assert_same, dlora_run, text
+from tests.split.jobs import device_trainer, job_host
 from tests.split.tiny_models import make_model
 
 SMALL = CONFIG.but(steps=4, batch_size=2, rank=2, micro_batches=2, target_modules=("q_proj", "v_proj", "down_proj"),
@@ -47,30 +45,24 @@ class Job:
     """A host, and devices with text of their own."""
 
     def __init__(self, folder: Path, config: TrainingConfig, devices: int = 1, records: Path | None = None) -> None:
-        self.source, self.config, self.records = ModelFolder(folder), config, records
+        self.folder, self.config, self.records = folder, config, records
         self.events: list[Event] = []
         self.finished = threading.Event()
         kept = CheckpointFolder(records / "server") if records else None
-        self.host = BackboneHost(
-            backbone_of(self.source, config, {"d0": Shape(config.devices.cut_layer, config.lora.rank)}),
-            config,
-            dict.fromkeys([f"d{number}" for number in range(devices)], layout_of(self.source.config, config)),
-            initial_adapter=initial_adapter(parts_of(self.source.config, config).adapter, config.seed),
-            checkpoints=kept,
-            resume=kept.last() if kept else None,
-            tell=self._tell,
-        )
+        last = kept.last() if kept else None
+        names = [f"d{number}" for number in range(devices)]
+        self.host = job_host(folder, config, names, checkpoints=kept, resume=last, tell=self._tell)
 
     def _tell(self, event: Event) -> None:
         self.events.append(event)
         if event.HasField("finished") or event.HasField("failed"):
             self.finished.set()
 
-    def trainer(self, number: int = 0) -> DloraTrainer:
+    def trainer(self, number: int = 0) -> DeviceTrainer:
         record = DeviceRecord(self.records / f"d{number}") if self.records else None
-        return device_of(self.source, self.config, (text(number, 20), text(9, 3)), record)
+        return device_trainer(self.folder, self.config, text(number, 20), text(9, 3), record=record)
 
-    def link(self, trainer: DloraTrainer, number: int = 0, frames: int = -1) -> LocalLink:
+    def link(self, trainer: DeviceTrainer, number: int = 0, frames: int = -1) -> LocalLink:
         return CutLink(self.host, f"d{number}", trainer, frames)
 
     def told(self, kind: str) -> list[Any]:
@@ -81,7 +73,7 @@ class Job:
 class CutLink(LocalLink):
     """A link that breaks after a number of frames sent, the last of which gets lost; -1: it does not."""
 
-    def __init__(self, host: BackboneHost, device: str, trainer: DloraTrainer, frames: int) -> None:
+    def __init__(self, host: JobHost, device: str, trainer: DeviceTrainer, frames: int) -> None:
         super().__init__(host, device, trainer.terms, trainer.ledger, timeout=60)
         self._left = frames
 
@@ -93,7 +85,7 @@ class CutLink(LocalLink):
         super().send(frame)
 
 
-def run(trainer: DloraTrainer, link: LocalLink) -> None:
+def run(trainer: DeviceTrainer, link: LocalLink) -> None:
     try:
         trainer.run(link, cancelled=threading.Event())
     finally:
@@ -217,7 +209,7 @@ def test_with_averages_a_device_that_comes_back_goes_on_from_the_last_one(
     llama: Path, tmp_path: Path, cut: int
 ) -> None:
     config = SMALL.but(aggregate=True, aggregate_every=2)
-    expected = train_dlora_locally(ModelFolder(llama), config, [(text(n, 20), text(9, 3)) for n in (0, 1)])
+    expected = train_locally(ModelFolder(llama), config, [(text(n, 20), text(9, 3)) for n in (0, 1)])
     job = Job(llama, config, 2, tmp_path)
     trainers = [job.trainer(0), job.trainer(1)]
     other = threading.Thread(target=run, args=(trainers[1], job.link(trainers[1], 1)))
@@ -231,9 +223,9 @@ def test_with_averages_a_device_that_comes_back_goes_on_from_the_last_one(
     assert_same(trainers[0].adapter(), trainers[1].adapter(), 0)
     points = [data.step for data in job.told("checkpoint")]
     assert points == [2, 4]
-    assert expected.average is not None
-    assert job.host.average is not None
-    assert torch.isfinite(job.host.average).all()
+    assert expected.outcome.device_adapter is not None
+    assert job.host.outcome().device_adapter is not None
+    assert torch.isfinite(job.host.outcome().device_adapter).all()
 
 
 def test_where_one_thread_runs_all_backward_passes_they_do_not_wait_for_each_other_in_it(
@@ -452,7 +444,7 @@ def test_an_error_of_the_blocks_is_told_to_the_device(llama: Path, monkeypatch: 
     def full(*_: object, **__: object) -> None:
         raise MemoryError("no memory")
 
-    monkeypatch.setattr(job.host.backbone, "forward", full)
+    monkeypatch.setattr(job.host.steps.backbone, "forward", full)
     with pytest.raises(IsthmusError, match="the stage failed: MemoryError"):
         run(trainer, job.link(trainer))
     job.host.close()
@@ -461,7 +453,7 @@ def test_an_error_of_the_blocks_is_told_to_the_device(llama: Path, monkeypatch: 
 class QuietLink(CutLink):
     """A link of a device that stays connected and says nothing more, from this phase of this step or a later one on."""
 
-    def __init__(self, job: Job, trainer: DloraTrainer, number: int, phase: Phase, step: int) -> None:
+    def __init__(self, job: Job, trainer: DeviceTrainer, number: int, phase: Phase, step: int) -> None:
         super().__init__(job.host, f"d{number}", trainer, -1)
         self._phase, self._step, self._quiet = phase, step, False
 
@@ -479,7 +471,7 @@ def test_a_device_that_never_closes_does_not_keep_a_job_that_is_done(
 ) -> None:
     options: dict[str, Any] = {"aggregate": True, "aggregate_every": 2} if aggregate else {}
     job = Job(llama, SMALL.but(**options), 2)
-    job.host._patience = dataclasses.replace(patience)
+    job.host.job.deadlines.patience = dataclasses.replace(patience)
     quiet, good = job.trainer(0), job.trainer(1)
     other = threading.Thread(target=run, args=(good, job.link(good, 1)))
     other.start()
@@ -489,13 +481,13 @@ def test_a_device_that_never_closes_does_not_keep_a_job_that_is_done(
     assert job.finished.wait(60)
     job.host.close()
     assert not job.told("failed")
-    assert job.host.resources.keys() == ({"d0", "d1"} if phase == Phase.CLOSE else {"d1"})
+    assert job.host.outcome().resources.keys() == ({"d0", "d1"} if phase == Phase.CLOSE else {"d1"})
     assert any("its last report is missing" in data.message for data in job.told("log"))
 
 
 def test_a_silent_device_holds_up_the_average_of_the_others_for_less_each_time(llama: Path) -> None:
     job = Job(llama, SMALL.but(steps=40, aggregate=True, aggregate_every=2, checkpoint_every=40), 2)
-    job.host._patience = Patience(2.0)
+    job.host.job.deadlines.patience = Patience(2.0)
     quiet, good = job.trainer(0), job.trainer(1)
     other = threading.Thread(target=run, args=(good, job.link(good, 1)))
     other.start()
@@ -503,18 +495,18 @@ def test_a_silent_device_holds_up_the_average_of_the_others_for_less_each_time(l
     for _ in range(2):
         with pytest.raises(LinkLost, match="d0 owed a frame"):
             run(quiet, QuietLink(job, quiet, 0, Phase.AGGREGATE, 0))
-        patience.append(job.host._patience.of("d0"))
+        patience.append(job.host.job.deadlines.patience.of("d0"))
     assert patience == [1.0, 0.5]
     other.join(60)
     job.host.start_without({"d0"})
     assert job.finished.wait(60)
     job.host.close()
-    assert job.told("step")[-1]["device_step"] == 40
+    assert job.told("step")[-1].device_step == 40
 
 
 def test_a_device_that_is_silent_again_and_again_is_left_out_when_the_others_are_done(llama: Path) -> None:
     job = Job(llama, SMALL, 2)
-    job.host._patience = Patience(1.0)
+    job.host.job.deadlines.patience = Patience(1.0)
     quiet, good = job.trainer(0), job.trainer(1)
     run(good, job.link(good, 1))
     for _ in range(4):

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from isthmus.protos.v1.events_pb2 import Event
-from isthmus.split.dlora.local import train_dlora_locally
 from isthmus.split.job.shapes import Shape
 from isthmus.split.lora.lora import A, B
 from isthmus.split.lora.sites import layout_of
+from isthmus.split.methods.local import train_locally
 from isthmus.split.models.architectures import ARCHITECTURES as TABLE
 from isthmus.split.models.source import ModelFolder
 from tests.split.dlora.jobs import CONFIG, assert_same, dlora_run, padded_text, scripted, text, unsplit_run
@@ -76,14 +76,14 @@ def test_devices_have_adapters_of_their_own(llama: Path) -> None:
         losses, adapter = unsplit_run(llama, CONFIG, one)
         assert told[f"d{number}"] == pytest.approx(losses, rel=1e-5)
         assert_same(together.adapters[f"d{number}"], adapter)
-    assert together.average is None
+    assert together.outcome.device_adapter is None
 
 
 def test_devices_may_differ_in_cut_and_rank(llama: Path) -> None:
     """Each passes the blocks that it has not itself, with modules of its own rank; one of rank 0 has none to train."""
     shapes = [Shape(2, 2), Shape(1, 4), Shape(0, 3), Shape(1, 0)]
     texts = [text(0), padded_text(1), text(2), text(3)]
-    run, told = dlora_run(llama, CONFIG, texts, shapes=shapes)
+    run, told = dlora_run(llama, CONFIG, texts, shapes={f"d{number}": shape for number, shape in enumerate(shapes)})
     for number, (shape, one) in enumerate(zip(shapes[:3], texts, strict=False)):
         # The scale is the job's, whatever a device's own rank is.
         alike = CONFIG.but(rank=shape.rank, alpha=CONFIG.lora.alpha * shape.rank / CONFIG.lora.rank)
@@ -102,7 +102,7 @@ def test_an_average_that_was_asked_for_is_that_of_the_adapters(llama: Path) -> N
     average = {name: (40 * alone[0][name] + 20 * alone[1][name]) / 60 for name in alone[0]}
     assert_same(run.adapters["d0"], average)
     assert_same(run.adapters["d1"], average)
-    assert run.average is not None
+    assert run.outcome.device_adapter is not None
     twice, _ = dlora_run(llama, config, [text(0), text(1, 20)])
     assert_same(twice.adapters["d0"], twice.adapters["d1"], 0)
     assert any(not torch.equal(twice.adapters["d0"][name], value) for name, value in average.items())
@@ -111,7 +111,7 @@ def test_an_average_that_was_asked_for_is_that_of_the_adapters(llama: Path) -> N
 def test_how_far_an_average_is_from_that_of_the_products_is_told(llama: Path) -> None:
     config = CONFIG.but(aggregate=True, aggregate_every=CONFIG.steps)
     told: list[Event] = []
-    train_dlora_locally(ModelFolder(llama), config, [(text(0), None), (text(1, 20), None)], tell=told.append)
+    train_locally(ModelFolder(llama), config, [(text(0), None), (text(1, 20), None)], tell=told.append)
     one, other = (unsplit_run(llama, CONFIG, sequences)[1] for sequences in (text(0), text(1, 20)))
     lost = norm = 0.0
     for module in [name.removesuffix(A) for name in one if name.endswith(A)]:

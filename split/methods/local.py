@@ -1,4 +1,4 @@
-"""Split training in one process: the devices are threads, and LocalLinks join them to the server's stage.
+"""Training in one process, whatever the method: devices are threads, and LocalLinks join them to the job's stage.
 
 No network and no processes, the same algorithm: what tests compare with and benchmarks measure.
 """
@@ -9,7 +9,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor
 
@@ -19,41 +18,33 @@ from isthmus.split.errors import IsthmusError
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.events import Tell, tell_nobody
 from isthmus.split.job.shapes import Shape, fixed_shapes
-from isthmus.split.link.coding import Terms
+from isthmus.split.link.device import LocalLink
 from isthmus.split.link.profile import LinkProfile
-from isthmus.split.link.session import Host, Link, LocalLink
-from isthmus.split.lora.lora import initial_adapter, unflatten
+from isthmus.split.methods import method_of
 from isthmus.split.models.precision import pick_device, pick_precision
 from isthmus.split.models.source import TensorSource
-from isthmus.split.models.stage import Stage
 from isthmus.split.plan.cut_mover import CutMover
-from isthmus.split.plan.parts import device_stages, merger_of, parts_of, server_stages
 from isthmus.split.resources.ledger import Ledger
-from isthmus.split.training.checkpoint import CheckpointFolder, OptimizerRecord
+from isthmus.split.training.checkpoint import CheckpointFolder, DeviceRecord
 from isthmus.split.training.device import DeviceTrainer
-from isthmus.split.training.host import Outcome, StageHost
-from isthmus.split.training.server import ServerTrainer
+from isthmus.split.training.device_steps import DeviceContext
+from isthmus.split.training.host import JobHost
+from isthmus.split.training.hosted_job import HostContext, Outcome
+from isthmus.split.training.method import DeviceResources, Method, StageResources
 
 Text = tuple[Sequences, Sequences | None]  # to train on, and held out
 
 
 @dataclass(frozen=True)
 class LocalRun:
-    """What a split run in this process left. adapter: both sides' tensors, by their names in the whole model."""
+    """What a run in this process left. adapter: the job's, by names in the whole model; empty where devices keep their
+    own. adapters: the devices' own. ledgers: of the devices; server: of the stage."""
 
     outcome: Outcome
     adapter: dict[str, Tensor]
-    ledgers: dict[str, Ledger]  # of the devices
-
-
-class Trainer(Protocol):
-    """A device's, of either method."""
-
-    ledger: Ledger
-
-    @property
-    def terms(self) -> Terms: ...
-    def run(self, link: Link, *, cancelled: threading.Event) -> None: ...
+    adapters: dict[str, dict[str, Tensor]]
+    ledgers: dict[str, Ledger]
+    server: Ledger
 
 
 class LocalJob:
@@ -71,7 +62,7 @@ class LocalJob:
         if event.HasField("finished") or event.HasField("failed"):
             self._ended.set()
 
-    def run(self, host: Host, trainers: Mapping[str, Trainer], profile: LinkProfile) -> None:
+    def run(self, host: JobHost, trainers: Mapping[str, DeviceTrainer], profile: LinkProfile) -> None:
         """To the job's end; closes the host. Raises the first error of a device or of the stage."""
         pairs = [(host, name, trainer, profile) for name, trainer in trainers.items()]
         threads = [threading.Thread(target=self._work, args=pair, name=pair[1], daemon=True) for pair in pairs]
@@ -85,16 +76,37 @@ class LocalJob:
         if self._errors:
             raise self._errors[0]
 
-    def _work(self, host: Host, name: str, trainer: Trainer, profile: LinkProfile) -> None:
+    def _work(self, host: JobHost, name: str, trainer: DeviceTrainer, profile: LinkProfile) -> None:
         link = LocalLink(host, name, trainer.terms, trainer.ledger, profile=profile)
         try:
             trainer.run(link, cancelled=threading.Event())
         except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
             self._errors.append(error)
-            link.close()  # the others go on without it
+        finally:
+            link.close()  # after an error the others go on without it
 
 
-def train_split_locally(
+def local_trainer(
+    source: TensorSource,
+    config: TrainingConfig,
+    text: Text,
+    shape: Shape,
+    *,
+    device: str = "cpu",
+    record: DeviceRecord | None = None,
+    moves: bool = False,
+    method: Method | None = None,
+) -> DeviceTrainer:
+    """A device of this shape. source: the whole model. moves: its cut may move. method: None: the job's."""
+    where = pick_device(device)
+    dtype = pick_precision(config.optimizer.precision, where)
+    context = DeviceContext(config, *text, Ledger(), dtype)
+    resources = DeviceResources(source, shape, where, (lambda cut: (source, "")) if moves else None)
+    steps = (method or method_of(config)).device_steps(context, resources)
+    return DeviceTrainer(context, steps, record=record)
+
+
+def train_locally(
     source: TensorSource,
     config: TrainingConfig,
     texts: Sequence[Text],
@@ -107,53 +119,39 @@ def train_split_locally(
     mover: CutMover | None = None,
     tell: Tell = tell_nobody,
 ) -> LocalRun:
-    """Trains the devices d0, d1, ... on their texts, each in a thread with stages of its own.
+    """Trains the devices d0, d1, ... on their texts, each in a thread with stages of its own, by the job's method.
 
     device: torch device of all stages. profile: of the network that the links stand for, for `auto`. checkpoints: a
     folder for the server's and the devices' records; `resume` goes on from the last. shapes: of the devices by name;
     None: as the configuration says. mover: says when cuts move. tell(event): in the host's thread.
     Raises the first error of a device or of the stage.
     """
-    where = pick_device(device)
-    dtype = pick_precision(config.optimizer.precision, where)
     names = [f"d{index}" for index in range(len(texts))]
     shapes = dict(shapes) if shapes else fixed_shapes(config, names)
-    parts = parts_of(source.config, config, shapes["d0"])
-    devices: dict[str, DeviceTrainer] = {}
-
-    def reshape(shape: Shape) -> tuple[list[Stage], str]:
-        return device_stages(source, config, shape, where), ""
-
-    for name, (train, validation) in zip(names, texts, strict=True):
-        devices[name] = DeviceTrainer(
-            device_stages(source, config, shapes[name], where),
+    trainers = {
+        name: local_trainer(
+            source,
             config,
-            train,
-            validation,
-            Ledger(),
-            dtype=dtype,
-            record=OptimizerRecord(checkpoints / name) if checkpoints else None,
-            shape=shapes[name] if mover else None,
-            reshape=reshape,
+            text,
+            shapes[name],
+            device=device,
+            record=DeviceRecord(checkpoints / name) if checkpoints else None,
+            moves=mover is not None,
         )
-    segments = server_stages(source, config, shapes, where)
+        for name, text in zip(names, texts, strict=True)
+    }
+    resources = StageResources(source, config, shapes, pick_device(device), Ledger(), mover=mover)
     kept = CheckpointFolder(checkpoints / "server") if checkpoints else None
     job = LocalJob(tell)
-    cuts = {name: shape.cut for name, shape in shapes.items()}
-    host = StageHost(
-        ServerTrainer(segments, config, Ledger(), dtype=dtype, cuts=cuts),
-        config,
-        set(devices),
-        initial_adapter=initial_adapter(parts.adapter, config.seed),
-        merging=merger_of(source.config, config, shapes),
-        mover=mover,
-        segments=lambda shapes: server_stages(source, config, shapes, where),
-        checkpoints=kept,
-        resume=kept.last() if kept and resume else None,
-        tell=job.told,
-    )
-
-    job.run(host, devices, profile)
+    last = kept.last() if kept and resume else None
+    context = HostContext(config, names, checkpoints=kept, resume=last, tell=job.told)
+    host = JobHost(method_of(config).host_steps(resources), context)
+    job.run(host, trainers, profile)
     outcome = host.outcome()
-    adapter = outcome.merged or {**unflatten(parts.adapter, outcome.device_adapter), **outcome.server}
-    return LocalRun(outcome, dict(sorted(adapter.items())), {name: one.ledger for name, one in devices.items()})
+    return LocalRun(
+        outcome,
+        dict(sorted((outcome.adapter or {}).items())),
+        {name: trainer.adapter() for name, trainer in trainers.items()},
+        {name: trainer.ledger for name, trainer in trainers.items()},
+        host.ledger,
+    )

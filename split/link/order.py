@@ -1,0 +1,95 @@
+"""The order of a training session: which frame of a device is due next, as its stage keeps it."""
+
+from __future__ import annotations
+
+from isthmus.protos.v1 import stage_pb2
+from isthmus.split.errors import BadFrame
+from isthmus.split.job.config import TrainingConfig
+from isthmus.split.link.coding import Plan
+from isthmus.split.link.frames import Frame, Phase
+
+
+class Order:
+    """Every part of a step comes once and in order: its micro-batches forward, backward (with labels on the device),
+    STEP, and AGGREGATE where one is due. A device may be ahead by as many micro-batches as its plan says.
+
+    step: that STEP has not come for. forward, backward: (step, micro-batch) of the next ones.
+    """
+
+    def __init__(self, config: TrainingConfig, device: str) -> None:
+        self._config, self._device = config, device
+        self.plan = Plan()
+        self.admit(0)
+
+    def admit(self, step: int) -> None:
+        """The device begins with this step."""
+        self.step, self.forward, self.backward = step, (step, 0), (step, 0)
+        self.aggregates = False  # AGGREGATE of the step before `step` is due
+        self.averaging = False  # it has come and was not answered: nothing else may come, for the plan may change
+
+    def take(self, frame: Frame) -> None:
+        """Checks that a frame is the one that is due, and moves on. Raises BadFrame."""
+        at = frame.step, frame.micro_batch
+        if frame.phase == Phase.AGGREGATE and self.aggregates and at == (self.step - 1, 0):
+            self.aggregates, self.averaging = False, True
+        elif self.aggregates or self.averaging or frame.step >= self._config.steps:
+            raise self._not_due(frame)
+        elif frame.phase == Phase.FORWARD and at == self.forward and self._may_go_ahead():
+            self.forward = self._next(self.forward)
+            if self._config.devices.labels == "server":  # FORWARD brings the gradient, there is no BACKWARD
+                self.backward = self.forward
+        elif frame.phase == Phase.BACKWARD and at == self.backward and at < self.forward:
+            self.backward = self._next(self.backward)
+        elif frame.phase == Phase.STEP and at == (self.step, 0) and self.backward >= (self.step + 1, 0):
+            self.step += 1
+            self.aggregates = self._config.aggregates_after(self.step)
+        else:
+            raise self._not_due(frame)
+
+    def answered(self, frame: Frame) -> None:
+        """The stage answers with this frame."""
+        if frame.plan is not None:
+            self.plan = frame.plan
+        if frame.phase == Phase.AGGREGATE:
+            self.averaging = False
+
+    def check_evaluation(self, frame: Frame) -> None:
+        """An evaluation is of the model after `step` steps, before the next one. Raises BadFrame elsewhere."""
+        if not self.between_steps or frame.step != self.step or not self._config.evaluates_after(frame.step):
+            raise BadFrame(f"{Phase.Name(frame.phase)} after step {frame.step}, where no evaluation is due")
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether nothing of a step is under way."""
+        return self.forward == (self.step, 0) and not self.aggregates and not self.averaging
+
+    def _may_go_ahead(self) -> bool:
+        """Whether the next forward may come: not deeper than planned, and not before a step that it has to wait for."""
+        step, number = self.forward
+        under_way = number - (self.backward[1] if self.backward[0] == step else 0)
+        if step == self.step:
+            return self._config.devices.labels == "server" or under_way < self.plan.depth
+        ahead = self._config.link.stale and step == self.step + 1 and not self._config.aggregates_after(step)
+        return ahead and self.backward >= (step, 0) and under_way < self.plan.depth
+
+    def _next(self, place: tuple[int, int]) -> tuple[int, int]:
+        step, number = place
+        return (step, number + 1) if number + 1 < self.plan.micro_batches else (step + 1, 0)
+
+    def _not_due(self, frame: Frame) -> BadFrame:
+        if self.averaging:
+            due = f"nothing until AGGREGATE of step {self.step - 1} is answered"
+        elif self.aggregates:
+            due = self._named(Phase.AGGREGATE, self.step - 1, 0)
+        elif self.backward < self.forward:
+            due = self._named(Phase.BACKWARD, *self.backward)
+        elif self.forward > (self.step, 0) and self.forward[1] == 0:
+            due = self._named(Phase.STEP, self.step, 0)
+        else:
+            due = self._named(Phase.FORWARD, *self.forward)
+        given = self._named(frame.phase, frame.step, frame.micro_batch)
+        return BadFrame(f"{given}; due from {self._device} is {due}")
+
+    def _named(self, phase: stage_pb2.Phase, step: int, micro_batch: int) -> str:
+        part = f", micro-batch {micro_batch}" if micro_batch or self.plan.micro_batches > 1 else ""
+        return f"{Phase.Name(phase)} of step {step}{part}"

@@ -1,0 +1,17 @@
+"""All methods by name: the one place that knows which there are. A new one is a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from isthmus.split.dlora.method import Dlora
+from isthmus.split.job.config import DLORA, SPLITLORA, TrainingConfig
+from isthmus.split.training.method import Method
+from isthmus.split.training.splitlora import SplitLora
+
+METHODS: Mapping[str, Method] = {SPLITLORA: SplitLora(), DLORA: Dlora()}
+
+
+def method_of(config: TrainingConfig) -> Method:
+    """A job's method. Its name was checked when the configuration was made."""
+    return METHODS[config.method]

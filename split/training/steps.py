@@ -1,0 +1,129 @@
+"""What a method gives to a job's host: the steps that are its own. All the rest is in hosted_job.py."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from isthmus.protos.v1 import stage_pb2
+from isthmus.split.aggregation.averager import Share
+from isthmus.split.link.frames import Frame, Phase
+from isthmus.split.lora.sites import Layout
+from isthmus.split.resources.ledger import Ledger
+from isthmus.split.training.averages import Aggregation
+from isthmus.split.training.barrier import Place
+from isthmus.split.training.checkpoint import Checkpoint
+from isthmus.split.training.membership import JoinedDevice, not_due
+
+if TYPE_CHECKING:
+    from isthmus.split.training.hosted_job import HostedJob
+
+
+class HostSteps(ABC):
+    """A method's side of a job at the coordinator. Everything is called in the host's thread.
+
+    joint: phases that run once every device at work has sent its frame. With STEP among them, devices do each step
+    together; else each has steps of its own, and only waits at aggregations. keeps_own: the adapters stay the devices'
+    own, so that the job ends when each device that is awaited has closed it; else, when those at work have. job, put:
+    set before anything else is called.
+    """
+
+    joint: frozenset[int] = frozenset({Phase.AGGREGATE})
+    keeps_own = False
+    job: HostedJob
+    put: Callable[[Callable[[], None]], None]  # work for the host's thread, from another one
+    ledger: Ledger
+    hidden_size: int
+    digest: str  # of the model files that devices hold; empty: not known
+
+    # ---- what each method has ----
+
+    @abstractmethod
+    def adapter_values(self, device: str) -> int:
+        """Length of a device's flattened adapter."""
+
+    @abstractmethod
+    def check_open(self, device: str, opened: stage_pb2.Open) -> None:
+        """Raises BadFrame where a device has another adapter, or other model files, than it is to have."""
+
+    @abstractmethod
+    def unfit(self, shares: Mapping[str, Share], last: Tensor | None) -> set[str]:
+        """The devices whose adapters nobody could compute with. last: the average before, flat."""
+
+    @abstractmethod
+    def aggregate(self, step: int, shares: Mapping[str, Share], last: Tensor | None) -> Aggregation:
+        """Makes one adapter of those that devices have sent after `step`, or one for each."""
+
+    @abstractmethod
+    def adapter(self, point: Checkpoint) -> dict[str, Tensor] | None:
+        """What the job has trained, by names in the whole model; None where each device keeps its own."""
+
+    # ---- what some have ----
+
+    def begin(self, device: JoinedDevice) -> Frame:
+        """A device is let in at `device.step`, which may be changed: what the answer to its OPEN brings."""
+        return Frame(Phase.OPEN, tensor=self.job.point.device_adapter)
+
+    def check(self, device: JoinedDevice, frame: Frame) -> None:
+        """Raises BadFrame for a frame that is not due. Here: of a device whose steps only STEP tells of."""
+        owes, at = self.job.owes_adapter(device), frame.step
+        between = not owes and at == device.step
+        due = {
+            Phase.AGGREGATE: owes and at == device.step - 1 and frame.tensor is not None,
+            Phase.STEP: between and at < self.job.config.steps,
+            Phase.EVALUATE: between and self.job.config.evaluates_after(at),
+            Phase.REPORT: between and self.job.config.evaluates_after(at),
+            Phase.CLOSE: between and at == self.job.config.steps,
+        }
+        if not due.get(frame.phase, False):
+            raise not_due(device.name, frame)
+
+    def take(self, device: JoinedDevice, frame: Frame) -> None:
+        """A frame of the method's own, which was checked."""
+        raise not_due(device.name, frame)
+
+    def run(self, place: Place, frames: Mapping[str, Frame]) -> None:  # noqa: B027  # most have none
+        """All devices' frames of a joint phase other than AGGREGATE."""
+
+    def after_aggregation(self, step: int, devices: Mapping[str, JoinedDevice]) -> Mapping[str, Frame]:
+        """Answers that replace those of the aggregation."""
+        return {}
+
+    def answered(self, device: JoinedDevice, frame: Frame) -> None:  # noqa: B027  # most have none
+        """A device has got this answer."""
+
+    def stepped(self, device: JoinedDevice, frame: Frame) -> None:  # noqa: B027  # most have none
+        """A device has done a step of its own."""
+
+    def left(self, device: JoinedDevice) -> None:  # noqa: B027  # most have none
+        """A device has gone: what it had under way is forgotten."""
+
+    def drop(self) -> bool:
+        """Nobody is left: forgets a step under way. Returns whether a part of it has been applied already."""
+        return False
+
+    def into(self, point: Checkpoint) -> Checkpoint:
+        """A checkpoint with what this side of the method has to go on from."""
+        return point
+
+    def restore(self, point: Checkpoint) -> None:  # noqa: B027  # most have none
+        """Goes back to what `into` gave. Raises WrongState where it does not fit this job."""
+
+    def owed_by(self, device: JoinedDevice) -> float | None:
+        """Seconds that a device has owed a frame that a step at the stage waits for; None: no step waits."""
+        return None
+
+    def stage_seconds(self) -> Mapping[str, float]:
+        """`forward` and `backward` of a step at the stage, for plans; empty: not measured."""
+        return {}
+
+    def adapter_shapes(self, device: str) -> tuple[tuple[int, ...], ...] | None:
+        """Of the matrices of a device's adapter; None where they are the same for all."""
+        return None
+
+    def layout_for(self, device: str) -> Layout | None:
+        """Where a device's modules are in the stage's blocks, if any are."""
+        return None
