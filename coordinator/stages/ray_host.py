@@ -1,7 +1,7 @@
 """Ray for the coordinator: a local one that starts and stops with the command, or an existing cluster.
 
 Ray listens on all interfaces whatever one asks, so its own token authentication is on, its dashboard and
-usage reports are off, and docs/architecture.md says what to firewall.
+usage reports are off, and docs/security.md says what to firewall.
 """
 
 from __future__ import annotations

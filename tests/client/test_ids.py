@@ -135,7 +135,7 @@ def test_a_device_takes_frames_of_its_own_job_and_session_alone(fields: dict[str
             link = GrpcLink(channel, "job", "session", Terms(TrainingConfig(), 1, (), 0), Ledger())
             try:
                 if fields:
-                    with pytest.raises(BadFrame, match="a frame (for job 'other'|of another session)"):
+                    with pytest.raises(BadFrame, match=r"a frame (for job 'other'|of another session)"):
                         link.measure()
                 else:
                     assert link.measure().round_trip > 0
