@@ -51,7 +51,7 @@ _NOTES: Mapping[str, Callable[[pb.Event], str]] = {
 
 
 @dataclass
-class _View:
+class _JobView:
     """What the events so far say."""
 
     job: str
@@ -117,7 +117,7 @@ def follow(connection: Connection, job: pb.Job, *, as_json: bool, after: int = 0
         for event in events:
             print_json(event_as_json(event))
     else:
-        view = _View(job.id, job.steps)
+        view = _JobView(job.id, job.steps)
         with Live(view.draw(), console=console, refresh_per_second=4, get_renderable=view.draw):
             for event in events:
                 view.apply(event)
