@@ -154,6 +154,10 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         async for event in self._jobs.events(request.id, request.after):
             yield event
 
+    async def GetReport(self, request: pb.JobRequest, context: Context) -> pb.JobReport:
+        self._caller(context, "user")
+        return pb.JobReport(report=await self._jobs.report(request.id))
+
     async def CancelJob(self, request: pb.JobRequest, context: Context) -> pb.Job:
         self._caller(context, "user")
         return await self._jobs.cancel(request.id)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from isthmus.coordinator.control.database import Database
 from isthmus.coordinator.control.sessions import Session, Sessions
@@ -20,6 +20,7 @@ from isthmus.coordinator.gateway.actor import GatewayTask
 from isthmus.coordinator.jobs.placement import Placement, session_of
 from isthmus.coordinator.jobs.report import job_report
 from isthmus.coordinator.jobs.runs import Run, Runs
+from isthmus.coordinator.jobs.serving import ServingMethod
 from isthmus.coordinator.jobs.timeline import Timeline
 from isthmus.coordinator.stages.stage_actor import StageTask
 from isthmus.protos.v1 import coordinator_pb2 as pb
@@ -28,6 +29,7 @@ from isthmus.split.job.events import finite, log_line
 
 log = logging.getLogger(__name__)
 
+_REPORT = 10.0  # seconds for a gateway to say what it has taken
 _STOP = 30.0  # seconds for a stage to end by itself
 _DEFAULT_WAIT = 300.0  # seconds for devices that are missing
 StartStage = Callable[[StageTask | GatewayTask], Awaitable[tuple[Any, str]]]
@@ -57,6 +59,7 @@ class RunDriver:
             await self._start(run)
             await self._succeeded(run, await self._wait(run))
         except asyncio.CancelledError as cancelled:
+            await self._keep_report(run)
             if "stop" in cancelled.args:
                 again = f"--resume {run.job} goes on" if run.method.steps else "serve the model again"
                 await self._timeline.state_is(run.job, pb.INTERRUPTED, f"the coordinator stopped; {again}")
@@ -80,6 +83,24 @@ class RunDriver:
             )
         finally:
             await self._clear(run)
+
+    async def served_report(self, run: Run) -> dict[str, Any] | None:
+        """What a served model has taken so far; None for another job, and where the gateway does not say."""
+        if not isinstance(run.method, ServingMethod) or run.stage is None:
+            return None
+        try:
+            async with asyncio.timeout(_REPORT):
+                resources: dict[str, Any] = await run.stage.resources.remote()
+        except (RayError, TimeoutError) as error:
+            log.warning("job %s: its gateway does not say what it has taken: %s", run.job, error)
+            return None
+        return {"job": run.job, "method": run.spec.method, "model": run.spec.model, **resources}
+
+    async def _keep_report(self, run: Run) -> None:
+        """Of a served model, which never ends by itself; before anybody hears that it has ended."""
+        report = await self.served_report(run)
+        if report is not None:
+            self._database.jobs.update(run.job, report=json.dumps(finite(report)))
 
     async def _succeeded(self, run: Run, finished: dict[str, Any]) -> None:
         report = job_report(run.job, run.spec, run.devices, self._database.events.of(run.job), finished)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -21,6 +22,7 @@ from isthmus.coordinator.jobs.training import TrainingMethod
 from isthmus.coordinator.jobs.weights import DeviceWeights
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.errors import BadRequest, NotAllowed, WrongState
+from isthmus.split.job.events import finite
 from isthmus.split.job.shapes import Shape
 
 
@@ -74,6 +76,17 @@ class Jobs:
         run.worker.cancel()
         await asyncio.wait({run.worker})  # unlike `await run.worker`, not another cancel if this caller goes away
         return self._database.jobs.get(identifier)
+
+    async def report(self, identifier: str) -> str:
+        """JSON, of a job that has ended or of a model that is served. Raises WrongState where there is none."""
+        job, run = self._database.jobs.get(identifier), self._runs.get(identifier)
+        live = None if run is None else await self._driver.served_report(run)
+        if live is not None:
+            return json.dumps(finite(live))
+        if not job.report:
+            state = pb.JobState.Name(job.state).lower()
+            raise WrongState(f"job {identifier} has no report: it is {state}; `isthmus watch {identifier}` follows it")
+        return job.report
 
     def events(self, identifier: str, after: int) -> AsyncIterator[pb.Event]:
         """Past and coming events; ends with the job."""

@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 
@@ -18,6 +19,7 @@ from isthmus.split.codecs import FAMILIES
 from isthmus.split.errors import BadFrame, IsthmusError, LinkLost
 from isthmus.split.inference.wire import HiddenCoder, rows_of
 from isthmus.split.models.stage import StageSpec
+from isthmus.split.resources.ledger import Ledger
 from isthmus.split.runtime.base import BadPosition, Runtime
 from isthmus.split.tls import error_of
 
@@ -33,9 +35,19 @@ class Holding:
     """
 
     def __init__(
-        self, channel: grpc.Channel, runtime: Runtime, spec: StageSpec, *, job: str, digest: str, hidden_size: int
+        self,
+        channel: grpc.Channel,
+        runtime: Runtime,
+        spec: StageSpec,
+        *,
+        job: str,
+        digest: str,
+        hidden_size: int,
+        ledger: Ledger | None = None,
     ) -> None:
+        """ledger: of this process's work for the job, over all of its streams; None: it begins with this one."""
         self._runtime, self._hidden_size = runtime, hidden_size
+        self._ledger = ledger or Ledger()
         hello = pb.Hello(
             job=job,
             first=spec.first,
@@ -46,6 +58,7 @@ class Holding:
             runtime=type(runtime).__name__.removesuffix("Runtime").lower(),
             codecs=sorted(FAMILIES),
             process=os.getpid(),
+            tells_spent=True,
         )
         self._outbox: queue.SimpleQueue[pb.FromHolder | None] = queue.SimpleQueue()
         self._outbox.put(pb.FromHolder(hello=hello))
@@ -64,6 +77,8 @@ class Holding:
                     self.batches += 1
                 elif kind == "forget":
                     self._runtime.forget(message.forget.sequences)
+                elif kind == "ask_spent":
+                    self._outbox.put(pb.FromHolder(spent=self._spent()))
                 elif kind == "agreed" and coder is None:
                     coder = HiddenCoder(message.agreed.codec, message.agreed.seed, self._hidden_size)
                 else:
@@ -102,6 +117,10 @@ class Holding:
             log.exception("a batch could not be computed")
             return pb.Result(id=batch.id, error=f"{type(error).__name__}: {error}")
         return pb.Result(id=batch.id, hidden=encoded, computing_seconds=seconds, coding_seconds=coder.seconds - coding)
+
+    def _spent(self) -> pb.Spent:
+        summary: dict[str, Any] = self._ledger.summary()
+        return pb.Spent(**{field.name: summary[field.name] for field in pb.Spent.DESCRIPTOR.fields})
 
     def _messages(self) -> Iterator[pb.FromHolder]:
         with contextlib.suppress(GeneratorExit):

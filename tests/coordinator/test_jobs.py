@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +119,8 @@ class Gateway:
 
     def __init__(self) -> None:
         self.allowed: dict[str, str] = {}
-        self.allow, self.revoke, self.finished, self.stop = map(
-            _Remote, (self._allow, self._revoke, self._ever, self._stop)
+        self.allow, self.revoke, self.finished, self.stop, self.resources = map(
+            _Remote, (self._allow, self._revoke, self._ever, self._stop, self._resources)
         )
 
     async def _allow(self, device: str, serial: str) -> None:
@@ -132,6 +134,9 @@ class Gateway:
 
     async def _stop(self) -> None:
         pass
+
+    async def _resources(self) -> dict[str, Any]:
+        return {"gateway": {"bytes_sent": len(self.allowed), "energy_joules": math.inf}}
 
 
 class _Remote:
@@ -200,10 +205,18 @@ def test_a_device_finds_the_models_that_it_may_use(tmp_path: Path, monkeypatch: 
         with pytest.raises(BadRequest, match=f"several models are served: one .{one.id}., two .{two.id}.; name one"):
             await jobs.served.find("", "laptop", "serial-laptop")
         await jobs.served.find("two", "laptop", "serial-laptop")
+        now = json.loads(await jobs.report(two.id))
+        assert (now["job"], now["method"]) == (two.id, "serve")
+        assert now["gateway"] == {"bytes_sent": 1, "energy_joules": None}
+        assert not database.jobs.get(two.id).report  # it goes on
         await jobs.revoke("laptop")
         assert [gateway.allowed for gateway in gateways] == [{}, {}]
         for job in (one, two):
             await jobs.cancel(job.id)
+            assert database.jobs.get(job.id).state == pb.CANCELLED
+            ended = json.loads(await jobs.report(job.id))
+            assert ended["gateway"]["bytes_sent"] == 0  # as it was at the end
+            assert json.loads(database.jobs.get(job.id).report) == ended
         database.close()
 
     asyncio.run(asyncio.wait_for(story(), 60))
