@@ -107,7 +107,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def FindServed(self, request: pb.FindServedRequest, context: Context) -> pb.Served:
         peer = self._caller(context, "device")
-        return await self._jobs.find_served(request.name, peer.name, peer.serial)
+        return await self._jobs.served.find(request.name, peer.name, peer.serial)
 
     # ---- users ----
 
@@ -154,6 +154,10 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         async for event in self._jobs.events(request.id, request.after):
             yield event
 
+    async def GetReport(self, request: pb.JobRequest, context: Context) -> pb.JobReport:
+        self._caller(context, "user")
+        return pb.JobReport(report=await self._jobs.report(request.id))
+
     async def CancelJob(self, request: pb.JobRequest, context: Context) -> pb.Job:
         self._caller(context, "user")
         return await self._jobs.cancel(request.id)
@@ -174,7 +178,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     def _weights(self, request: pb.ManifestRequest | pb.FetchRequest, context: Context) -> DeviceWeights:
         peer = self._caller(context, "device")
         if request.user:
-            return self._jobs.user_weights_for(request.job, peer.name, request.blocks)
+            return self._jobs.served.user_weights(request.job, peer.name, request.blocks)
         return self._jobs.weights_for(request.job, peer.name, request.blocks)
 
     def _caller(self, context: Context, role: str) -> Peer:

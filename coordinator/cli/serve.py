@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
 import signal
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from isthmus.coordinator.cli.common import (
     model_name,
     print_json,
 )
-from isthmus.coordinator.cli.watch import check_ended_well
+from isthmus.coordinator.cli.watch import check_ended_well, print_report
 from isthmus.coordinator.connection import connected
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.errors import BadRequest
@@ -138,9 +139,11 @@ def serve(
                 for event in connection.stub.WatchJob(pb.WatchJobRequest(id=job.id)):
                     _show(event, "" if api_key else key, as_json=json_output)
         except KeyboardInterrupt:
-            connection.stub.CancelJob(pb.JobRequest(id=job.id))
+            ended = connection.stub.CancelJob(pb.JobRequest(id=job.id))
             if not json_output:
                 console.print("the model is not served any more")
+                if ended.report:
+                    print_report(json.loads(ended.report))
             raise typer.Exit(130) from None
         ended = connection.stub.GetJob(pb.JobRequest(id=job.id))
     check_ended_well(ended)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from isthmus.coordinator.jobs.planning import Plan, plan_serving
+from isthmus.coordinator.jobs.planning import StagesPlan, plan_serving
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1 import stage_pb2
 from isthmus.split.errors import BadRequest
@@ -29,7 +29,7 @@ def profile(rate: float, memory: int = 2**40, trip: float = 0.001, **changes: An
     return pb.Profile(**({"memory_bytes": memory, "speeds": speeds, "link": link} | changes))
 
 
-def plan(model: ModelFolder, stages: str, profiles: dict[str, pb.Profile], **settings: Any) -> Plan:
+def plan(model: ModelFolder, stages: str, profiles: dict[str, pb.Profile], **settings: Any) -> StagesPlan:
     serving = ServingConfig(parse_stages(stages), "m", **({"context": 64, "sequences": 2} | settings))
     return plan_serving(model, serving, profiles)
 
@@ -168,7 +168,7 @@ def test_auto_splits_where_nobody_has_the_memory_alone(model: ModelFolder) -> No
 
 def test_auto_without_devices_needs_no_measurement(model: ModelFolder) -> None:
     made = plan(model, "auto", {CLOUD: profile(0)})
-    assert made == Plan(parse_stages("cloud:0-6"))
+    assert made == StagesPlan(parse_stages("cloud:0-6"))
 
 
 def test_one_span_at_the_coordinator_is_not_talked_about(model: ModelFolder) -> None:
