@@ -172,13 +172,15 @@ class Runner(threading.Thread):
             adapters=adapters,
         )
         self._state(State.RUNNING)
-        batches = 0
+        batches, ledger = 0, Ledger()
 
         def hold_over(gateway: grpc.Channel, port: int) -> None:
             nonlocal batches
             hidden_size = source.config.hidden_size
             log.info("job %s: blocks %d-%d, for the gateway at port %d", self.task.job, spec.first, spec.last, port)
-            holding = Holding(gateway, runtime, spec, job=self.task.job, digest=digest, hidden_size=hidden_size)
+            holding = Holding(
+                gateway, runtime, spec, job=self.task.job, digest=digest, hidden_size=hidden_size, ledger=ledger
+            )
             self._stoppable(holding.leave)
             try:
                 holding.run()

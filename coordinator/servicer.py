@@ -116,7 +116,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     async def FindServed(self, request: pb.FindServedRequest, context: Context) -> pb.Served:
         peer = self._caller(context, DEVICE)
-        return await self._jobs.find_served(request.name, peer.name, peer.serial)
+        return await self._jobs.served.find(request.name, peer.name, peer.serial)
 
     # ---- administrators ----
 
@@ -163,6 +163,10 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         async for event in self._jobs.events(request.id, request.after):
             yield event
 
+    async def GetReport(self, request: pb.JobRequest, context: Context) -> pb.JobReport:
+        self._caller(context, ADMIN)
+        return pb.JobReport(report=await self._jobs.report(request.id))
+
     async def CancelJob(self, request: pb.JobRequest, context: Context) -> pb.Job:
         self._caller(context, ADMIN)
         return await self._jobs.cancel(request.id)
@@ -184,7 +188,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         peer = self._caller(context, DEVICE)
         check_name(request.job, "a job's id")
         if request.user:
-            return self._jobs.user_weights_for(request.job, peer.name, request.blocks)
+            return self._jobs.served.user_weights(request.job, peer.name, request.blocks)
         return self._jobs.weights_for(request.job, peer.name, request.blocks)
 
     def _caller(self, context: Context, role: str) -> Peer:

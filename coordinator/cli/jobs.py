@@ -80,12 +80,33 @@ def watch(
             ended = follow(connection, found, as_json=json_output)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+    _print(ended.report, as_json=json_output)
     check_ended_well(ended)
-    report = json.loads(ended.report)
-    if json_output:
-        print_json(report)
-    else:
-        print_report(report)
+
+
+def report(
+    job: JobId,
+    credentials: CredentialsFolder = DEFAULT_CREDENTIALS,
+    coordinator: Address = "",
+    json_output: Json = False,
+) -> None:
+    """Show what a job has taken: computation, memory, energy, money, and bytes on the network.
+
+    Of a job that has ended, and of a model that is served, as it is now. JOB is as `isthmus jobs` shows it.
+
+    Example: isthmus report k3v9x2ab
+    """
+    with connected(credentials, coordinator) as connection:
+        text = connection.stub.GetReport(pb.JobRequest(id=job)).report
+    _print(text, as_json=json_output)
+
+
+def _print(report: str, *, as_json: bool) -> None:
+    """report: JSON; empty: there is none."""
+    if report and as_json:
+        print_json(json.loads(report))
+    elif report:
+        print_report(json.loads(report))
 
 
 def cancel(

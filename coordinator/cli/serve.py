@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
 import signal
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from isthmus.coordinator.cli.common import (
 )
 from isthmus.coordinator.cli.config_file import print_file
 from isthmus.coordinator.cli.options import PrintConfig, Settings, with_settings
-from isthmus.coordinator.cli.watch import check_ended_well
+from isthmus.coordinator.cli.watch import check_ended_well, print_report
 from isthmus.coordinator.connection import Connection, connected
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.errors import BadRequest
@@ -124,9 +125,11 @@ def _follow(connection: Connection, job: pb.Job, key: str, as_json: bool) -> Non
             for event in connection.stub.WatchJob(pb.WatchJobRequest(id=job.id)):
                 _show(event, key, as_json=as_json)
     except KeyboardInterrupt:
-        connection.stub.CancelJob(pb.JobRequest(id=job.id))
+        ended = connection.stub.CancelJob(pb.JobRequest(id=job.id))
         if not as_json:
             console.print("the model is not served any more")
+            if ended.report:
+                print_report(json.loads(ended.report))
         raise typer.Exit(130) from None
     check_ended_well(connection.stub.GetJob(pb.JobRequest(id=job.id)))
 

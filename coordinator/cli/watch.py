@@ -51,7 +51,7 @@ _NOTES: Mapping[str, Callable[[pb.Event], str]] = {
 
 
 @dataclass
-class _View:
+class _JobView:
     """What the events so far say."""
 
     job: str
@@ -117,7 +117,7 @@ def follow(connection: Connection, job: pb.Job, *, as_json: bool, after: int = 0
         for event in events:
             print_json(event_as_json(event))
     else:
-        view = _View(job.id, job.steps)
+        view = _JobView(job.id, job.steps)
         with Live(view.draw(), console=console, refresh_per_second=4, get_renderable=view.draw):
             for event in events:
                 view.apply(event)
@@ -136,31 +136,56 @@ def check_ended_well(job: pb.Job) -> None:
         raise WrongState(f"job {job.id} was {pb.JobState.Name(job.state).lower()}: {job.message}{kept}")
 
 
-def _reported(device: dict[str, Any]) -> tuple[str, ...]:
-    """What a device itself said: its peak memory, FLOPs, seconds of waiting for the link and for others."""
-    if device["peak_bytes"] is None:
-        return ("unknown",) * 4
-    return (
-        human_bytes(device["peak_bytes"]),
-        f"{device.get('flops', 0):.3g}",
-        f"{device.get('link_seconds', 0):.1f} s",
-        f"{device.get('wait_seconds', 0) - device.get('link_seconds', 0):.1f} s",
-    )
-
-
 def print_report(report: dict[str, Any]) -> None:
-    """The end of a job, for people."""
+    """The end of a job, or what a served model has taken so far, for people."""
+    if "gateway" in report:
+        _print_served(report)
+    else:
+        _print_training(report)
+
+
+def _print_served(report: dict[str, Any]) -> None:
+    table = Table("of the model", "sent", "received", "peak memory", "FLOPs", "waited for the link", "energy", "money")
+    currency = report["gateway"]["currency"]
+    rows = [("gateway", report["gateway"])]
+    rows += [(f"blocks {row['span']}: {row['device'] or row['name']}", row) for row in report["holders"]]
+    rows += [(f"{row['name']}, which uses it", row) for row in report["guests"]]
+    for name, row in rows:
+        energy = _shown(row["energy_joules"], lambda joules: f"{joules:.3g} J")
+        table.add_row(
+            name,
+            human_bytes(row["bytes_sent"]),
+            human_bytes(row["bytes_received"]),
+            _shown(row["peak_bytes"], human_bytes),
+            _shown(row["flops"], lambda flops: f"{flops:.3g}"),
+            _shown(row["link_seconds"], lambda seconds: f"{seconds:.1f} s"),
+            energy if row["energy_joules"] is None else f"{energy} ({row['energy_source']})",
+            _shown(row["money"], lambda money: f"{money:.2g} {currency}"),
+        )
+    console.print(table)
+
+
+def _shown(value: Any, shown: Callable[[Any], str]) -> str:
+    """What nobody has measured is not known, and not 0."""
+    return "unknown" if value is None else shown(value)
+
+
+def _print_training(report: dict[str, Any]) -> None:
     before, after = report["perplexity_before"], report["perplexity_after"]
     if after is not None:
         fall = f" (before: {before:.3f})" if before is not None else ""
         console.print(f"held-out perplexity: {after:.3f}{fall}")
     table = Table("device", "sent", "received", "peak memory", "FLOPs", "waited for the link", "for the others")
     for device in report["devices"]:
+        waited, link = device.get("wait_seconds"), device.get("link_seconds")
         table.add_row(
             device["name"],
             human_bytes(device["bytes_sent"]),
             human_bytes(device["bytes_received"]),
-            *_reported(device),
+            _shown(device["peak_bytes"], human_bytes),
+            _shown(device.get("flops"), lambda flops: f"{flops:.3g}"),
+            _shown(link, lambda seconds: f"{seconds:.1f} s"),
+            _shown(None if waited is None or link is None else waited - link, lambda seconds: f"{seconds:.1f} s"),
         )
     console.print(table)
     for device, picture in report.get("heat_maps", {}).items():

@@ -79,6 +79,7 @@ class GatewayActor:
         self._failed = asyncio.get_running_loop().create_future()
         serving = self._serving
         folder, ends, drafter = await asyncio.to_thread(self._load)
+        self._ends = ends
         hidden_size = folder.config.hidden_size
         self._spans = [
             Span(
@@ -106,7 +107,7 @@ class GatewayActor:
             self._task.job,
             serving,
             self._spans,
-            hidden_size,
+            folder.config,
             self._task.digests,
             self._task.user_digests,
             self._allowed,
@@ -149,6 +150,11 @@ class GatewayActor:
         """Wait for a failure: a model is served until somebody cancels. Raises it."""
         assert self._failed is not None
         return await self._failed
+
+    async def resources(self) -> dict[str, Any]:
+        """What the model has taken so far, at the gateway, its holders and the devices that use it: JSON-ready."""
+        await self._servicer.ledger.ask()
+        return self._servicer.ledger.report(self._ends.rows_scored)
 
     async def start_without(self, missing: list[str]) -> None:
         """Do nothing: a chain waits for its holders whoever is missing."""

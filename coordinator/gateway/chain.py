@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import grpc.aio
+from transformers import PreTrainedConfig
 
 from isthmus.coordinator.gateway.guests import LAST_WORD, Guests
+from isthmus.coordinator.gateway.ledger import ServedLedger, count
 from isthmus.protos.v1 import chain_pb2 as pb
 from isthmus.protos.v1 import chain_pb2_grpc
 from isthmus.protos.v1.events_pb2 import Event, HolderJoined, HolderLeft
@@ -21,32 +23,36 @@ from isthmus.split.inference.remote import RemoteHolder
 from isthmus.split.inference.serving import CLOUD, ServingConfig
 from isthmus.split.job.events import Tell
 from isthmus.split.printable import printable
+from isthmus.split.resources.traffic import Traffic
 from isthmus.split.tls import Peer, peer_of
 
 _HELLO = 30.0  # seconds in which a holder has to say what it has, and a user what it wants
 Message = TypeVar("Message")
+Counted = TypeVar("Counted", pb.FromHolder, pb.ToHolder)
 
 
 class ChainServicer(chain_pb2_grpc.ChainServicer):
-    """allowed: whether this certificate counts. digests: by span, of its tensors; user_digests: as in `Guests`."""
+    """config: of the whole model. digests: by span, of its tensors; user_digests: as in `Guests`. allowed: whether this
+    certificate counts."""
 
     def __init__(
         self,
         job: str,
         serving: ServingConfig,
         spans: Sequence[Span],
-        hidden_size: int,
+        config: PreTrainedConfig,
         digests: Mapping[str, str],
         user_digests: Mapping[int, str],
         allowed: Callable[[Peer], bool],
         tell: Tell,
     ) -> None:
-        self._job, self._serving, self._hidden_size = job, serving, hidden_size
+        self._job, self._serving, self._hidden_size = job, serving, int(config.hidden_size)
         self._spans = {str(span): span for span in spans}
         self._digests, self._allowed, self._tell = digests, allowed, tell
         self._open: dict[str, dict[RemoteHolder, asyncio.Task[Any] | None]] = {}  # by who holds; with what serves it
         self._closed: IsthmusError | None = None
-        self.guests = Guests(job, serving, spans, hidden_size, user_digests)
+        self.guests = Guests(job, serving, spans, self._hidden_size, user_digests)
+        self.ledger = ServedLedger(config)
 
     async def Hold(
         self, requests: AsyncIterator[pb.FromHolder], context: grpc.aio.ServicerContext[Any, Any]
@@ -59,23 +65,28 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
         span = self._span_of(peer, first)
         name = f"{CLOUD}-{first.hello.process}" if peer.role == "stage" else peer.name
         holder = RemoteHolder(name, self._serving.chain.codec, secrets.randbits(48), self._hidden_size)
+        holder.tells_spent = first.hello.tells_spent
         mine = self._open.setdefault(peer.name, {})
         if peer.role == "device":  # which has dialled again
             for earlier in list(mine):
                 _end(earlier, mine[earlier], LinkLost("it has come by another stream"))
         mine[holder] = asyncio.current_task()
-        reading = asyncio.create_task(_read(holder, requests))
+        traffic = self.ledger.joined(str(span), holder, _device(peer), first.hello)
+        count(traffic, "received", first)
+        reading = asyncio.create_task(_read(holder, _counted(requests, traffic)))
         await span.add(holder, self._rank(peer, span))
         joined = HolderJoined(span=str(span), holder=name, runtime=printable(first.hello.runtime, 32))
         self._tell(Event(device=_device(peer), holder_joined=joined))
         try:
             async for message in holder.messages():
+                count(traffic, "sent", message)
                 yield message
             if reading.done():
                 reading.result()  # raises what ended it
         finally:
             holder.end(LinkLost("the stream has ended"))
             span.remove(holder)
+            self.ledger.left(str(span), holder)
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError, IsthmusError):
                 await reading
@@ -93,9 +104,12 @@ class ChainServicer(chain_pb2_grpc.ChainServicer):
         async with self.guests.admitted(_device(peer), first) as guest:
             self._check_user(peer)  # again: it may have waited for an earlier stream's end
             guest.task = asyncio.current_task()
-            reading = asyncio.create_task(guest.read(requests))
+            traffic = self.ledger.guest(_device(peer))
+            count(traffic, "received", first)
+            reading = asyncio.create_task(guest.read(_counted(requests, traffic)))
             try:
                 async for message in guest.messages():
+                    count(traffic, "sent", message)
                     yield message
             finally:
                 reading.cancel()
@@ -161,6 +175,12 @@ async def _first(requests: AsyncIterator[Message]) -> Message | None:
             return await anext(requests, None)
     except TimeoutError:
         raise BadFrame(f"no hello in {_HELLO:.0f} s") from None
+
+
+async def _counted(requests: AsyncIterator[Counted], traffic: Traffic) -> AsyncIterator[Counted]:
+    async for message in requests:
+        count(traffic, "received", message)
+        yield message
 
 
 async def _read(holder: RemoteHolder, requests: AsyncIterator[pb.FromHolder]) -> None:

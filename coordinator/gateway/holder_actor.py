@@ -15,6 +15,7 @@ from isthmus.split.lora.served import LoraAdapter
 from isthmus.split.models.source import open_model
 from isthmus.split.models.stage import StageSpec
 from isthmus.split.printable import log_to_stderr
+from isthmus.split.resources.ledger import Ledger
 from isthmus.split.runtime.choose import RuntimeChoice, make_runtime
 from isthmus.split.tls import Credentials, channel
 
@@ -59,7 +60,7 @@ class HolderActor:
     def _run(self) -> None:
         task = self._task
         torch.set_num_threads(task.threads or os.cpu_count() or 1)
-        source = open_model(task.model)
+        ledger, source = Ledger(), open_model(task.model)
         spec = StageSpec(task.first, task.last, embeds=False, head=False)
         choice = RuntimeChoice(task.runtime, task.weights, task.device, Path(task.cache))
         runtime = make_runtime(
@@ -73,4 +74,13 @@ class HolderActor:
         )
         with channel(task.gateway, Credentials(task.ca, task.certificate, task.key)) as gateway:
             hidden_size = source.config.hidden_size
-            Holding(gateway, runtime, spec, job=task.job, digest=task.digest, hidden_size=hidden_size).run()
+            holding = Holding(
+                gateway,
+                runtime,
+                spec,
+                job=task.job,
+                digest=task.digest,
+                hidden_size=hidden_size,
+                ledger=ledger,
+            )
+            holding.run()

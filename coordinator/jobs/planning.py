@@ -20,7 +20,7 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Plan:
+class StagesPlan:
     """spans: that are served. told: what the job's event says of them; None: there is nothing to tell."""
 
     spans: tuple[SpanConfig, ...]
@@ -29,7 +29,7 @@ class Plan:
 
 def plan_serving(
     source: TensorSource, serving: ServingConfig, profiles: Mapping[str, pb.Profile], adapter_bytes: float = 0.0
-) -> Plan:
+) -> StagesPlan:
     """serving: as asked for; without spans they are chosen here. profiles: of CLOUD, and of the devices in question.
 
     adapter_bytes: of all adapters for one block, at most.
@@ -46,8 +46,8 @@ def plan_serving(
         chain = _choose(order, served, serving)
         spans = _spans(chain)
     if len(spans) == len(nodes) == 1:
-        return Plan(spans)
-    return Plan(spans, _comparison(format_stages(spans), chain, order, served))
+        return StagesPlan(spans)
+    return StagesPlan(spans, _comparison(format_stages(spans), chain, order, served))
 
 
 def _choose(nodes: Sequence[Node], served: ServedSizes, serving: ServingConfig) -> list[Placement]:

@@ -56,6 +56,6 @@ def _device_row(name: str, finished: dict[str, Any]) -> dict[str, Any]:
     received = sum(r["payload_bytes"] + r["overhead_bytes"] for r in traffic if r["direction"] == "sent")
     resources = finished["resources"].get(name, {})
     row = {**resources, "name": name, "bytes_sent": sent, "bytes_received": received, "traffic": traffic}
-    peak = resources.get("peak_bytes")  # unknown of a device that ended without its report
-    energy = resources.get("accelerator_energy_joules")  # None: unknown
+    peak = resources.get("peak_bytes")  # None: the device has not said so
+    energy = resources.get("accelerator_energy_joules")
     return {**row, "peak_bytes": None if peak is None else int(peak), "accelerator_energy_joules": energy}

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from isthmus.protos.v1 import stage_pb2 as isthmus_dot_protos_dot_v1_dot_stage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1disthmus/protos/v1/chain.proto\x12\nisthmus.v1\x1a\x1disthmus/protos/v1/stage.proto\"W\n\x03Row\x12\x10\n\x08sequence\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\r\x12\x0c\n\x04long\x18\x05 \x01(\x08\"\x96\x01\n\x05Hello\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\x0c\n\x04last\x18\x03 \x01(\r\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x11\n\tsequences\x18\x05 \x01(\r\x12\x0e\n\x06tokens\x18\x06 \x01(\r\x12\x0f\n\x07runtime\x18\x07 \x01(\t\x12\x0e\n\x06\x63odecs\x18\x08 \x03(\t\x12\x0f\n\x07process\x18\t \x01(\x04\"%\n\x06\x41greed\x12\r\n\x05\x63odec\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"V\n\x05\x42\x61tch\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x1d\n\x04rows\x18\x02 \x03(\x0b\x32\x0f.isthmus.v1.Row\x12\"\n\x06hidden\x18\x03 \x01(\x0b\x32\x12.isthmus.v1.Tensor\"\x1b\n\x06\x46orget\x12\x11\n\tsequences\x18\x01 \x03(\r\"\x90\x01\n\x06Result\x12\n\n\x02id\x18\x01 \x01(\x04\x12\"\n\x06hidden\x18\x02 \x01(\x0b\x32\x12.isthmus.v1.Tensor\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x14\n\x0c\x62\x61\x64_position\x18\x04 \x01(\x08\x12\x19\n\x11\x63omputing_seconds\x18\x05 \x01(\x01\x12\x16\n\x0e\x63oding_seconds\x18\x06 \x01(\x01\"\t\n\x07Leaving\"[\n\tUserHello\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x11\n\tsequences\x18\x04 \x01(\r\x12\x0f\n\x07session\x18\x05 \x01(\t\"\x86\x01\n\nFromHolder\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.isthmus.v1.HelloH\x00\x12$\n\x06result\x18\x02 \x01(\x0b\x32\x12.isthmus.v1.ResultH\x00\x12&\n\x07leaving\x18\x03 \x01(\x0b\x32\x13.isthmus.v1.LeavingH\x00\x42\x06\n\x04kind\"\xa9\x01\n\x08ToHolder\x12$\n\x06\x61greed\x18\x01 \x01(\x0b\x32\x12.isthmus.v1.AgreedH\x00\x12\"\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x11.isthmus.v1.BatchH\x00\x12$\n\x06\x66orget\x18\x03 \x01(\x0b\x32\x12.isthmus.v1.ForgetH\x00\x12%\n\x04user\x18\x04 \x01(\x0b\x32\x15.isthmus.v1.UserHelloH\x00\x42\x06\n\x04kind2z\n\x05\x43hain\x12\x38\n\x04Hold\x12\x16.isthmus.v1.FromHolder\x1a\x14.isthmus.v1.ToHolder(\x01\x30\x01\x12\x37\n\x03Use\x12\x14.isthmus.v1.ToHolder\x1a\x16.isthmus.v1.FromHolder(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1disthmus/protos/v1/chain.proto\x12\nisthmus.v1\x1a\x1disthmus/protos/v1/stage.proto\"W\n\x03Row\x12\x10\n\x08sequence\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\r\x12\x0c\n\x04long\x18\x05 \x01(\x08\"\xab\x01\n\x05Hello\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\x0c\n\x04last\x18\x03 \x01(\r\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x11\n\tsequences\x18\x05 \x01(\r\x12\x0e\n\x06tokens\x18\x06 \x01(\r\x12\x0f\n\x07runtime\x18\x07 \x01(\t\x12\x0e\n\x06\x63odecs\x18\x08 \x03(\t\x12\x0f\n\x07process\x18\t \x01(\x04\x12\x13\n\x0btells_spent\x18\n \x01(\x08\"%\n\x06\x41greed\x12\r\n\x05\x63odec\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"V\n\x05\x42\x61tch\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x1d\n\x04rows\x18\x02 \x03(\x0b\x32\x0f.isthmus.v1.Row\x12\"\n\x06hidden\x18\x03 \x01(\x0b\x32\x12.isthmus.v1.Tensor\"\x1b\n\x06\x46orget\x12\x11\n\tsequences\x18\x01 \x03(\r\"\x90\x01\n\x06Result\x12\n\n\x02id\x18\x01 \x01(\x04\x12\"\n\x06hidden\x18\x02 \x01(\x0b\x32\x12.isthmus.v1.Tensor\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x14\n\x0c\x62\x61\x64_position\x18\x04 \x01(\x08\x12\x19\n\x11\x63omputing_seconds\x18\x05 \x01(\x01\x12\x16\n\x0e\x63oding_seconds\x18\x06 \x01(\x01\"\n\n\x08\x41skSpent\"\xae\x02\n\x05Spent\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x17\n\npeak_bytes\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12#\n\x16\x61\x63\x63\x65lerator_peak_bytes\x18\x03 \x01(\x04H\x01\x88\x01\x01\x12\x1a\n\renergy_joules\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x15\n\renergy_source\x18\x05 \x01(\t\x12&\n\x19\x61\x63\x63\x65lerator_energy_joules\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12!\n\x19\x61\x63\x63\x65lerator_energy_source\x18\x07 \x01(\tB\r\n\x0b_peak_bytesB\x19\n\x17_accelerator_peak_bytesB\x10\n\x0e_energy_joulesB\x1c\n\x1a_accelerator_energy_joules\"\t\n\x07Leaving\"[\n\tUserHello\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x11\n\tsequences\x18\x04 \x01(\r\x12\x0f\n\x07session\x18\x05 \x01(\t\"\xaa\x01\n\nFromHolder\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.isthmus.v1.HelloH\x00\x12$\n\x06result\x18\x02 \x01(\x0b\x32\x12.isthmus.v1.ResultH\x00\x12&\n\x07leaving\x18\x03 \x01(\x0b\x32\x13.isthmus.v1.LeavingH\x00\x12\"\n\x05spent\x18\x04 \x01(\x0b\x32\x11.isthmus.v1.SpentH\x00\x42\x06\n\x04kind\"\xd4\x01\n\x08ToHolder\x12$\n\x06\x61greed\x18\x01 \x01(\x0b\x32\x12.isthmus.v1.AgreedH\x00\x12\"\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x11.isthmus.v1.BatchH\x00\x12$\n\x06\x66orget\x18\x03 \x01(\x0b\x32\x12.isthmus.v1.ForgetH\x00\x12%\n\x04user\x18\x04 \x01(\x0b\x32\x15.isthmus.v1.UserHelloH\x00\x12)\n\task_spent\x18\x05 \x01(\x0b\x32\x14.isthmus.v1.AskSpentH\x00\x42\x06\n\x04kind2z\n\x05\x43hain\x12\x38\n\x04Hold\x12\x16.isthmus.v1.FromHolder\x1a\x14.isthmus.v1.ToHolder(\x01\x30\x01\x12\x37\n\x03Use\x12\x14.isthmus.v1.ToHolder\x1a\x16.isthmus.v1.FromHolder(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,23 +35,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROW']._serialized_start=76
   _globals['_ROW']._serialized_end=163
   _globals['_HELLO']._serialized_start=166
-  _globals['_HELLO']._serialized_end=316
-  _globals['_AGREED']._serialized_start=318
-  _globals['_AGREED']._serialized_end=355
-  _globals['_BATCH']._serialized_start=357
-  _globals['_BATCH']._serialized_end=443
-  _globals['_FORGET']._serialized_start=445
-  _globals['_FORGET']._serialized_end=472
-  _globals['_RESULT']._serialized_start=475
-  _globals['_RESULT']._serialized_end=619
-  _globals['_LEAVING']._serialized_start=621
-  _globals['_LEAVING']._serialized_end=630
-  _globals['_USERHELLO']._serialized_start=632
-  _globals['_USERHELLO']._serialized_end=723
-  _globals['_FROMHOLDER']._serialized_start=726
-  _globals['_FROMHOLDER']._serialized_end=860
-  _globals['_TOHOLDER']._serialized_start=863
-  _globals['_TOHOLDER']._serialized_end=1032
-  _globals['_CHAIN']._serialized_start=1034
-  _globals['_CHAIN']._serialized_end=1156
+  _globals['_HELLO']._serialized_end=337
+  _globals['_AGREED']._serialized_start=339
+  _globals['_AGREED']._serialized_end=376
+  _globals['_BATCH']._serialized_start=378
+  _globals['_BATCH']._serialized_end=464
+  _globals['_FORGET']._serialized_start=466
+  _globals['_FORGET']._serialized_end=493
+  _globals['_RESULT']._serialized_start=496
+  _globals['_RESULT']._serialized_end=640
+  _globals['_ASKSPENT']._serialized_start=642
+  _globals['_ASKSPENT']._serialized_end=652
+  _globals['_SPENT']._serialized_start=655
+  _globals['_SPENT']._serialized_end=957
+  _globals['_LEAVING']._serialized_start=959
+  _globals['_LEAVING']._serialized_end=968
+  _globals['_USERHELLO']._serialized_start=970
+  _globals['_USERHELLO']._serialized_end=1061
+  _globals['_FROMHOLDER']._serialized_start=1064
+  _globals['_FROMHOLDER']._serialized_end=1234
+  _globals['_TOHOLDER']._serialized_start=1237
+  _globals['_TOHOLDER']._serialized_end=1449
+  _globals['_CHAIN']._serialized_start=1451
+  _globals['_CHAIN']._serialized_end=1573
 # @@protoc_insertion_point(module_scope)

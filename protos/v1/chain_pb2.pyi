@@ -22,7 +22,7 @@ class Row(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., position: _Optional[int] = ..., count: _Optional[int] = ..., adapter: _Optional[int] = ..., long: _Optional[bool] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("job", "first", "last", "digest", "sequences", "tokens", "runtime", "codecs", "process")
+    __slots__ = ("job", "first", "last", "digest", "sequences", "tokens", "runtime", "codecs", "process", "tells_spent")
     JOB_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,7 @@ class Hello(_message.Message):
     RUNTIME_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
     PROCESS_FIELD_NUMBER: _ClassVar[int]
+    TELLS_SPENT_FIELD_NUMBER: _ClassVar[int]
     job: str
     first: int
     last: int
@@ -41,7 +42,8 @@ class Hello(_message.Message):
     runtime: str
     codecs: _containers.RepeatedScalarFieldContainer[str]
     process: int
-    def __init__(self, job: _Optional[str] = ..., first: _Optional[int] = ..., last: _Optional[int] = ..., digest: _Optional[str] = ..., sequences: _Optional[int] = ..., tokens: _Optional[int] = ..., runtime: _Optional[str] = ..., codecs: _Optional[_Iterable[str]] = ..., process: _Optional[int] = ...) -> None: ...
+    tells_spent: bool
+    def __init__(self, job: _Optional[str] = ..., first: _Optional[int] = ..., last: _Optional[int] = ..., digest: _Optional[str] = ..., sequences: _Optional[int] = ..., tokens: _Optional[int] = ..., runtime: _Optional[str] = ..., codecs: _Optional[_Iterable[str]] = ..., process: _Optional[int] = ..., tells_spent: _Optional[bool] = ...) -> None: ...
 
 class Agreed(_message.Message):
     __slots__ = ("codec", "seed")
@@ -83,6 +85,28 @@ class Result(_message.Message):
     coding_seconds: float
     def __init__(self, id: _Optional[int] = ..., hidden: _Optional[_Union[_stage_pb2.Tensor, _Mapping]] = ..., error: _Optional[str] = ..., bad_position: _Optional[bool] = ..., computing_seconds: _Optional[float] = ..., coding_seconds: _Optional[float] = ...) -> None: ...
 
+class AskSpent(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Spent(_message.Message):
+    __slots__ = ("seconds", "peak_bytes", "accelerator_peak_bytes", "energy_joules", "energy_source", "accelerator_energy_joules", "accelerator_energy_source")
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ACCELERATOR_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENERGY_JOULES_FIELD_NUMBER: _ClassVar[int]
+    ENERGY_SOURCE_FIELD_NUMBER: _ClassVar[int]
+    ACCELERATOR_ENERGY_JOULES_FIELD_NUMBER: _ClassVar[int]
+    ACCELERATOR_ENERGY_SOURCE_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    peak_bytes: int
+    accelerator_peak_bytes: int
+    energy_joules: float
+    energy_source: str
+    accelerator_energy_joules: float
+    accelerator_energy_source: str
+    def __init__(self, seconds: _Optional[float] = ..., peak_bytes: _Optional[int] = ..., accelerator_peak_bytes: _Optional[int] = ..., energy_joules: _Optional[float] = ..., energy_source: _Optional[str] = ..., accelerator_energy_joules: _Optional[float] = ..., accelerator_energy_source: _Optional[str] = ...) -> None: ...
+
 class Leaving(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -102,23 +126,27 @@ class UserHello(_message.Message):
     def __init__(self, job: _Optional[str] = ..., first: _Optional[int] = ..., digest: _Optional[str] = ..., sequences: _Optional[int] = ..., session: _Optional[str] = ...) -> None: ...
 
 class FromHolder(_message.Message):
-    __slots__ = ("hello", "result", "leaving")
+    __slots__ = ("hello", "result", "leaving", "spent")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    SPENT_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     result: Result
     leaving: Leaving
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ...) -> None: ...
+    spent: Spent
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ..., spent: _Optional[_Union[Spent, _Mapping]] = ...) -> None: ...
 
 class ToHolder(_message.Message):
-    __slots__ = ("agreed", "batch", "forget", "user")
+    __slots__ = ("agreed", "batch", "forget", "user", "ask_spent")
     AGREED_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     FORGET_FIELD_NUMBER: _ClassVar[int]
     USER_FIELD_NUMBER: _ClassVar[int]
+    ASK_SPENT_FIELD_NUMBER: _ClassVar[int]
     agreed: Agreed
     batch: Batch
     forget: Forget
     user: UserHello
-    def __init__(self, agreed: _Optional[_Union[Agreed, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ..., user: _Optional[_Union[UserHello, _Mapping]] = ...) -> None: ...
+    ask_spent: AskSpent
+    def __init__(self, agreed: _Optional[_Union[Agreed, _Mapping]] = ..., batch: _Optional[_Union[Batch, _Mapping]] = ..., forget: _Optional[_Union[Forget, _Mapping]] = ..., user: _Optional[_Union[UserHello, _Mapping]] = ..., ask_spent: _Optional[_Union[AskSpent, _Mapping]] = ...) -> None: ...

@@ -158,6 +158,11 @@ class CoordinatorStub:
                 request_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobRequest.SerializeToString,
                 response_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Job.FromString,
                 _registered_method=True)
+        self.GetReport = channel.unary_unary(
+                '/isthmus.v1.Coordinator/GetReport',
+                request_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobRequest.SerializeToString,
+                response_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobReport.FromString,
+                _registered_method=True)
         self.ListJobs = channel.unary_unary(
                 '/isthmus.v1.Coordinator/ListJobs',
                 request_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.ListJobsRequest.SerializeToString,
@@ -245,6 +250,12 @@ class CoordinatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetReport(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListJobs(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -321,6 +332,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.GetJob,
                     request_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobRequest.FromString,
                     response_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Job.SerializeToString,
+            ),
+            'GetReport': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetReport,
+                    request_deserializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobRequest.FromString,
+                    response_serializer=isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobReport.SerializeToString,
             ),
             'ListJobs': grpc.unary_unary_rpc_method_handler(
                     servicer.ListJobs,
@@ -613,6 +629,33 @@ class Coordinator:
             '/isthmus.v1.Coordinator/GetJob',
             isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobRequest.SerializeToString,
             isthmus_dot_protos_dot_v1_dot_coordinator__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetReport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isthmus.v1.Coordinator/GetReport',
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobRequest.SerializeToString,
+            isthmus_dot_protos_dot_v1_dot_coordinator__pb2.JobReport.FromString,
             options,
             channel_credentials,
             insecure,

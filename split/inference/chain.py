@@ -36,6 +36,7 @@ class Cost:
     coding: float = 0.0  # of these, encoding and decoding at this end
     sent: int = 0
     received: int = 0
+    attended: int = 0  # pairs of a token and one that it attends to, itself included
     beyond: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     """Seconds of recent batches beyond the stage's own computing."""
 
@@ -46,6 +47,10 @@ class Cost:
         self.seconds += seconds
         self.computing += computing
         self.beyond.append(seconds - computing)
+
+    def attend(self, rows: Sequence[Row]) -> None:
+        """Counts the attention of a batch that was computed."""
+        self.attended += sum(row.count * row.position + row.count * (row.count + 1) // 2 for row in rows)
 
     def figures(self) -> dict[str, float]:
         """The sums, and the median of `beyond` in milliseconds."""
@@ -201,6 +206,7 @@ class Span:
                 for row in behind:
                     await self._rebuild(holder, row)
                 output = await holder.compute(rows, hidden)
+                holder.cost.attend(rows)
             except IsthmusError as error:
                 failed, lost = started, holder.name
                 if isinstance(error, BadPosition) and holder not in doubtful:  # it may just have forgotten
@@ -257,6 +263,7 @@ class Span:
             end = min(start + self._chunk, row.position)
             again = replace(row, position=start, count=end - start)
             await holder.compute([again], journal.get(start, end))
+            holder.cost.attend([again])
 
 
 class _Journal:

@@ -36,6 +36,7 @@ class Ends:
             self._head: Callable[[Tensor], Tensor] = lambda hidden: linear(norm(hidden.to(device)))
         else:
             self._head = head
+        self.rows_scored = 0  # of hidden states that have become logits
         self.vocabulary, self.hidden_size, self._device = config.vocab_size, config.hidden_size, device
         self._embedding = front.get_submodule(parts.embedding)
         self.rotary_boundary = rotary_boundary(config)
@@ -52,5 +53,6 @@ class Ends:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute logits, (tokens, vocabulary) float32 on the CPU. hidden: (tokens, hidden), after the last block."""
+        self.rows_scored += len(hidden)
         parts = [self._head(part) for part in hidden.split(_ROWS)]
         return torch.cat(parts).to("cpu", torch.float32)

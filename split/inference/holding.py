@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 
@@ -19,6 +20,7 @@ from isthmus.split.errors import IsthmusError, LinkLost
 from isthmus.split.inference.wire import MAX_TOKENS, ComputingEnd, Forget, HiddenBatch, Limits
 from isthmus.split.link.transport import GrpcTransport
 from isthmus.split.models.stage import StageSpec
+from isthmus.split.resources.ledger import Ledger
 from isthmus.split.runtime.base import Runtime
 
 log = logging.getLogger(__name__)
@@ -33,9 +35,19 @@ class Holding:
     """
 
     def __init__(
-        self, channel: grpc.Channel, runtime: Runtime, spec: StageSpec, *, job: str, digest: str, hidden_size: int
+        self,
+        channel: grpc.Channel,
+        runtime: Runtime,
+        spec: StageSpec,
+        *,
+        job: str,
+        digest: str,
+        hidden_size: int,
+        ledger: Ledger | None = None,
     ) -> None:
+        """ledger: of this process's work for the job, over all of its streams; None: it begins with this one."""
         self._runtime, self._hidden_size = runtime, hidden_size
+        self._ledger = ledger or Ledger()
         hello = pb.Hello(
             job=job,
             first=spec.first,
@@ -46,6 +58,7 @@ class Holding:
             runtime=type(runtime).__name__.removesuffix("Runtime").lower(),
             codecs=sorted(FAMILIES),
             process=os.getpid(),
+            tells_spent=True,
         )
         limits = Limits(runtime.sequences, MAX_TOKENS, runtime.tokens, runtime.adapters)
         self._end = ComputingEnd(hidden_size, limits)
@@ -82,6 +95,9 @@ class Holding:
 
     def _take(self, message: pb.ToHolder) -> None:
         """What is wrong with one batch ends that batch alone."""
+        if message.HasField("ask_spent"):
+            self._outbox.put(pb.FromHolder(spent=self._spent()))
+            return
         if not message.HasField("batch"):
             asked = self._end.take(message)
             if isinstance(asked, Forget):
@@ -103,6 +119,10 @@ class Holding:
         started = time.perf_counter()
         output = self._runtime.compute(batch.rows, batch.hidden)
         return self._end.result(batch.id, output, time.perf_counter() - started)
+
+    def _spent(self) -> pb.Spent:
+        summary: dict[str, Any] = self._ledger.summary()
+        return pb.Spent(**{field.name: summary[field.name] for field in pb.Spent.DESCRIPTOR.fields})
 
     def _messages(self) -> Iterator[pb.FromHolder]:
         with contextlib.suppress(GeneratorExit):

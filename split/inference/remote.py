@@ -4,6 +4,7 @@ uses the chain, to which the gateway is the holder."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 
@@ -27,6 +28,9 @@ class RemoteHolder:
     def __init__(self, name: str, codec: str, seed: int, hidden_size: int, *, timeout: float = 60.0) -> None:
         self.name, self.cost = name, Cost()
         self.gone = False
+        self.tells_spent = False  # whether it answers AskSpent, by its hello
+        self.spent: pb.Spent | None = None  # what it has told last of its process
+        self._told_spent = asyncio.Event()
         self._coder = HiddenCoder(codec, seed, hidden_size)
         self._timeout = timeout
         self._outbox: asyncio.Queue[pb.ToHolder | None] = asyncio.Queue()
@@ -68,6 +72,16 @@ class RemoteHolder:
         if not self.gone:
             self._outbox.put_nowait(pb.ToHolder(forget=pb.Forget(sequences=sequences)))
 
+    async def ask_spent(self, patience: float) -> None:
+        """Brings `spent` up to date, if the holder answers within so many seconds."""
+        if not self.tells_spent or self.gone:
+            return
+        self._told_spent.clear()
+        self._outbox.put_nowait(pb.ToHolder(ask_spent=pb.AskSpent()))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self._told_spent.wait()
+
     async def messages(self) -> AsyncIterator[pb.ToHolder]:
         """Until the end."""
         while (message := await self._outbox.get()) is not None:
@@ -79,6 +93,10 @@ class RemoteHolder:
         if kind == "leaving":
             self.gone = True
             self._close_if_done()
+            return
+        if kind == "spent" and self.tells_spent:
+            self.spent = message.spent
+            self._told_spent.set()
             return
         result = message.result
         if kind != "result":

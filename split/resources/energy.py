@@ -25,7 +25,7 @@ class Energy:
 
 
 class EnergyMeter:
-    """Measures from its making on. A meter is of a whole chip, other programs included; an estimate of this process."""
+    """Measures from its making on. Meters count a whole chip, other programs included; an estimate, this process."""
 
     def __init__(self) -> None:
         self._package = _package_joules()

@@ -105,8 +105,9 @@ class Ledger:
         """
         processor, accelerator = self._energy.processor(), self._energy.accelerator()
         joules = (processor.joules or 0.0) + (accelerator.joules or 0.0)
-        hours = (time.monotonic() - self._started) / 3600
+        seconds = time.monotonic() - self._started
         return {
+            "seconds": seconds,
             "flops": self.flops,
             "compute_seconds": self.compute_seconds,
             "wait_seconds": self.wait_seconds,
@@ -120,7 +121,7 @@ class Ledger:
             "energy_source": processor.source,
             "accelerator_energy_joules": accelerator.joules,
             "accelerator_energy_source": accelerator.source,
-            "money": self.prices.cost(hours, joules, self.traffic.total_bytes("sent")),
+            "money": self.prices.cost(seconds / 3600, joules, self.traffic.total_bytes("sent")),
             "currency": self.prices.currency,
             "bytes_sent": self.traffic.total_bytes("sent"),
             "bytes_received": self.traffic.total_bytes("received"),

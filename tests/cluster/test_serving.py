@@ -310,6 +310,21 @@ def test_strangers_and_wrong_holders_are_refused_and_nobody_else_notices(house: 
         assert model.while_answering(act) == wanted
 
 
+def check_figures(report: dict[str, Any]) -> None:
+    """Of a model with blocks 0-2 at d0 and 2-4 at an actor of the coordinator, which has answered."""
+    assert [(row["span"], row["device"]) for row in report["holders"]] == [("0-2", "d0"), ("2-4", "")]
+    for row in report["holders"]:
+        assert row["tokens"] >= 2 * COUNT
+        assert row["flops"] > 0
+        assert min(row["bytes_sent"], row["bytes_received"]) > 4 * row["tokens"]
+        assert row["peak_bytes"] > 2**24
+        assert row["energy_joules"] > 0
+        assert row["money"] > 0
+    assert report["gateway"]["peak_bytes"] > 2**24
+    assert report["gateway"]["bytes_sent"] == sum(row["bytes_received"] for row in report["holders"])
+    assert report["guests"] == []
+
+
 def test_the_command_serves_until_it_is_interrupted(house: House, wanted: list[str], adapters: list[Path]) -> None:
     command = [sys.executable, "-m", "isthmus.coordinator.cli.main", "serve", "--model", str(house.model), "--json"]
     command += [
@@ -331,8 +346,12 @@ def test_the_command_serves_until_it_is_interrupted(house: House, wanted: list[s
         assert run_cli(*asked, "--api-key", key, "--model", "polite")[1] == polite + "\n"
         status, _, error = run_cli(*asked, "--api-key", "another")
         assert (status, "API key is missing or wrong" in error) == (1, True)
+        options = ("--credentials", str(house.cluster.credentials), "--json")
+        job = json.loads(run_cli("jobs", *options)[1])[-1]["id"]
+        check_figures(json.loads(run_cli("report", job, *options)[1]))
         process.send_signal(signal.SIGINT)
         assert process.wait(LIMIT) == 130
+    check_figures(json.loads(run_cli("report", job, *options)[1]))
     assert "cannot be reached" in run_cli(*asked, "--api-key", key)[2]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +119,8 @@ class Gateway:
 
     def __init__(self) -> None:
         self.allowed: dict[str, str] = {}
-        self.allow, self.revoke, self.finished, self.stop = map(
-            _Remote, (self._allow, self._revoke, self._ever, self._stop)
+        self.allow, self.revoke, self.finished, self.stop, self.resources = map(
+            _Remote, (self._allow, self._revoke, self._ever, self._stop, self._resources)
         )
 
     async def _allow(self, device: str, serial: str) -> None:
@@ -133,6 +135,9 @@ class Gateway:
     async def _stop(self) -> None:
         pass
 
+    async def _resources(self) -> dict[str, Any]:
+        return {"gateway": {"bytes_sent": len(self.allowed), "energy_joules": math.inf}}
+
 
 class _Remote:
     def __init__(self, call: Any) -> None:
@@ -140,7 +145,7 @@ class _Remote:
 
 
 def test_a_device_finds_the_models_that_it_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isthmus.coordinator.jobs.jobs.ray.kill", lambda actor: None)
+    monkeypatch.setattr("isthmus.coordinator.jobs.driver.ray.kill", lambda actor: None)
     gateways: list[Gateway] = []
     ready = asyncio.Event()
 
@@ -173,39 +178,47 @@ def test_a_device_finds_the_models_that_it_may_use(tmp_path: Path, monkeypatch: 
         with pytest.raises(NotFound, match="nobody"):
             await serve("m", "nobody")
         with pytest.raises(NotFound, match="no model is served that device laptop may use; there is: none"):
-            await jobs.find_served("", "laptop", "serial-laptop")
+            await jobs.served.find("", "laptop", "serial-laptop")
         one = await serve("one", "laptop")
         with pytest.raises(WrongState, match="one is not served yet"):
-            await jobs.find_served("", "laptop", "serial-laptop")
+            await jobs.served.find("", "laptop", "serial-laptop")
         ready.set()
         await running(database, one, jobs)
         for name in ("", "one", one.id):
-            found = await jobs.find_served(name, "laptop", "serial-laptop")
+            found = await jobs.served.find(name, "laptop", "serial-laptop")
             assert (found.job, found.gateway) == (one.id, ":1")
             assert "secret" not in found.serving
         assert gateways[0].allowed == {"laptop": "serial-laptop"}
         with pytest.raises(NotAllowed, match="device phone may not use one"):
-            await jobs.find_served("one", "phone", "serial-phone")
+            await jobs.served.find("one", "phone", "serial-phone")
         with pytest.raises(NotFound, match="no model 'two' is served that device laptop may use; there is: one"):
-            await jobs.find_served("two", "laptop", "serial-laptop")
-        assert jobs.user_weights_for(one.id, "laptop", 1).manifest.tensors.keys() == {
+            await jobs.served.find("two", "laptop", "serial-laptop")
+        assert jobs.served.user_weights(one.id, "laptop", 1).manifest.tensors.keys() == {
             name
-            for name in jobs.user_weights_for(one.id, "laptop", 1).folder.tensor_names()
+            for name in jobs.served.user_weights(one.id, "laptop", 1).folder.tensor_names()
             if ".layers.1." not in name
         }
         with pytest.raises(NotAllowed, match="device phone may not use job"):
-            jobs.user_weights_for(one.id, "phone", 0)
+            jobs.served.user_weights(one.id, "phone", 0)
         with pytest.raises(BadRequest, match="may have 0, 1 of its blocks, not 2"):
-            jobs.user_weights_for(one.id, "laptop", 2)
+            jobs.served.user_weights(one.id, "laptop", 2)
         two = await serve("two", "laptop", "phone")
         await running(database, two, jobs)
         with pytest.raises(BadRequest, match=f"several models are served: one .{one.id}., two .{two.id}.; name one"):
-            await jobs.find_served("", "laptop", "serial-laptop")
-        await jobs.find_served("two", "laptop", "serial-laptop")
+            await jobs.served.find("", "laptop", "serial-laptop")
+        await jobs.served.find("two", "laptop", "serial-laptop")
+        now = json.loads(await jobs.report(two.id))
+        assert (now["job"], now["method"]) == (two.id, "serve")
+        assert now["gateway"] == {"bytes_sent": 1, "energy_joules": None}
+        assert not database.jobs.get(two.id).report  # it goes on
         await jobs.revoke("laptop")
         assert [gateway.allowed for gateway in gateways] == [{}, {}]
         for job in (one, two):
             await jobs.cancel(job.id)
+            assert database.jobs.get(job.id).state == pb.CANCELLED
+            ended = json.loads(await jobs.report(job.id))
+            assert ended["gateway"]["bytes_sent"] == 0  # as it was at the end
+            assert json.loads(database.jobs.get(job.id).report) == ended
         database.close()
 
     asyncio.run(asyncio.wait_for(story(), 60))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.coordinator.jobs.methods import Serving, Training
+from isthmus.coordinator.jobs.serving import ServingMethod
+from isthmus.coordinator.jobs.training import TrainingMethod
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.errors import BadRequest, NotAllowed
 from isthmus.split.inference.serving import ServingConfig, memory_of, parse_stages
@@ -22,7 +23,7 @@ def test_a_device_without_the_memory_for_its_blocks_is_refused_with_the_figures(
         spans=parse_stages("laptop:0-3,cloud:3-4"), name="m", context=100, sequences=1024
     )  # and 4 guests
     spec = pb.JobSpec(method="serve", model=str(model), devices=["laptop"], serving=config.to_json())
-    serving = Serving(spec, tmp_path / "digests.json")
+    serving = ServingMethod(spec, tmp_path / "digests.json")
     needed = memory_of(serving.folder, serving.config.spans[0], serving.config)
     assert needed > 3 * 8 * 1024 * 100 * 16  # keys and values alone
     for enough in (needed, 0):  # 0: the device has not said
@@ -41,10 +42,10 @@ def test_a_device_without_the_memory_for_its_blocks_is_refused_with_the_figures(
 PROFILE = pb.Profile(memory_bytes=2**34, training_flops=1e10)
 
 
-def _training(tmp_path: Path, config: TrainingConfig, *devices: str) -> Training:
+def _training(tmp_path: Path, config: TrainingConfig, *devices: str) -> TrainingMethod:
     model = make_model(tmp_path / "model", "llama", layers=4)
     spec = pb.JobSpec(method="splitlora", model=str(model), devices=devices, training=config.to_json())
-    return Training(spec, tmp_path / "digests.json")
+    return TrainingMethod(spec, tmp_path / "digests.json")
 
 
 def test_devices_that_are_alike_are_told_nothing_and_those_that_differ_what_they_have(tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from isthmus.coordinator.jobs.planning import Plan, plan_serving
+from isthmus.coordinator.jobs.planning import StagesPlan, plan_serving
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1 import stage_pb2
 from isthmus.split.errors import BadRequest
@@ -28,14 +29,14 @@ def profile(rate: float, memory: int = 2**40, trip: float = 0.001, **changes: An
     return pb.Profile(**({"memory_bytes": memory, "speeds": speeds, "link": link} | changes))
 
 
-def plan(model: ModelFolder, stages: str, profiles: dict[str, pb.Profile], **settings: Any) -> Plan:
-    serving = ServingConfig.of(spans=parse_stages(stages), name="m", **({"context": 64, "sequences": 2} | settings))
+def plan(model: ModelFolder, stages: str, profiles: dict[str, pb.Profile], **settings: Any) -> StagesPlan:
+    serving = ServingConfig(parse_stages(stages), "m", **({"context": 64, "sequences": 2} | settings))
     return plan_serving(model, serving, profiles)
 
 
 def blocks(model: ModelFolder, count: int) -> int:
     """The memory that so many blocks take."""
-    return memory_of(model, SpanConfig(0, count, ()), ServingConfig.of(spans=(), name="m", context=64, sequences=2))
+    return memory_of(model, SpanConfig(0, count, ()), ServingConfig((), "m", context=64, sequences=2))
 
 
 def ends(model: ModelFolder) -> int:
@@ -142,13 +143,13 @@ def test_auto_keeps_blocks_at_the_coordinator_whatever_a_device_says_of_itself(m
 
 
 def test_what_auto_chooses_has_room_for_guests_and_adapters(model: ModelFolder) -> None:
-    serving = ServingConfig.of(spans=(), name="m", context=64, sequences=2)
+    serving = ServingConfig((), "m", context=64, sequences=2)
     adapter = 10_000
     enough = blocks(model, 6) + 6 * adapter
     nodes = {CLOUD: profile(1e9, ends(model)), "laptop": profile(1e9, enough)}
     planned = plan_serving(model, serving, nodes, adapter).spans
     assert planned == parse_stages("laptop:0-6")
-    config = serving.but(spans=planned)
+    config = dataclasses.replace(serving, spans=planned)
     assert memory_of(model, planned[0], config) + 6 * adapter <= enough
     nodes["laptop"] = profile(1e9, enough - 1)
     with pytest.raises(BadRequest, match="nobody has the memory"):
@@ -167,7 +168,7 @@ def test_auto_splits_where_nobody_has_the_memory_alone(model: ModelFolder) -> No
 
 def test_auto_without_devices_needs_no_measurement(model: ModelFolder) -> None:
     made = plan(model, "auto", {CLOUD: profile(0)})
-    assert made == Plan(parse_stages("cloud:0-6"))
+    assert made == StagesPlan(parse_stages("cloud:0-6"))
 
 
 def test_one_span_at_the_coordinator_is_not_talked_about(model: ModelFolder) -> None:

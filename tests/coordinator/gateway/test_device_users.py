@@ -35,6 +35,7 @@ from isthmus.split.inference.request import Request, Sampling
 from isthmus.split.inference.serving import ServingConfig, parse_stages
 from isthmus.split.inference.using import Using, blocks_of, user_engine
 from isthmus.split.inference.wire import HiddenCoder
+from isthmus.split.job.events import tell_nobody
 from isthmus.split.models.source import TensorSource, open_model
 from isthmus.split.models.stage import StageSpec
 from isthmus.split.runtime.choose import TORCH, RuntimeChoice, make_runtime
@@ -154,9 +155,7 @@ async def served(folder: Path, authority: Authority, serving: ServingConfig = SE
     def allowed(peer: Peer) -> bool:
         return peer.name not in it.revoked
 
-    servicer = ChainServicer(
-        JOB, serving, spans, hidden_size, digests, user_digests, allowed, lambda kind, device, data: None
-    )
+    servicer = ChainServicer(JOB, serving, spans, source.config, digests, user_digests, allowed, tell_nobody)
     server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
     chain_pb2_grpc.add_ChainServicer_to_server(servicer, server)
     certificate, key = authority.issue_server()
