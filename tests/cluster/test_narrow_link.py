@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,7 @@ from tests.cluster.house import (
     wait_for,
     write_text,
 )
+from tests.cluster.in_process import InProcessCluster
 from tests.cluster.test_bad_frames import RawDevice, agreeable_open, exchange
 from tests.split.tiny_models import make_model
 
@@ -51,25 +53,37 @@ class FarHouse(House):
 
 
 @pytest.fixture(scope="module")
-def only_house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarHouse]:
-    folder = tmp_path_factory.mktemp("narrow")
+def far_house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarHouse]:
+    """In this process."""
+    yield from _started(InProcessCluster(tmp_path_factory.mktemp("narrow"), coordinator_threads=1))
+
+
+@pytest.fixture(scope="module")
+def far_house_of_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarHouse]:
+    yield from _started(LocalCluster(tmp_path_factory.mktemp("narrow"), coordinator_threads=1))
+
+
+def _started(made: LocalCluster) -> Iterator[FarHouse]:
+    folder = made.folder
     model = make_model(folder / "model", "llama", layers=3, hidden=HIDDEN)
     text = write_text(folder / "far.txt", 0, 300)
-    with LocalCluster(folder, coordinator_threads=1) as cluster:
+    with made as cluster:
         cluster.start_coordinator(stage_ports=4)
         control, stages = cluster.link_pairs(HOST)[:2], cluster.link_pairs(HOST)[2:]
         with LinkThread(LinkSpec(), control), LinkThread(NARROW, stages) as link:
             house = FarHouse(cluster, model, {"far": text}, link)
-            house.start("far", host=HOST)
+            house.start("far", host=HOST, arguments=["--threads", "1", "--allow", "splitlora"])
             yield house
-            cluster.stop()
+            cluster.kill("far", signal.SIGTERM)
 
 
 @pytest.fixture
-def house(only_house: FarHouse) -> Iterator[FarHouse]:
-    only_house.link.set(NARROW)
-    yield only_house
-    only_house.cancel_all()
+def house(request: pytest.FixtureRequest) -> Iterator[FarHouse]:
+    real = request.node.get_closest_marker("processes") is not None
+    shared: FarHouse = request.getfixturevalue("far_house_of_processes" if real else "far_house")
+    shared.link.set(NARROW)
+    yield shared
+    shared.cancel_all()
 
 
 def rows_of(device: dict[str, Any], *kinds: str) -> list[dict[str, Any]]:
@@ -101,6 +115,7 @@ def test_on_a_narrow_link_training_takes_an_eighth_of_the_bytes(house: FarHouse)
     assert rate_in(sentence) < 5  # less than the link's 4 where the machine was busy with other things
 
 
+@pytest.mark.processes  # of each end the kernel counts its own
 def test_every_byte_is_counted(house: FarHouse) -> None:
     config = replace(CONFIG, cut_layer=2, steps=4, sequence_length=128, aggregate_every=4)
     before = house.link.bytes_up, house.link.bytes_down
@@ -134,6 +149,7 @@ def settled_memory(process: psutil.Process) -> int:
     return readings[-1]
 
 
+@pytest.mark.processes
 def test_a_device_that_is_stopped_costs_the_stage_no_memory_and_goes_on_when_it_is_let(house: FarHouse) -> None:
     config = replace(CONFIG, steps=60, micro_batches=8)
     with house.connect() as connection:
@@ -148,6 +164,7 @@ def test_a_device_that_is_stopped_costs_the_stage_no_memory_and_goes_on_when_it_
     assert len(report["losses"]) == config.steps
 
 
+@pytest.mark.processes
 def test_a_device_that_takes_no_answers_gets_no_more_of_them(house: FarHouse) -> None:
     """It asks for 400 MiB and reads nothing. It holds the others up, and when it has gone they go on."""
     raw = RawDevice(enrol(house.cluster.folder / "deaf", house.address, house.cluster.token("deaf")))

@@ -14,6 +14,7 @@ from split.codecs import CodecState, parse
 from split.codecs.entropy import Zstd
 from split.codecs.plain import Plain
 from split.errors import CodecError
+from tests.examples import examples
 from tests.split.codecs.every import (
     EMPTY,
     EVERY,
@@ -27,7 +28,7 @@ from tests.split.codecs.every import (
     tensors,
 )
 
-few = settings(max_examples=10, deadline=None, derandomize=True)
+few = settings(max_examples=examples(10), deadline=None, derandomize=True)
 every = pytest.mark.parametrize("name", EVERY)
 SMALL = (3, 40)
 
@@ -51,7 +52,7 @@ def test_a_tensor_comes_back_in_its_shape_and_takes_no_more_than_was_said(name: 
 
 
 @pytest.mark.parametrize("name", [name for name in QUANTISERS if stated_bound(name, torch.ones(1)) is not None])
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=examples(60), deadline=None, derandomize=True)
 @given(x=tensors())
 def test_the_error_is_within_the_stated_bound(name: str, x: torch.Tensor) -> None:
     bound = stated_bound(name, x)
@@ -116,7 +117,7 @@ def test_layout_and_float_type_of_the_input_do_not_matter(name: str) -> None:
 
 
 @every
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=examples(15), deadline=None, derandomize=True)
 @given(size=st.none() | st.integers(0, 700), seed=st.integers(0, 2**20), zeros=st.floats(0, 1))
 def test_any_bytes_give_a_tensor_or_are_refused(name: str, size: int | None, seed: int, zeros: float) -> None:
     codec, chance = parse(name), random.Random(seed)

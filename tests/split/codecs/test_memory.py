@@ -14,6 +14,7 @@ from split.codecs.memory import Delta, ErrorFeedback
 from split.codecs.plain import PLAIN
 from split.codecs.uniform import Uniform
 from split.errors import CodecError
+from tests.examples import examples
 
 MIB = 1 << 20
 
@@ -66,7 +67,7 @@ def test_delta_costs_less_and_loses_less_as_tensors_settle() -> None:
     assert errors[-1] < 0.02 * errors[0]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=examples(40), deadline=None, derandomize=True)
 @given(
     batches=st.lists(
         st.tuples(

@@ -16,6 +16,7 @@ from split.codecs.entropy import Range, Zstd
 from split.codecs.plain import PLAIN
 from split.codecs.uniform import Uniform
 from split.errors import CodecError
+from tests.examples import examples
 
 ENTROPIES: list[Entropy] = [PLAIN, Zstd(), Range()]
 
@@ -39,7 +40,7 @@ def bound(x: Tensor, quantiser: Uniform) -> Tensor:
 
 
 @pytest.mark.parametrize("entropy", ENTROPIES, ids=lambda entropy: entropy.name)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=examples(60), deadline=None, derandomize=True)
 @given(
     rows=st.sampled_from([1, 3, 40]),
     width=st.sampled_from([1, 5, 64, 256]),
