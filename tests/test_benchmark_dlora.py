@@ -154,6 +154,7 @@ def test_every_budget_has_its_runs_and_codecs_come_on_top() -> None:
     assert [case.named for case in only if case.choice == "named"] == [("layers.0.", "v_proj")]
 
 
+@pytest.mark.long
 @RUNS_APART
 def test_the_command_runs_and_writes_its_figures_and_its_picture(text: Path, tmp_path: Path, apart: bool) -> None:
     out, picture = tmp_path / "dlora.json", tmp_path / "map.png"

@@ -39,6 +39,7 @@ def identity(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(measuring, "channel", lambda *_: Opened())
     monkeypatch.setattr(measuring, "measure_link", lambda *_, **__: LINK)
     monkeypatch.setattr(measuring, "measure_apart", lambda *_, **__: [SPEED])
+    monkeypatch.setattr(measuring, "measure_training_apart", lambda *_, **__: 1e9)
     return Here()
 
 
@@ -99,7 +100,7 @@ def test_only_what_the_owner_allows_is_measured(identity: Identity, tmp_path: Pa
     trains = Measurements(identity, options(tmp_path, allow=("splitlora",)))
     first_news(trains)
     told = pb.Profile(**trains.told())
-    assert told.training_flops > 0
+    assert told.training_flops == 1e9
     assert told.HasField("link")
     assert not told.speeds
     mine = Measurements(identity, options(tmp_path, allow=("labels-leave",)))
@@ -137,6 +138,10 @@ def test_speeds_are_measured_in_a_process_that_ends_when_it_is_stopped(tmp_path:
         measuring.measure_apart(tmp_path / "speed.json", "cpu", 1, stop=stop)
     assert max(asked) == 1
     assert {child.pid for child in children()} <= before
+
+
+def test_training_is_measured_in_a_process(tmp_path: Path) -> None:
+    assert measuring.measure_training_apart(options(tmp_path), stop=lambda: False) > 0
 
 
 def test_a_process_that_cannot_measure_is_an_error(tmp_path: Path) -> None:

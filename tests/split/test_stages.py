@@ -374,6 +374,7 @@ print(json.dumps({"grown": peak() - baseline, "held": held, "read": sorted(sourc
 
 
 @pytest.mark.large
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_building_an_eighth_of_a_model_of_over_1_gb_needs_an_eighth_of_its_memory(tmp_path: Path) -> None:
     try:

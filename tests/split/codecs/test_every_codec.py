@@ -18,6 +18,7 @@ from tests.examples import examples
 from tests.split.codecs.every import (
     EMPTY,
     EVERY,
+    OFTEN,
     QUANTISERS,
     SHAPES,
     decoded_or_refused,
@@ -29,7 +30,9 @@ from tests.split.codecs.every import (
 )
 
 few = settings(max_examples=examples(10), deadline=None, derandomize=True)
-every = pytest.mark.parametrize("name", EVERY)
+every = pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.exhaustive) for name in EVERY]
+)
 SMALL = (3, 40)
 
 
