@@ -40,6 +40,7 @@ def house_of_processes(tmp_path_factory: pytest.TempPathFactory, measured_speeds
         (folder / name).mkdir(mode=0o700)
         (folder / name / "speed.json").write_bytes(measured_speeds.read_bytes())
     with LocalCluster(folder, coordinator_threads=1) as cluster:
+        cluster.start_coordinator(stage_ports=8)  # for a device on a link of its own
         yield _start(cluster)
 
 

@@ -55,26 +55,26 @@ class FarHouse(House):
 @pytest.fixture(scope="module")
 def far_house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarHouse]:
     """In this process."""
-    yield from _started(InProcessCluster(tmp_path_factory.mktemp("narrow"), coordinator_threads=1))
+    with InProcessCluster(tmp_path_factory.mktemp("narrow"), coordinator_threads=1) as cluster:
+        cluster.start_coordinator(stage_ports=4)
+        yield from _with_a_far_device(cluster)
 
 
 @pytest.fixture(scope="module")
-def far_house_of_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarHouse]:
-    yield from _started(LocalCluster(tmp_path_factory.mktemp("narrow"), coordinator_threads=1))
+def far_house_of_processes(house_of_processes: House) -> Iterator[FarHouse]:
+    yield from _with_a_far_device(house_of_processes.cluster)
 
 
-def _started(made: LocalCluster) -> Iterator[FarHouse]:
-    folder = made.folder
+def _with_a_far_device(cluster: LocalCluster) -> Iterator[FarHouse]:
+    folder = cluster.folder / "narrow"
     model = make_model(folder / "model", "llama", layers=3, hidden=HIDDEN)
     text = write_text(folder / "far.txt", 0, 300)
-    with made as cluster:
-        cluster.start_coordinator(stage_ports=4)
-        control, stages = cluster.link_pairs(HOST)[:2], cluster.link_pairs(HOST)[2:]
-        with LinkThread(LinkSpec(), control), LinkThread(NARROW, stages) as link:
-            house = FarHouse(cluster, model, {"far": text}, link)
-            house.start("far", host=HOST, arguments=["--threads", "1", "--allow", "splitlora"])
-            yield house
-            cluster.kill("far", signal.SIGTERM)
+    control, stages = cluster.link_pairs(HOST)[:2], cluster.link_pairs(HOST)[2:]
+    with LinkThread(LinkSpec(), control), LinkThread(NARROW, stages) as link:
+        house = FarHouse(cluster, model, {"far": text}, link)
+        house.start("far", host=HOST, arguments=["--threads", "1", "--allow", "splitlora"])
+        yield house
+        cluster.kill("far", signal.SIGTERM)
 
 
 @pytest.fixture
