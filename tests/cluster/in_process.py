@@ -25,13 +25,14 @@ from unittest import mock
 import typer
 from ray.exceptions import RayActorError, RayTaskError
 
-import client.cli
-import coordinator.cli.main
 from client import measuring
+from client.cli import _files, _folders, _kinds
+from client.cli import app as client_app
 from client.daemon import Daemon
 from client.identity import Identity, enrol
 from client.runner import TASK_KINDS, DeviceOptions
 from coordinator import control, jobs, local_cluster, stage_actor
+from coordinator.cli.main import app as coordinator_app
 from coordinator.cli.up import _port_range
 from coordinator.control import ControlActor, ControlOptions
 from coordinator.gateway import actor as gateway_actor
@@ -238,7 +239,7 @@ class InProcessCluster(LocalCluster):
     ) -> dict[str, Any]:
         if stage_ports and not self.stage_ports:
             self.stage_ports = local_cluster._free_ports(stage_ports)
-        given = _parsed(coordinator.cli.main.app, "up", arguments)
+        given = _parsed(coordinator_app, "up", arguments)
         ports = (self.stage_ports[0], self.stage_ports[-1]) if self.stage_ports else _port_range(given["stage_ports"])
         options = ControlOptions(
             str(self.state),
@@ -293,12 +294,12 @@ class InProcessCluster(LocalCluster):
         stdout: int | None = None,
     ) -> subprocess.Popen[str]:
         """A device: of its command, what follows `run` counts."""
-        given, variables = _parsed(client.cli.app, "run", command[command.index("run") + 1 :]), dict(environment or {})
+        given, variables = _parsed(client_app, "run", command[command.index("run") + 1 :]), dict(environment or {})
         options = DeviceOptions(
             state=Path(given["state_dir"]),
-            data=client.cli._files(given["data"] or []),
-            models=client.cli._folders(given["model"] or []),
-            allow=client.cli._kinds(given["allow"], TASK_KINDS),
+            data=_files(given["data"] or []),
+            models=_folders(given["model"] or []),
+            allow=_kinds(given["allow"], TASK_KINDS),
             device=given["device"],
             threads=given["threads"],
             slow_down=given["slow_down"],
