@@ -13,6 +13,7 @@ import pytest
 
 from client.identity import enrol
 from coordinator.emulation import Cut, LinkSpec, LinkThread
+from coordinator.emulation.line import PACKET
 from coordinator.local_cluster import LocalCluster
 from protos.v1 import coordinator_pb2 as pb
 from protos.v1 import stage_pb2
@@ -39,6 +40,7 @@ pytestmark = pytest.mark.cluster
 HOST = "127.0.0.2"  # under which the device knows the coordinator
 NARROW = LinkSpec.parse_short("20mbit,40ms")
 NARROWER = LinkSpec.parse_short("4mbit,40ms")  # on which fewer bytes are quicker, however slow the machine
+HEADERS = 66  # bytes: Ethernet, IP, TCP
 HIDDEN = 64
 CONFIG = replace(
     TINY, batch_size=8, sequence_length=64, codec="auto", micro_batches=0, aggregate_every=2, checkpoint_every=10
@@ -131,9 +133,11 @@ def test_every_byte_is_counted(house: FarHouse) -> None:
     ):
         by_stage = sum(row["payload_bytes"] + row["overhead_bytes"] for row in device["traffic"]
                        if row["direction"] == direction)  # fmt: skip
-        # The kernel counts headers and acknowledgements too, which the link does not: 66 bytes for some thousands.
-        assert on_link * 0.995 < by_device < on_link * 1.04
-        assert on_link * 0.995 < by_stage < on_link * 1.04
+        # The kernel counts headers too, which the link does not. There are never more than when each packet is full and
+        # acknowledged by itself, which comes near on a busy machine.
+        most = on_link + HEADERS * sum(crossed) / PACKET
+        assert on_link * 0.995 < by_device < most
+        assert on_link * 0.995 < by_stage < most
     assert 0 < device["link_seconds"] <= device["wait_seconds"]
 
 
