@@ -133,8 +133,8 @@ def test_every_byte_is_counted(house: FarHouse) -> None:
     ):
         by_stage = sum(row["payload_bytes"] + row["overhead_bytes"] for row in device["traffic"]
                        if row["direction"] == direction)  # fmt: skip
-        # The kernel counts headers too, which the link does not. There are never more than when each packet is full and
-        # acknowledged by itself, which comes near on a busy machine.
+        # The kernel counts headers too, which the link does not: at most about as many as if each packet were full and
+        # acknowledged by itself. On a busy machine it comes near to that.
         most = on_link + HEADERS * sum(crossed) / PACKET
         assert on_link * 0.995 < by_device < most
         assert on_link * 0.995 < by_stage < most
