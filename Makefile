@@ -15,14 +15,18 @@ TORCH_INDEX ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
+# Two processes run the tests of one that computes with one thread; those that start processes follow one another.
+PARALLEL := -n 2 --dist loadgroup
+EVERYTHING := -m '' --hypothesis-profile everything
+
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.setup-done
 
-.PHONY: help setup demo test lint format protos clean distclean
+.PHONY: help setup demo test test-all lint format protos clean distclean
 
 help:  ## List the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## Make .venv with everything in it; again when pyproject.toml or constraints.txt change.
 
@@ -56,9 +60,13 @@ demo: setup  ## Fine-tune the default model over a coordinator and three devices
 	@echo "isthmus demo $(DEMO_ARGS)"
 	@$(BIN)/isthmus demo $(DEMO_ARGS)
 
-test: setup  ## Run all tests and checks. PYTEST_ARGS="tests/split -k lora"
-	@echo "pytest $(PYTEST_ARGS)"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: setup  ## Run the tests and checks of every change. PYTEST_ARGS="tests/split -k lora"
+	@echo "pytest $(PARALLEL) $(PYTEST_ARGS)"
+	@$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
+test-all: setup  ## The same with all combinations and examples; takes several times as long.
+	@echo "pytest $(PARALLEL) $(EVERYTHING) $(PYTEST_ARGS)"
+	@$(BIN)/python -m pytest $(PARALLEL) $(EVERYTHING) $(PYTEST_ARGS)
 
 lint: setup  ## ruff, mypy --strict, and which package may import which.
 	@echo "ruff check"; $(BIN)/ruff check .

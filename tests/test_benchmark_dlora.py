@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from isthmus.split.dlora.module_costs import module_costs
 from isthmus.split.job.groups import KEEP
 from isthmus.split.lora.sites import layout_of
 from isthmus.split.models.source import open_model
+from tests.benchmark import RUNS_APART, run_benchmark, run_benchmark_of_runs
 from tests.split.dlora.jobs import CONFIG, padded_text
 from tests.split.tiny_models import make_model
 
@@ -154,13 +153,15 @@ def test_every_budget_has_its_runs_and_codecs_come_on_top() -> None:
     assert [case.named for case in only if case.choice == "named"] == [("layers.0.", "v_proj")]
 
 
-def test_the_command_runs_and_writes_its_figures_and_its_picture(text: Path, tmp_path: Path) -> None:
+@pytest.mark.long
+@RUNS_APART
+def test_the_command_runs_and_writes_its_figures_and_its_picture(text: Path, tmp_path: Path, apart: bool) -> None:
     out, picture = tmp_path / "dlora.json", tmp_path / "map.png"
-    command = [sys.executable, "-m", "benchmarks.dlora", "--quick", "--data", "shakespeare", "--shakespeare", str(text)]
-    command += ["--workers", "1", "--choices", "controller", "--json", str(out), "--heat-map", str(picture)]
-    command += ["--link", "", "--pretrain-steps", "30", "--pretrain-text", str(text)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    options = ["--quick", "--data", "shakespeare", "--shakespeare", str(text)]
+    options += ["--workers", "1", "--choices", "controller", "--json", str(out), "--heat-map", str(picture)]
+    options += ["--link", "", "--pretrain-steps", "30", "--pretrain-text", str(text)]
+    status, printed, err = run_benchmark_of_runs("dlora", *options, apart=apart)
+    assert status == 0, printed + err
     result = json.loads(out.read_text())
     assert set(keys([])) <= result.keys()
     first = result["rows"][0]
@@ -170,22 +171,17 @@ def test_the_command_runs_and_writes_its_figures_and_its_picture(text: Path, tmp
 
 
 def test_a_link_that_cannot_be_is_refused_before_any_run(text: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.dlora", "--data", "shakespeare", "--shakespeare", str(text)]
-    done = subprocess.run(
-        [*command, "--link", "soon"], capture_output=True, text=True, env={"COLUMNS": "500"}, check=False, timeout=100
-    )
-    assert done.returncode == 1
-    assert done.stdout.startswith("error: ")
-    assert "soon" in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
+    options = ["--data", "shakespeare", "--shakespeare", str(text), "--link", "soon"]
+    status, out, _ = run_benchmark("dlora", *options)
+    assert status == 1
+    assert out.startswith("error: ")
+    assert "soon" in out
 
 
 def test_a_missing_file_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.dlora", "--data", "e2e", "--e2e", str(tmp_path / "none.csv")]
-    done = subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "500"}, check=False)
-    assert done.returncode == 1
-    assert done.stdout.strip().startswith("error: no e2e data at")
-    assert "Traceback" not in done.stdout + done.stderr
+    status, out, _ = run_benchmark("dlora", "--data", "e2e", "--e2e", str(tmp_path / "none.csv"))
+    assert status == 1
+    assert out.strip().startswith("error: no e2e data at")
 
 
 @pytest.mark.parametrize("cut", [0, 1])

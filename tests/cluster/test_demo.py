@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.processes]
 
 
 def run_demo(folder: Path, *arguments: str) -> dict[str, Any]:
@@ -77,6 +77,7 @@ def test_no_process_is_left_behind(report: dict[str, Any]) -> None:
     assert not processes_left(report)
 
 
+@pytest.mark.exhaustive  # on every change, test_narrow_link has a device on one
 def test_each_device_may_have_a_narrow_link_of_its_own(tmp_path: Path) -> None:
     narrow = run_demo(tmp_path, "--link", "50mbit,10ms", "--steps", "10")
     assert narrow["perplexity_after"] < 0.95 * narrow["perplexity_before"]

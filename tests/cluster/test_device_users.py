@@ -94,7 +94,7 @@ def test_devices_answer_for_themselves_like_the_whole_model(house: House, wanted
             assert [hop["span"] for hop in other["stats"]["hops"]] == spans
         seeded = ("--temperature", "0.8", "--top-p", "0.9", "--seed", "7")
         assert len({generate(house, "d1", "--blocks", blocks, *seeded).out for blocks in "02"}) == 1
-        house.cluster.kill("d1")  # the command needs no daemon
+        house.cluster.kill("d1", signal.SIGTERM)  # the command needs no daemon
         told = generate(house, "d1", "--prompt", "-", "--stats", text=PROMPT)
         assert told.out.startswith(wanted[1] + "\n")
         assert "tokens a second" in " ".join(told.out.split())
@@ -124,6 +124,7 @@ def test_a_copy_of_the_model_is_used_if_it_is_the_coordinators(house: House, wan
         assert "differ from the coordinator's" in generate(house, "d1", "--model", f"={other}").line
 
 
+@pytest.mark.processes
 def test_a_holder_that_is_killed_in_the_middle_changes_no_answer(house: House, wanted: list[str]) -> None:
     with served(house, "cloud:0-1,d0+d1:1-4", users=("d2",)) as model:
         with generating(house, "d2", "--stats") as process:
@@ -135,6 +136,7 @@ def test_a_holder_that_is_killed_in_the_middle_changes_no_answer(house: House, w
         assert {(one["lost"], one["holder"]) for one in model.stats()["recoveries"]} <= {("d0", "d1")}
 
 
+@pytest.mark.processes
 def test_a_user_that_is_killed_frees_its_sequences_and_ctrl_c_ends_the_command(house: House) -> None:
     with served(house, "d0:0-4", users=("d1", "d2"), guests=1, context=128) as model:
         holder = house.cluster.processes["d0"]

@@ -54,6 +54,7 @@ def test_a_job_of_devices_that_differ_equals_the_same_job_in_one_process(
         assert not torch.equal(model(input_ids=ids).logits, without)
 
 
+@pytest.mark.processes
 def test_the_deaths_of_a_device_and_of_the_stage_lose_nothing(house: House) -> None:
     config = MIXED.but(steps=900, aggregate_every=5, checkpoint_every=20, learning_rate=1e-4)
     with house.connect() as connection:

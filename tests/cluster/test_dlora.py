@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,11 +52,11 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 def allowing(house: House) -> Iterator[House]:
     """d0 and d1 let what their modules learn go to the coordinator."""
     for name in ("d0", "d1"):
-        house.cluster.kill(name)
+        house.cluster.kill(name, signal.SIGTERM)
         house.start(name, arguments=["--threads", "1", *ALLOWED])
     yield house
     for name in ("d0", "d1"):
-        house.cluster.kill(name)
+        house.cluster.kill(name, signal.SIGTERM)
 
 
 def test_each_device_gets_the_adapter_of_the_same_job_in_one_process(house: House) -> None:
@@ -82,6 +83,7 @@ def test_each_device_gets_the_adapter_of_the_same_job_in_one_process(house: Hous
     assert not (house.cluster.folder / "coordinator" / "jobs" / job / "adapter").exists()
 
 
+@pytest.mark.processes
 def test_a_device_that_is_killed_in_the_midst_of_an_exchange_does_each_step_once(house: House) -> None:
     config = DLORA.but(steps=60, checkpoint_every=10)
     with house.connect() as connection:
@@ -98,6 +100,7 @@ def test_a_device_that_is_killed_in_the_midst_of_an_exchange_does_each_step_once
     assert len(report["losses"]) == config.steps
 
 
+@pytest.mark.processes
 def test_a_job_survives_the_death_of_its_stage(house: House) -> None:
     config = DLORA.but(steps=120, checkpoint_every=10)
     with house.connect() as connection:

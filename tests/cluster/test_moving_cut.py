@@ -1,15 +1,16 @@
-"""A device that comes back slower in the middle of a job gives blocks up: over real sockets and processes."""
+"""A device that comes back slower in the middle of a job gives blocks up: over real sockets."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
 
-from isthmus.coordinator.emulation.local_cluster import LocalCluster
 from isthmus.split.models.default_model import DEFAULT_MODEL_FOLDER
 from tests.cluster.house import TINY, House, events_of, events_until, step_reached, succeeded, write_text
+from tests.cluster.in_process import InProcessCluster
 
 pytestmark = pytest.mark.cluster
 
@@ -21,7 +22,7 @@ def house_of_a_slow_coordinator(tmp_path_factory: pytest.TempPathFactory) -> Ite
     """For which it is best that a device has most of the blocks."""
     folder = tmp_path_factory.mktemp("moving")
     texts = {"device": write_text(folder / "device.txt", 0, 60)}
-    with LocalCluster(folder, coordinator_threads=1) as cluster:
+    with InProcessCluster(folder, coordinator_threads=1) as cluster:
         cluster.start_coordinator(arguments=["--slow-down", "4"])
         house = House(cluster, DEFAULT_MODEL_FOLDER, texts)
         house.start("device")
@@ -38,7 +39,7 @@ def test_a_device_that_comes_back_slower_gives_blocks_up_and_the_loss_does_not_j
         had = first.shape.cut
         assert had > 1
         reached = step_reached(connection, job, 4)
-        house.cluster.kill("device")
+        house.cluster.kill("device", signal.SIGTERM)
         house.start("device", arguments=["--threads", "1", "--slow-down", "16"])
         second = events_until(connection, job, lambda event: event.HasField("shape"), after=reached.number)
         moved = second.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from isthmus.client.identity import enrol
 from isthmus.coordinator.emulation import Cut, LinkSpec, LinkThread
+from isthmus.coordinator.emulation.line import PACKET
 from isthmus.coordinator.emulation.local_cluster import LocalCluster
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1 import stage_pb2
@@ -28,6 +30,7 @@ from tests.cluster.house import (
     wait_for,
     write_text,
 )
+from tests.cluster.in_process import InProcessCluster
 from tests.cluster.test_bad_frames import RawDevice, agreeable_open, exchange
 from tests.split.tiny_models import make_model
 
@@ -36,6 +39,7 @@ pytestmark = pytest.mark.cluster
 HOST = "127.0.0.2"  # under which the device knows the coordinator
 NARROW = LinkSpec.parse_short("20mbit,40ms")
 NARROWER = LinkSpec.parse_short("4mbit,40ms")  # on which fewer bytes are quicker, however slow the machine
+HEADERS = 66  # bytes: Ethernet, IP, TCP
 HIDDEN = 64
 CONFIG = TINY.but(
     batch_size=8, sequence_length=64, codec="auto", micro_batches=0, aggregate_every=2, checkpoint_every=10
@@ -50,25 +54,37 @@ class FarHouse(House):
 
 
 @pytest.fixture(scope="module")
-def only_house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarHouse]:
-    folder = tmp_path_factory.mktemp("narrow")
+def far_house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FarHouse]:
+    """In this process."""
+    with InProcessCluster(tmp_path_factory.mktemp("narrow"), coordinator_threads=1) as cluster:
+        cluster.start_coordinator(stage_ports=4)
+        yield from _with_a_far_device(cluster)
+
+
+@pytest.fixture(scope="module")
+def far_house_of_processes(house_of_processes: House) -> Iterator[FarHouse]:
+    yield from _with_a_far_device(house_of_processes.cluster)
+
+
+def _with_a_far_device(cluster: LocalCluster) -> Iterator[FarHouse]:
+    folder = cluster.folder / "narrow"
     model = make_model(folder / "model", "llama", layers=3, hidden=HIDDEN)
     text = write_text(folder / "far.txt", 0, 300)
-    with LocalCluster(folder, coordinator_threads=1) as cluster:
-        cluster.start_coordinator(stage_ports=4)
-        control, stages = cluster.link_pairs(HOST)[:2], cluster.link_pairs(HOST)[2:]
-        with LinkThread(LinkSpec(), control), LinkThread(NARROW, stages) as link:
-            house = FarHouse(cluster, model, {"far": text}, link)
-            house.start("far", host=HOST)
-            yield house
-            cluster.stop()
+    control, stages = cluster.link_pairs(HOST)[:2], cluster.link_pairs(HOST)[2:]
+    with LinkThread(LinkSpec(), control), LinkThread(NARROW, stages) as link:
+        house = FarHouse(cluster, model, {"far": text}, link)
+        house.start("far", host=HOST, arguments=["--threads", "1", "--allow", "splitlora"])
+        yield house
+        cluster.kill("far", signal.SIGTERM)
 
 
 @pytest.fixture
-def house(only_house: FarHouse) -> Iterator[FarHouse]:
-    only_house.link.set(NARROW)
-    yield only_house
-    only_house.cancel_all()
+def house(request: pytest.FixtureRequest) -> Iterator[FarHouse]:
+    real = request.node.get_closest_marker("processes") is not None
+    shared: FarHouse = request.getfixturevalue("far_house_of_processes" if real else "far_house")
+    shared.link.set(NARROW)
+    yield shared
+    shared.cancel_all()
 
 
 def rows_of(device: dict[str, Any], *kinds: str) -> list[dict[str, Any]]:
@@ -100,6 +116,7 @@ def test_on_a_narrow_link_training_takes_an_eighth_of_the_bytes(house: FarHouse)
     assert rate_in(sentence) < 5  # less than the link's 4 where the machine was busy with other things
 
 
+@pytest.mark.processes  # of each end the kernel counts its own
 def test_every_byte_is_counted(house: FarHouse) -> None:
     config = CONFIG.but(cut_layer=2, steps=4, sequence_length=128, aggregate_every=4)
     before = house.link.bytes_up, house.link.bytes_down
@@ -115,9 +132,11 @@ def test_every_byte_is_counted(house: FarHouse) -> None:
     ):
         by_stage = sum(row["payload_bytes"] + row["overhead_bytes"] for row in device["traffic"]
                        if row["direction"] == direction)  # fmt: skip
-        # The kernel counts headers and acknowledgements too, which the link does not: 66 bytes for some thousands.
-        assert on_link * 0.995 < by_device < on_link * 1.04
-        assert on_link * 0.995 < by_stage < on_link * 1.04
+        # The kernel counts headers too, which the link does not: at most about as many as if each packet were full and
+        # acknowledged by itself. On a busy machine it comes near to that.
+        most = on_link + HEADERS * sum(crossed) / PACKET
+        assert on_link * 0.995 < by_device < most
+        assert on_link * 0.995 < by_stage < most
     assert 0 < device["link_seconds"] <= device["wait_seconds"]
 
 
@@ -133,6 +152,7 @@ def settled_memory(process: psutil.Process) -> int:
     return readings[-1]
 
 
+@pytest.mark.processes
 def test_a_device_that_is_stopped_costs_the_stage_no_memory_and_goes_on_when_it_is_let(house: FarHouse) -> None:
     config = CONFIG.but(steps=60, micro_batches=8)
     with house.connect() as connection:
@@ -147,6 +167,7 @@ def test_a_device_that_is_stopped_costs_the_stage_no_memory_and_goes_on_when_it_
     assert len(report["losses"]) == config.steps
 
 
+@pytest.mark.processes
 def test_a_device_that_takes_no_answers_gets_no_more_of_them(house: FarHouse) -> None:
     """It asks for 400 MiB and reads nothing. It holds the others up, and when it has gone they go on."""
     raw = RawDevice(enrol(house.cluster.folder / "deaf", house.address, house.cluster.token("deaf")))

@@ -16,7 +16,7 @@ from isthmus.coordinator.emulation.local_cluster import LocalCluster, alive_afte
 from tests.cluster.house import LIMIT, TINY, House, succeeded, wait_for, write_text
 from tests.split.tiny_models import make_model
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.processes]
 
 
 @pytest.fixture

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
 import pytest
 
+from isthmus.client.cli import main as client_main
 from isthmus.client.identity import enrol
 from isthmus.coordinator.control.authority import Authority
 from isthmus.protos.v1 import coordinator_pb2 as pb
@@ -21,7 +21,7 @@ from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
 from isthmus.protos.v1.stage_pb2_grpc import StageStub
 from isthmus.split.errors import IsthmusError, LinkLost, NotAllowed, NotEnrolled
 from isthmus.split.tls import SERVER_NAME, Credentials, channel, error_of
-from tests.cluster.house import LIMIT, TINY, House, events_of, events_until, refusal
+from tests.cluster.house import LIMIT, TINY, House, events_of, events_until, refusal, run_cli
 
 pytestmark = pytest.mark.cluster
 
@@ -164,30 +164,13 @@ def test_tokens_that_were_used_or_are_too_old_are_refused_with_one_line(house: H
     with house.connect() as connection:
         old = connection.stub.CreateToken(pb.CreateTokenRequest(name="later", lifetime_seconds=1e-3)).token
     text = str(house.texts["d0"])
-    runs = {
-        token: subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "isthmus.client.cli",
-                "run",
-                "--coordinator",
-                house.address,
-                "--data",
-                f"notes={text}",
-            ],
-            env={**os.environ, "ISTHMUS_TOKEN": token, "ISTHMUS_STATE_DIR": str(tmp_path / str(number))},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number, token in enumerate((used, old, "ist1.nonsense"))
-    }
+    words = ["run", "--coordinator", house.address, "--data", f"notes={text}"]
     lines = []
-    for token, process in runs.items():
-        out, err = process.communicate(timeout=LIMIT)
-        assert process.returncode == 1
-        assert out == ""
+    for number, token in enumerate((used, old, "ist1.nonsense")):
+        given = {"ISTHMUS_TOKEN": token, "ISTHMUS_STATE_DIR": str(tmp_path / str(number))}
+        with mock.patch.dict(os.environ, given):
+            status, out, err = run_cli(*words, main=client_main)
+        assert (status, out) == (1, "")
         assert err.count("\n") == 1, err
         assert token not in err
         lines.append(err)

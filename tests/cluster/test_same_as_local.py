@@ -21,8 +21,16 @@ from tests.split.jobs import split_run
 pytestmark = pytest.mark.cluster
 
 
-@pytest.mark.parametrize("labels", ["device", "server"])
-@pytest.mark.parametrize("devices", [["d0"], ["d0", "d1", "d2"]], ids=["one device", "three devices"])
+@pytest.mark.parametrize(
+    ("devices", "labels"),
+    [
+        (["d0"], "device"),
+        (["d0"], "server"),
+        (["d0", "d1", "d2"], "server"),
+        pytest.param(["d0", "d1", "d2"], "device", marks=pytest.mark.processes),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)} devices",
+)
 def test_a_job_over_the_network_equals_the_same_job_in_one_process(
     house: House, tmp_path: Path, labels: str, devices: list[str]
 ) -> None:

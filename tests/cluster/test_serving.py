@@ -146,7 +146,14 @@ def adapters(shared_house: House, tmp_path_factory: pytest.TempPathFactory) -> l
     ]
 
 
-def test_adapters_are_chosen_by_the_requests_model_and_survive_a_death(house: House, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=[pytest.mark.processes, pytest.mark.exhaustive])],
+    ids=["ended", "killed"],
+)
+def test_adapters_are_chosen_by_the_requests_model_and_survive_a_holders_end(
+    house: House, tmp_path: Path, number: int
+) -> None:
     made = make_model(tmp_path / "model", "llama", layers=4, hidden=64)  # wide enough for a graph
     adapters = [
         make_adapter(tmp_path / "formal", made, seed=1),
@@ -157,7 +164,7 @@ def test_adapters_are_chosen_by_the_requests_model_and_survive_a_death(house: Ho
     with served(replace(house, model=made), "d0+d1:0-2,cloud:2-4", adapters=configs, runtime="onnxruntime") as model:
         assert [one["id"] for one in httpx2.get(f"{model.url}/models", timeout=LIMIT).json()["data"]] == names
         victim = model.stats()["hops"][0]["holder"]
-        assert model.while_answering(lambda: house.cluster.kill(victim), names) == wanted
+        assert model.while_answering(lambda: house.cluster.kill(victim, number), names) == wanted
         assert {one["lost"] for one in model.stats()["recoveries"]} == {victim}
         body = {"model": "other", "prompt": "x"}
         unknown = httpx2.post(f"{model.url}/completions", json=body, timeout=LIMIT)
@@ -221,6 +228,7 @@ def test_a_lossy_codec_makes_fewer_bytes(house: House) -> None:
     assert sizes["float16"] < 0.7 * sizes["none"]
 
 
+@pytest.mark.processes
 def test_killed_devices_and_actors_change_no_answer(house: House, wanted: list[str]) -> None:
     chance = random.Random(7)
     with served(house, "d0+d1:0-2,cloud:2-4") as model:
@@ -237,6 +245,7 @@ def test_killed_devices_and_actors_change_no_answer(house: House, wanted: list[s
     house.start("d1")
 
 
+@pytest.mark.processes
 def test_drafts_change_no_answer_whoever_dies(house: House, wanted: list[str]) -> None:
     for draft in ("lookup", str(house.model)):
         with served(house, "d0+d1:0-2,cloud:2-4", draft=draft) as model:

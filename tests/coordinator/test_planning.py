@@ -30,13 +30,13 @@ def profile(rate: float, memory: int = 2**40, trip: float = 0.001, **changes: An
 
 
 def plan(model: ModelFolder, stages: str, profiles: dict[str, pb.Profile], **settings: Any) -> StagesPlan:
-    serving = ServingConfig(parse_stages(stages), "m", **({"context": 64, "sequences": 2} | settings))
+    serving = ServingConfig.of(spans=parse_stages(stages), name="m", **({"context": 64, "sequences": 2} | settings))
     return plan_serving(model, serving, profiles)
 
 
 def blocks(model: ModelFolder, count: int) -> int:
     """The memory that so many blocks take."""
-    return memory_of(model, SpanConfig(0, count, ()), ServingConfig((), "m", context=64, sequences=2))
+    return memory_of(model, SpanConfig(0, count, ()), ServingConfig.of(spans=(), name="m", context=64, sequences=2))
 
 
 def ends(model: ModelFolder) -> int:
@@ -143,7 +143,7 @@ def test_auto_keeps_blocks_at_the_coordinator_whatever_a_device_says_of_itself(m
 
 
 def test_what_auto_chooses_has_room_for_guests_and_adapters(model: ModelFolder) -> None:
-    serving = ServingConfig((), "m", context=64, sequences=2)
+    serving = ServingConfig.of(spans=(), name="m", context=64, sequences=2)
     adapter = 10_000
     enough = blocks(model, 6) + 6 * adapter
     nodes = {CLOUD: profile(1e9, ends(model)), "laptop": profile(1e9, enough)}

@@ -20,6 +20,7 @@ from isthmus.split.models.blobs import BlobModel, BlobStore
 from isthmus.split.models.manifest import Blob, Manifest, build_manifest, holder_digest, read_blob, restrict
 from isthmus.split.models.source import ModelFolder
 from isthmus.split.models.stage import build_stages, cut_u_shaped
+from tests.examples import examples
 from tests.split.tiny_models import make_model
 
 
@@ -185,7 +186,7 @@ def test_a_model_of_fetched_blobs_is_the_folders_model(
 
 
 @given(data=st.binary(max_size=300), cuts=st.lists(st.integers(0, 300), max_size=5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_a_download_goes_on_after_any_cuts(
     data: bytes, cuts: list[int], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -13,7 +13,7 @@ from isthmus.split.resources.ledger import Ledger
 from isthmus.split.resources.prices import Prices
 from isthmus.split.resources.tcp import Counted
 from isthmus.split.resources.traffic import Traffic
-from isthmus.split.training.device import numbers_of
+from isthmus.split.training.frames import numbers_of
 
 
 def test_flops_are_those_of_the_matrix_products_and_are_counted_each_time() -> None:

@@ -7,7 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,6 @@ from tests.split.tiny_models import ARCHITECTURES, VOCABULARY, change_config, ma
 
 LAYERS = 6
 MakeModel = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def _few_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -382,6 +374,7 @@ print(json.dumps({"grown": peak() - baseline, "held": held, "read": sorted(sourc
 
 
 @pytest.mark.large
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_building_an_eighth_of_a_model_of_over_1_gb_needs_an_eighth_of_its_memory(tmp_path: Path) -> None:
     try:

@@ -20,6 +20,8 @@ import pytest
 from isthmus.split.resources import tcp
 from isthmus.split.resources.tcp import Counted, counted
 
+pytestmark = pytest.mark.xdist_group("namespaces")  # with the same addresses: one after the other
+
 LIMIT = 30.0
 _NUMBERS = itertools.count()
 NET = "198.18.77"  # of the block that is for measurements of networks (RFC 2544)

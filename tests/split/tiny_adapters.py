@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from isthmus.split.models.architectures import architecture_of
 from isthmus.split.models.source import open_model
-from tests.split.generation.whole import whole_model
+from tests.split.generation.whole import loaded_model
 
 
 def make_adapter(folder: Path, model: Path, *, seed: int = 0, **settings: Any) -> Path:
@@ -20,7 +20,7 @@ def make_adapter(folder: Path, model: Path, *, seed: int = 0, **settings: Any) -
     chosen = {"r": 4, "lora_alpha": 8, "target_modules": list(architecture.linear_modules)} | settings
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = get_peft_model(whole_model(model), LoraConfig(task_type="CAUSAL_LM", **chosen))
+        adapted = get_peft_model(loaded_model(model), LoraConfig(task_type="CAUSAL_LM", **chosen))
         generator = torch.Generator().manual_seed(seed)
         for name, value in adapted.named_parameters():
             if "lora_" in name:
@@ -33,4 +33,4 @@ def with_adapter(model: Path, adapter: Path) -> Any:
     """The whole model with an adapter, as peft computes it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return PeftModel.from_pretrained(whole_model(model), str(adapter)).eval()
+        return PeftModel.from_pretrained(loaded_model(model), str(adapter)).eval()

@@ -16,6 +16,7 @@ from isthmus.coordinator.gateway import make_app
 from isthmus.split.errors import BadRequest, IsthmusError, LinkLost, NotFound
 from isthmus.split.inference.request import Busy
 from tests.coordinator.gateway.generators import ask, forever, saying, served_model, sha256_of
+from tests.examples import examples
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -329,7 +330,7 @@ MESSAGES = st.lists(
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     body=st.dictionaries(st.sampled_from(NAMES), JSON, max_size=6),
     model=st.just("m") | JSON,
@@ -345,7 +346,7 @@ def test_no_json_makes_it_fail(path: str, body: dict[str, Any], model: Any, prom
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(body=st.binary(max_size=60) | st.text(max_size=40).map(lambda text: f'{{"model":"m","prompt":{text}'.encode()))
 def test_no_bytes_make_it_fail(path: str, body: bytes) -> None:
     fault(ask(saying("hello"), path, body), 400)

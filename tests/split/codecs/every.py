@@ -52,6 +52,9 @@ EVERY = [
     *PIPELINES,
 ]
 
+OFTEN = {*QUANTISERS, *PIPELINES, "hadamard,int4", "shuffle,zstd", "topk:0.1,zstd"}
+"""Each part once, and pipelines that are used; the other combinations are for `make test-all`."""
+
 SHAPES: list[tuple[int, ...]] = [
     *((), (1,), (7,), (100,), (256,), (512,)),
     *((1, 1), (5, 1), (2, 7), (3, 63), (4, 65), (3, 100), (2, 256), (40, 16)),

@@ -15,6 +15,7 @@ from isthmus.split.codecs.base import Entropy
 from isthmus.split.codecs.entropy import Range, Zstd
 from isthmus.split.codecs.plain import PLAIN
 from isthmus.split.errors import CodecError
+from tests.examples import examples
 
 CODERS: list[Entropy] = [Range(), Zstd(), Zstd(level=9)]
 ALL = pytest.mark.parametrize("coder", CODERS, ids=lambda coder: coder.name)
@@ -40,7 +41,7 @@ def random_symbols(rows: int, width: int, low: int, high: int, seed: int, kind: 
 
 
 @ALL
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=examples(80), deadline=None, derandomize=True)
 @given(
     rows=st.sampled_from([1, 2, 7, 64, 300]),
     width=st.sampled_from([1, 3, 16, 65, 256]),

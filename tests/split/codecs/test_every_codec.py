@@ -14,9 +14,11 @@ from isthmus.split.codecs import CodecState, parse
 from isthmus.split.codecs.entropy import Zstd
 from isthmus.split.codecs.plain import Plain
 from isthmus.split.errors import CodecError
+from tests.examples import examples
 from tests.split.codecs.every import (
     EMPTY,
     EVERY,
+    OFTEN,
     QUANTISERS,
     SHAPES,
     decoded_or_refused,
@@ -27,8 +29,10 @@ from tests.split.codecs.every import (
     tensors,
 )
 
-few = settings(max_examples=10, deadline=None, derandomize=True)
-every = pytest.mark.parametrize("name", EVERY)
+few = settings(max_examples=examples(10), deadline=None, derandomize=True)
+every = pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.exhaustive) for name in EVERY]
+)
 SMALL = (3, 40)
 
 
@@ -51,7 +55,7 @@ def test_a_tensor_comes_back_in_its_shape_and_takes_no_more_than_was_said(name: 
 
 
 @pytest.mark.parametrize("name", [name for name in QUANTISERS if stated_bound(name, torch.ones(1)) is not None])
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=examples(60), deadline=None, derandomize=True)
 @given(x=tensors())
 def test_the_error_is_within_the_stated_bound(name: str, x: torch.Tensor) -> None:
     bound = stated_bound(name, x)
@@ -116,7 +120,7 @@ def test_layout_and_float_type_of_the_input_do_not_matter(name: str) -> None:
 
 
 @every
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=examples(15), deadline=None, derandomize=True)
 @given(size=st.none() | st.integers(0, 700), seed=st.integers(0, 2**20), zeros=st.floats(0, 1))
 def test_any_bytes_give_a_tensor_or_are_refused(name: str, size: int | None, seed: int, zeros: float) -> None:
     codec, chance = parse(name), random.Random(seed)

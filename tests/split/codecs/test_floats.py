@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as arrays
 from isthmus.split.codecs import parse
 from isthmus.split.codecs.floats import power_of_two
 from isthmus.split.errors import CodecError
+from tests.examples import examples
 from tests.split.codecs.every import FLOATS, round_trip, state, stated_bound, tensor
 
 any_bits = arrays.arrays(np.uint32, arrays.array_shapes(min_dims=1, max_dims=3, max_side=9))
@@ -19,7 +20,7 @@ finite = arrays.arrays(np.float32, (3, 37), elements=st.floats(-(2.0**127), 2.0*
 
 
 @pytest.mark.parametrize("name", ["none", "shuffle", "lossless"])
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=examples(40), deadline=None, derandomize=True)
 @given(bits=any_bits)
 def test_exact_codecs_give_back_every_bit(name: str, bits: np.ndarray) -> None:
     x = torch.from_numpy(bits.view(np.float32))
@@ -28,7 +29,7 @@ def test_exact_codecs_give_back_every_bit(name: str, bits: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("name", FLOATS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=examples(60), deadline=None, derandomize=True)
 @given(values=finite)
 def test_the_bound_holds_over_the_whole_range_of_float32(name: str, values: np.ndarray) -> None:
     x = torch.from_numpy(values)

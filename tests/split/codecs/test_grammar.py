@@ -10,6 +10,7 @@ from isthmus.split.codecs import FAMILIES, Codec, parse
 from isthmus.split.codecs.grammar import ALIASES, KINDS, Family
 from isthmus.split.codecs.plain import Plain
 from isthmus.split.errors import CodecError
+from tests.examples import examples
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ pieces = st.sampled_from(
 )
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=examples(500), deadline=None, derandomize=True)
 @given(st.text(max_size=220) | names.map(",".join) | st.lists(pieces, max_size=12).map("".join))
 def test_any_text_is_a_codec_with_a_lasting_name_or_is_refused(text: str) -> None:
     try:

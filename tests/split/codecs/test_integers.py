@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from isthmus.split.codecs import parse
 from isthmus.split.errors import CodecError
+from tests.examples import examples
 from tests.split.codecs.every import INTEGERS, round_trip, scales, state, stated_bound, tensor
 
 
@@ -92,7 +93,7 @@ def test_another_seed_gives_other_noise() -> None:
     assert codec.encode(x, state(1)) != codec.encode(x, state(2))
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=examples(50), deadline=None, derandomize=True)
 @given(step=st.integers(-7, 7), scale=st.integers(-30, 30))
 def test_whole_multiples_of_the_scale_come_back_exactly(step: int, scale: int) -> None:
     x = torch.tensor([[7.0, float(step), 0.0, -7.0]]) * 2.0**scale

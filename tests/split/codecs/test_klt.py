@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.split.codecs.base import Codec, CodecState, Transform
+from isthmus.split.codecs.base import Codec, Transform
 from isthmus.split.codecs.entropy import Range
 from isthmus.split.codecs.klt import Klt
 from isthmus.split.codecs.rotation import Hadamard
+from isthmus.split.codecs.state import CodecState
 from isthmus.split.codecs.uniform import Uniform
 from isthmus.split.errors import CodecError
 

@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from isthmus.split.codecs.base import Codec, CodecState, Memory
+from isthmus.split.codecs.base import Codec, Memory
 from isthmus.split.codecs.integers import Integer
 from isthmus.split.codecs.memory import Delta, ErrorFeedback
 from isthmus.split.codecs.plain import PLAIN
+from isthmus.split.codecs.state import CodecState
 from isthmus.split.codecs.uniform import Uniform
 from isthmus.split.errors import CodecError
+from tests.examples import examples
 
 MIB = 1 << 20
 
@@ -66,7 +68,7 @@ def test_delta_costs_less_and_loses_less_as_tensors_settle() -> None:
     assert errors[-1] < 0.02 * errors[0]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=examples(40), deadline=None, derandomize=True)
 @given(
     batches=st.lists(
         st.tuples(

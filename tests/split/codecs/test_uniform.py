@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from isthmus.split.codecs.base import Codec, CodecState, Entropy
+from isthmus.split.codecs.base import Codec, Entropy
 from isthmus.split.codecs.entropy import Range, Zstd
 from isthmus.split.codecs.plain import PLAIN
+from isthmus.split.codecs.state import CodecState
 from isthmus.split.codecs.uniform import Uniform
 from isthmus.split.errors import CodecError
+from tests.examples import examples
 
 ENTROPIES: list[Entropy] = [PLAIN, Zstd(), Range()]
 
@@ -39,7 +41,7 @@ def bound(x: Tensor, quantiser: Uniform) -> Tensor:
 
 
 @pytest.mark.parametrize("entropy", ENTROPIES, ids=lambda entropy: entropy.name)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=examples(60), deadline=None, derandomize=True)
 @given(
     rows=st.sampled_from([1, 3, 40]),
     width=st.sampled_from([1, 5, 64, 256]),

@@ -60,9 +60,21 @@ FEW = {
 }
 
 
+class Houses(dict[str, House]):
+    """By architecture; each is made when it is first asked for."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        super().__init__()
+        self._factory = factory
+
+    def __missing__(self, name: str) -> House:
+        self[name] = House(self._factory.mktemp(name), name)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def houses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, House]:
-    return {name: House(tmp_path_factory.mktemp(name), name) for name in ARCHITECTURES}
+    return Houses(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)

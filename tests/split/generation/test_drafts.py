@@ -349,8 +349,8 @@ async def simulate(
 
 
 @pytest.mark.parametrize("answers", [1, 8])
-@pytest.mark.parametrize("tokens", [4, 16, 64, 400])
-@pytest.mark.parametrize("draft", [0.0, 0.002, 0.01])
+@pytest.mark.parametrize("tokens", [4, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (16, 64)), 400])
+@pytest.mark.parametrize("draft", [0.0, pytest.param(0.002, marks=pytest.mark.exhaustive), 0.01])
 def test_drafts_that_are_wrong_cost_less_than_a_twentieth(answers: int, tokens: int, draft: float) -> None:
     for token in (0.0002, 0.002, 0.01):
         ratio = asyncio.run(

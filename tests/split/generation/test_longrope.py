@@ -18,16 +18,20 @@ GREEDY = Sampling(temperature=0)
 LENGTHS = (5, 20, 31, 32, 33, 40, 60)  # 32 are the model's own
 
 
+@pytest.fixture(scope="module")
+def longrope(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return longrope_model(tmp_path_factory.mktemp("longrope"))
+
+
 @pytest.mark.parametrize("chunk", [8, 16, 64])
 @pytest.mark.parametrize("cuts", [(), (2,), (2, 4)])
 @pytest.mark.parametrize("sequences", [1, 4])
-def test_answers_are_those_of_transformers(tmp_path: Path, cuts: tuple[int, ...], chunk: int, sequences: int) -> None:
-    folder = longrope_model(tmp_path)
+def test_answers_are_those_of_transformers(longrope: Path, cuts: tuple[int, ...], chunk: int, sequences: int) -> None:
     texts = prompts(LENGTHS)
-    wanted = [greedy(whole_model(folder), text, 30) for text in texts]
+    wanted = [greedy(whole_model(longrope), text, 30) for text in texts]
     assert (
         run(
-            lambda: local_engine(open_model(str(folder)), context=100, cuts=cuts, chunk=chunk, sequences=sequences),
+            lambda: local_engine(open_model(str(longrope)), context=100, cuts=cuts, chunk=chunk, sequences=sequences),
             lambda engine: answers(engine, [Request(text, 30, GREEDY) for text in texts]),
         )
         == wanted

@@ -16,6 +16,7 @@ from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
 from isthmus.split.inference.remote import RemoteHolder
 from isthmus.split.inference.wire import MAX_TOKENS, HiddenCoder, codec_for_hidden_states, rows_of, rows_to_proto
 from isthmus.split.runtime.base import BadPosition, Row
+from tests.examples import examples
 
 HIDDEN = 16
 ROWS = [Row(0, 0, 3), Row(5, 7, 1, adapter=2, long=True)]
@@ -146,7 +147,7 @@ def test_what_was_not_agreed_is_refused(message: pb.FromHolder) -> None:
 
 
 @given(st.binary(max_size=60))
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_arbitrary_results_are_refused_and_cost_no_memory(payload: bytes) -> None:
     async def work() -> None:
         remote = holder()

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from isthmus.split.inference.text import TextStream, vocabulary_of
 from isthmus.split.models.source import open_model
+from tests.examples import examples
 from tests.split.tiny_models import make_tokenizer
 
 EMOJI = "🙂👩‍👩‍👧é你"
@@ -88,7 +89,7 @@ def well_formed(name: str, ids: Sequence[int]) -> bool:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(data=st.data())
 def test_any_tokens_give_the_text_of_all_together(name: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
@@ -99,7 +100,7 @@ def test_any_tokens_give_the_text_of_all_together(name: str, data: st.DataObject
 
 
 @pytest.mark.parametrize("name", ["default", "bytes", "sentencepiece"])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(text=st.text(st.sampled_from("a hello.\n" + EMOJI), max_size=30))
 def test_no_character_is_given_out_before_it_is_whole(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
@@ -110,7 +111,7 @@ def test_no_character_is_given_out_before_it_is_whole(name: str, text: str) -> N
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(data=st.data())
 def test_what_is_given_out_ends_before_the_first_stop_string(name: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
@@ -128,7 +129,7 @@ def test_what_is_given_out_ends_before_the_first_stop_string(name: str, data: st
     assert stream.length == len(expected)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(text=st.text("ab", max_size=30), stops=st.lists(st.text("ab", min_size=1, max_size=6), max_size=3))
 def test_nothing_is_given_out_that_could_begin_a_stop_string_and_nothing_else_is_held(
     text: str, stops: list[str]

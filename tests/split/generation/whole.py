@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -19,11 +21,33 @@ T = TypeVar("T")
 
 
 def whole_model(folder: Path) -> Any:
+    """Loaded once, as long as its files are the same: nobody changes it."""
+    return _loaded(folder, tuple((path.name, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())))
+
+
+@functools.lru_cache(16)
+def _loaded(folder: Path, files: tuple[tuple[str, int], ...]) -> Any:
+    return loaded_model(folder)
+
+
+def loaded_model(folder: Path) -> Any:
+    """The caller's own: peft changes the model that it is given."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
-    """What `transformers.generate` adds, EOS or not."""
+    """What `transformers.generate` adds, EOS or not; computed once."""
+    known = _known.setdefault(model, {})
+    key = (tuple(prompt), count)
+    if key not in known:
+        known[key] = _generated(model, *key)
+    return list(known[key])
+
+
+_known: WeakKeyDictionary[Any, dict[tuple[tuple[int, ...], int], list[int]]] = WeakKeyDictionary()
+
+
+def _generated(model: Any, prompt: Sequence[int], count: int) -> list[int]:
     ids = torch.tensor([list(prompt)])
     output = model.generate(
         ids,
