@@ -9,15 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PretrainedConfig
+
 from isthmus.split.errors import BadRequest
 from isthmus.split.inference.exits import parse_exit
 from isthmus.split.inference.local import EARLY, NONE
 from isthmus.split.inference.wire import codec_for_hidden_states
-from isthmus.split.lora.served import LoraAdapter
-from isthmus.split.models.source import TensorSource
-from isthmus.split.models.stage import StageSpec, skeleton
+from isthmus.split.plan.memory import ServedMemory
 from isthmus.split.runtime.choose import AUTO, check_runtime
-from isthmus.split.runtime.speed import BYTES
 from isthmus.split.tls import check_name
 
 CLOUD = "cloud"  # as a holder: an actor at the coordinator
@@ -211,28 +210,6 @@ def check_spans(spans: Sequence[SpanConfig], layers: int) -> None:
         raise BadRequest(f"stages: device {twice} is named twice; it can hold one range of blocks")
 
 
-def memory_of(
-    source: TensorSource, span: SpanConfig, serving: ServingConfig, adapters: Sequence[LoraAdapter] = ()
-) -> int:
-    """Bytes of a span's weights and of its adapters, with keys and values (float32) of as many sequences and tokens as
-    are served."""
-    loras = adapter_bytes(adapters, span.first, span.last)
-    return weight_bytes(source, span, serving) + cache_bytes(source, span, serving) + loras
-
-
-def adapter_bytes(adapters: Sequence[LoraAdapter], first: int, last: int) -> int:
-    """Of A and B for these blocks; as a graph has them, filled up to the largest, with one of zeros for the base."""
-    largest = max((adapter.values(first, last) for adapter in adapters), default=0)
-    return 4 * (1 + len(adapters)) * largest
-
-
-def weight_bytes(source: TensorSource, span: SpanConfig, serving: ServingConfig) -> int:
-    blocks = skeleton(source.config, StageSpec(span.first, span.last, embeds=False, head=False))
-    return int(BYTES[serving.weights] * sum(value.numel() for value in blocks.parameters()))
-
-
-def cache_bytes(source: TensorSource, span: SpanConfig, serving: ServingConfig) -> int:
-    config = source.config
-    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 8 * (span.last - span.first) * serving.room * serving.context * heads * head_size
+def memory_of(config: PretrainedConfig, serving: ServingConfig) -> ServedMemory:
+    """What its parts take at those who hold them. config: of the whole model."""
+    return ServedMemory(config, serving.weights, serving.room, serving.context)

@@ -26,6 +26,7 @@ from isthmus.split.job.shapes import ByName, Shape, asked
 from isthmus.split.link.profile import LinkProfile
 from isthmus.split.plan.choose import FRONT, FRONT_BACKWARD, TAIL, Planner, View
 from isthmus.split.plan.costs import Costs
+from isthmus.split.plan.memory import training_bytes
 from isthmus.split.plan.pipeline import StepCosts, step_seconds
 
 _CUT_SLACK = 1.03  # over the shortest step, below which no block is worth being held by a device
@@ -94,7 +95,10 @@ def choose_shapes(
     server_seconds = job.server_seconds(best)
     return {
         name: Choice(
-            best[name], one.seconds(best[name], server_seconds), greatest, costs.memory(best[name].cut, best[name].rank)
+            best[name],
+            one.seconds(best[name], server_seconds),
+            greatest,
+            training_bytes(costs, best[name].cut, best[name].rank),
         )
         for name, one in job.devices.items()
     }
@@ -109,7 +113,7 @@ def expected_step(costs: Costs, devices: Mapping[str, Able], server: Able, shape
 
 def check_memory(costs: Costs, device: str, shape: Shape, memory: float, share: str = "share") -> None:
     """Raises BadRequest where it is not enough. memory: bytes that a job may take; 0: not known. share: in words."""
-    needed, training = costs.memory(shape.cut, shape.rank), costs.training
+    needed, training = training_bytes(costs, shape.cut, shape.rank), costs.training
     if memory and needed > memory:
         raise BadRequest(
             f"device {device} has {memory / 2**30:.2f} GiB of memory for a job; its {share} ({shape}, batches of "
@@ -194,7 +198,8 @@ class _Device:
         self._costs = self._step_costs(Shape(self.cuts[0], self.ranks[0]))
 
     def fits(self, shape: Shape) -> bool:
-        return not self.able.memory or self.costs.memory(shape.cut, shape.rank) <= _OF_MEMORY * self.able.memory
+        needed = training_bytes(self.costs, shape.cut, shape.rank)
+        return not self.able.memory or needed <= _OF_MEMORY * self.able.memory
 
     def largest(self, at_most: Shape, server: tuple[float, float], deadline: float) -> Shape:
         """The largest cut up to this one that keeps the deadline; the smallest where none does."""
