@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.codecs import parse
 from isthmus.split.errors import BadRequest, UnsupportedModel
-from isthmus.split.inference.serving import CLOUD, ServingConfig, SpanConfig, cache_bytes, format_stages, weight_bytes
+from isthmus.split.inference.serving import CLOUD, ServingConfig, SpanConfig, format_stages, memory_of
 from isthmus.split.link.profile import LinkProfile
 from isthmus.split.models.source import TensorSource
 from isthmus.split.plan.serving_speed import Node, Placement, ServedSizes, best_chain, best_single, token_seconds
@@ -111,9 +111,9 @@ def _comparison(
 
 
 def _node(name: str, profile: pb.Profile, source: TensorSource, serving: ServingConfig) -> Node:
-    memory = profile.accelerator_bytes or profile.memory_bytes or math.inf
+    memory = memory_to_use(profile) or math.inf
     if name == CLOUD:
-        memory -= _ends_bytes(source, serving)
+        memory -= memory_of(source.config, serving).ends_bytes
     speed = _speed(profile, source, serving, serving.chain.weights)
     if speed is None or not profile.HasField("link"):
         return Node(name, memory, None)
@@ -122,23 +122,21 @@ def _node(name: str, profile: pb.Profile, source: TensorSource, serving: Serving
 
 
 def _served(source: TensorSource, serving: ServingConfig, here: pb.Profile, adapter_bytes: float) -> ServedSizes:
-    config = source.config
-    one = SpanConfig(0, 1, (CLOUD,))
-    values = config.vocab_size * config.hidden_size
-    weights = _head_weights(serving)
-    head = _speed(here, source, serving, weights)
+    config, memory = source.config, memory_of(source.config, serving)
+    head = _speed(here, source, serving, memory.head_weights)
+    head_bytes = memory.end_values * BYTES[memory.head_weights]
     return ServedSizes(
         blocks=config.num_hidden_layers,
-        block_bytes=weight_bytes(source, one, serving) + adapter_bytes,
-        cache_bytes=cache_bytes(source, one, serving),
+        block_bytes=memory.weight_bytes(1) + adapter_bytes,
+        cache_bytes=memory.cache_bytes(1),
         hidden_bytes=parse(serving.chain.codec).wire_bytes((1, config.hidden_size)),
-        gateway_seconds=0.0 if head is None else head.batch_seconds + values * BYTES[weights] / head.bytes_per_second,
+        gateway_seconds=0.0 if head is None else head.batch_seconds + head_bytes / head.bytes_per_second,
     )
 
 
 def _speed(profile: pb.Profile, source: TensorSource, serving: ServingConfig, weights: str) -> Speed | None:
     """Of the runtime that a holder there will have."""
-    block = weight_bytes(source, SpanConfig(0, 1, (CLOUD,)), serving)
+    block = memory_of(source.config, serving).weight_bytes(1)
     known = [
         speed
         for speed in speeds_of(profile)
@@ -159,10 +157,6 @@ def _has_graph(source: TensorSource) -> bool:
     return True
 
 
-def _head_weights(serving: ServingConfig) -> str:
-    return "int8" if serving.chain.weights == "int4" else serving.chain.weights  # as `make_head` has it
-
-
-def _ends_bytes(source: TensorSource, serving: ServingConfig) -> float:
-    values: int = source.config.vocab_size * source.config.hidden_size
-    return values * (BYTES["float32"] + BYTES[_head_weights(serving)])
+def memory_to_use(profile: pb.Profile) -> float:
+    """Bytes where blocks lie: the accelerator's, where there is one; 0: not known."""
+    return float(profile.accelerator_bytes or profile.memory_bytes)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.coordinator.gateway.actor import GatewayTask
-from isthmus.coordinator.jobs.planning import plan_serving
+from isthmus.coordinator.jobs.planning import memory_to_use, plan_serving
 from isthmus.coordinator.jobs.weights import DeviceWeights, weights_of
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.errors import BadRequest
@@ -18,7 +18,6 @@ from isthmus.split.inference.serving import (
     AdapterConfig,
     ServingConfig,
     SpanConfig,
-    adapter_bytes,
     check_spans,
     memory_of,
 )
@@ -27,6 +26,7 @@ from isthmus.split.lora.folder import AdapterFolder
 from isthmus.split.lora.served import LoraAdapter
 from isthmus.split.models.source import open_model
 from isthmus.split.models.stage import StageSpec
+from isthmus.split.plan.memory import adapter_bytes
 
 
 class ServingMethod:
@@ -106,8 +106,8 @@ class ServingMethod:
 
     def check_device(self, name: str, profile: pb.Profile) -> None:
         span = self.config.span_of(name)
-        needed = memory_of(self.folder, span, self.config, self._adapters)
-        memory = profile.accelerator_bytes or profile.memory_bytes
+        needed = memory_of(self.folder.config, self.config).held_bytes(span.first, span.last, self._adapters)
+        memory = memory_to_use(profile)
         if memory and needed > memory:
             raise BadRequest(
                 f"device {name} has {memory / 2**30:.1f} GiB of memory; blocks {span} take "

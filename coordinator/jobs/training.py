@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.coordinator.jobs.heat_map import heat_map, last_of_each
+from isthmus.coordinator.jobs.planning import memory_to_use
 from isthmus.coordinator.jobs.weights import DeviceWeights, weights_of
 from isthmus.coordinator.stages.stage_actor import StageTask
 from isthmus.protos.v1 import coordinator_pb2 as pb
@@ -70,7 +71,9 @@ class TrainingMethod:
         check_named(self.config, profiles)
         told: dict[str, pb.ShapeChosen] = {}
         if self.automatic and not kept.keys() >= profiles.keys():
-            able = {name: Capabilities(one.training_flops, _memory(one), _link(one)) for name, one in profiles.items()}
+            able = {
+                name: Capabilities(one.training_flops, memory_to_use(one), _link(one)) for name, one in profiles.items()
+            }
             choices = choose_shapes(costs, able, Capabilities(server_flops), kept)
             shapes = {name: choice.shape for name, choice in choices.items()}
             told = {name: choice.told(name) for name, choice in choices.items()}
@@ -78,9 +81,9 @@ class TrainingMethod:
             shapes = {name: kept[name] for name in profiles}
         else:
             shapes = fixed_shapes(self.config, profiles)
-        self._memory = {name: _memory(profile) for name, profile in profiles.items()}
+        self._memory = {name: memory_to_use(profile) for name, profile in profiles.items()}
         for name, shape in shapes.items():
-            check_memory(costs, name, shape, _memory(profiles[name]))
+            check_memory(costs, name, shape, memory_to_use(profiles[name]))
         if not told and len(set(shapes.values())) > 1:
             told = {n: pb.ShapeChosen(cut=s.cut, rank=s.rank, message=f"{n}: {s}") for n, s in shapes.items()}
         self.shaped(shapes)
@@ -152,10 +155,6 @@ class TrainingMethod:
             parts = parts_of(self.folder.config, self.config, Shape(cut, self.config.lora.rank))
             self._weights[cut] = weights_of(self.folder, parts.device_tensors(self.folder.config), self._cache)
         return self._weights[cut]
-
-
-def _memory(profile: pb.Profile) -> float:
-    return float(profile.accelerator_bytes or profile.memory_bytes)
 
 
 def _link(profile: pb.Profile) -> LinkProfile:

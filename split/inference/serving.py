@@ -20,8 +20,9 @@ from isthmus.split.job.fields import setting
 from isthmus.split.job.grouped import Grouped
 
 if TYPE_CHECKING:  # torch: not for the command's `--help`
-    from isthmus.split.lora.served import LoraAdapter
-    from isthmus.split.models.source import TensorSource
+    from transformers import PretrainedConfig
+
+    from isthmus.split.plan.memory import ServedMemory
 
 CLOUD = "cloud"  # as a holder: an actor at the coordinator
 _GUESTS = 4  # sequences that are kept for devices which use the chain, where nobody says how many
@@ -184,31 +185,8 @@ def check_spans(spans: Sequence[SpanConfig], layers: int) -> None:
         raise BadRequest(f"stages: device {twice} is named twice; it can hold one range of blocks")
 
 
-def memory_of(
-    source: TensorSource, span: SpanConfig, serving: ServingConfig, adapters: Sequence[LoraAdapter] = ()
-) -> int:
-    """Bytes of a span's weights and of its adapters, with keys and values (float32) of as many sequences and tokens as
-    are served."""
-    loras = adapter_bytes(adapters, span.first, span.last)
-    return weight_bytes(source, span, serving) + cache_bytes(source, span, serving) + loras
+def memory_of(config: PretrainedConfig, serving: ServingConfig) -> ServedMemory:
+    """What the parts of a served model take at those who hold them. config: of the whole model."""
+    from isthmus.split.plan.memory import ServedMemory  # torch: not for the command's `--help`
 
-
-def adapter_bytes(adapters: Sequence[LoraAdapter], first: int, last: int) -> int:
-    """Of A and B for these blocks; as a graph has them, filled up to the largest, with one of zeros for the base."""
-    largest = max((adapter.values(first, last) for adapter in adapters), default=0)
-    return 4 * (1 + len(adapters)) * largest
-
-
-def weight_bytes(source: TensorSource, span: SpanConfig, serving: ServingConfig) -> int:
-    from isthmus.split.models.stage import StageSpec, skeleton  # torch: not for the command's `--help`
-    from isthmus.split.runtime.speed import BYTES
-
-    blocks = skeleton(source.config, StageSpec(span.first, span.last, embeds=False, head=False))
-    return int(BYTES[serving.chain.weights] * sum(value.numel() for value in blocks.parameters()))
-
-
-def cache_bytes(source: TensorSource, span: SpanConfig, serving: ServingConfig) -> int:
-    config = source.config
-    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 8 * (span.last - span.first) * serving.room * serving.limits.context * heads * head_size
+    return ServedMemory(config, serving.chain.weights, serving.room, serving.limits.context)

@@ -1,4 +1,4 @@
-"""Costs of a job's parts from the model's configuration: operations and bytes of memory, by cut and rank.
+"""Costs of a job's parts from the model's configuration: operations and numbers of values, by cut and rank.
 
 Operations are counted as the ledger counts them: matrix products and attention. Forward through frozen weights and
 backward to the hidden states take the same number; LoRA's own weights take their gradient besides.
@@ -16,12 +16,6 @@ from isthmus.split.job.config import TrainingConfig
 from isthmus.split.lora.sites import Site, layout_of
 from isthmus.split.models.stage import StageSpec, skeleton
 from isthmus.split.plan.parts import adapter_of
-
-_FLOAT = 4  # bytes of a value: weights, adapters and what is kept for backward are float32
-_LORA_COPIES = {"adamw": 4, "sgd": 2}  # the values, their gradients, AdamW's two moments
-_WIDE, _NARROW = 8, 4  # what a block keeps for backward, a token: so many hidden vectors and so many of its MLP's width
-_LOGITS = 3  # the logits, their logarithms of probabilities, their gradient
-LIBRARIES = 400 * 2**20  # bytes: of a process that has imported what a device imports and has no model (`isthmus demo`)
 
 
 @dataclass(frozen=True)
@@ -47,16 +41,16 @@ class Costs:
     @cached_property
     def block_values(self) -> int:
         """Number of weights of one block."""
-        return _values(self.config, StageSpec(0, 1, embeds=False, head=False))
+        return values_of(self.config, StageSpec(0, 1, embeds=False, head=False))
 
     @cached_property
     def end_values(self) -> int:
         """Number of a device's weights beside its blocks: the embedding, and the head where the labels are with it."""
-        embedding = _values(self.config, StageSpec(0, 0, embeds=True, head=False))
+        embedding = values_of(self.config, StageSpec(0, 0, embeds=True, head=False))
         if self.training.devices.labels == "server" or self.config.tie_word_embeddings:
             return embedding
         layers = self.layers
-        return embedding + _values(self.config, StageSpec(layers, layers, embeds=False, head=True))
+        return embedding + values_of(self.config, StageSpec(layers, layers, embeds=False, head=True))
 
     @cached_property
     def lora_values(self) -> int:
@@ -124,25 +118,12 @@ class Costs:
         """Number of LoRA values of a device with this cut and rank."""
         return (self.layers if self.training.devices_train_all else cut) * rank * self.lora_values
 
-    def memory(self, cut: int, rank: int) -> float:
-        """Bytes that a device needs: libraries, weights, LoRA with its optimiser, and what is kept for backward."""
-        weights = cut * self.block_values + self.end_values
-        adapter = _LORA_COPIES[self.training.optimizer.name] * self.adapter_values(cut, rank)
-        kept = cut * (_WIDE * self.hidden + _NARROW * self._mlp) if rank else 0
-        if (
-            self.training.devices_train_all and rank
-        ):  # what the modules of the server's blocks have been given, and have answered
-            kept += (self.layers - cut) * self.site_values
-        kept += 4 * self.hidden  # what crosses, each way, and the head's own
-        if self.training.devices.labels == "device":
-            kept += _LOGITS * int(self.config.vocab_size)
-        return LIBRARIES + _FLOAT * (weights + adapter + self.tokens * kept)
-
     @property
-    def _mlp(self) -> int:
+    def mlp_width(self) -> int:
         width = getattr(self.config, "intermediate_size", None) or getattr(self.config, "n_inner", None)
         return int(width or 4 * self.hidden)
 
 
-def _values(config: PretrainedConfig, spec: StageSpec) -> int:
+def values_of(config: PretrainedConfig, spec: StageSpec) -> int:
+    """How many weights a part of the model has."""
     return sum(tensor.numel() for tensor in skeleton(config, spec).state_dict().values())

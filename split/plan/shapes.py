@@ -26,6 +26,7 @@ from isthmus.split.job.shapes import ByName, Shape, asked
 from isthmus.split.link.profile import LinkProfile
 from isthmus.split.plan.choose import FRONT, FRONT_BACKWARD, TAIL, DeviceView, Planner
 from isthmus.split.plan.costs import Costs
+from isthmus.split.plan.memory import training_bytes
 from isthmus.split.plan.pipeline import StepCosts, step_seconds
 
 _CUT_SLACK = 1.03  # over the shortest step, below which no block is worth being held by a device
@@ -100,7 +101,10 @@ def choose_shapes(
     server_seconds = job.server_seconds(best)
     return {
         name: ShapeChoice(
-            best[name], one.seconds(best[name], server_seconds), greatest, costs.memory(best[name].cut, best[name].rank)
+            best[name],
+            one.seconds(best[name], server_seconds),
+            greatest,
+            training_bytes(costs, best[name].cut, best[name].rank),
         )
         for name, one in job.devices.items()
     }
@@ -122,7 +126,7 @@ def check_memory(costs: Costs, device: str, shape: Shape, memory: float, share: 
 
     memory: bytes that a job may take; 0: not known. share: what the shape is called in the message.
     """
-    needed, training = costs.memory(shape.cut, shape.rank), costs.training
+    needed, training = training_bytes(costs, shape.cut, shape.rank), costs.training
     if memory and needed > memory:
         raise BadRequest(
             f"device {device} has {memory / 2**30:.2f} GiB of memory for a job; its {share} ({shape}, batches of "
@@ -215,7 +219,8 @@ class _Device:
         self._costs = self._step_costs(Shape(self.cuts[0], self.ranks[0]))
 
     def fits(self, shape: Shape) -> bool:
-        return not self.able.memory or self.costs.memory(shape.cut, shape.rank) <= _OF_MEMORY * self.able.memory
+        needed = training_bytes(self.costs, shape.cut, shape.rank)
+        return not self.able.memory or needed <= _OF_MEMORY * self.able.memory
 
     def largest(self, at_most: Shape, server: tuple[float, float], deadline: float) -> Shape:
         """The largest cut up to this one that keeps the deadline; the smallest where none does."""

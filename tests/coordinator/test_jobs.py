@@ -22,6 +22,7 @@ from isthmus.split.inference.serving import ServingConfig, parse_stages
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.models.source import ModelFolder
 from isthmus.split.plan.costs import Costs
+from isthmus.split.plan.memory import training_bytes
 from tests.split.tiny_models import make_model
 
 
@@ -105,7 +106,7 @@ def test_a_resumed_job_keeps_a_rank_that_would_be_another_now(tmp_path: Path, me
                 pass
             return job.id
 
-        first = await run(costs.memory(1, 4) / 0.9 + 1)
+        first = await run(training_bytes(costs, 1, 4) / 0.9 + 1)
         await run(2**36, resume=first)
         await run(2**36)
         database.close()

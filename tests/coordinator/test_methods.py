@@ -24,7 +24,7 @@ def test_a_device_without_the_memory_for_its_blocks_is_refused_with_the_figures(
     )  # and 4 guests
     spec = pb.JobSpec(method="serve", model=str(model), devices=["laptop"], serving=config.to_json())
     serving = ServingMethod(spec, tmp_path / "digests.json")
-    needed = memory_of(serving.folder, serving.config.spans[0], serving.config)
+    needed = memory_of(serving.folder.config, serving.config).held_bytes(0, serving.config.spans[0].last)
     assert needed > 3 * 8 * 1024 * 100 * 16  # keys and values alone
     for enough in (needed, 0):  # 0: the device has not said
         serving.check_device("laptop", pb.Profile(memory_bytes=enough))

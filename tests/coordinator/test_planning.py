@@ -11,7 +11,7 @@ from isthmus.coordinator.jobs.planning import StagesPlan, plan_serving
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1 import stage_pb2
 from isthmus.split.errors import BadRequest
-from isthmus.split.inference.serving import CLOUD, ServingConfig, SpanConfig, memory_of, parse_stages
+from isthmus.split.inference.serving import CLOUD, ServingConfig, memory_of, parse_stages
 from isthmus.split.models.source import ModelFolder, open_model
 from tests.split.tiny_models import make_model
 
@@ -36,7 +36,7 @@ def plan(model: ModelFolder, stages: str, profiles: dict[str, pb.Profile], **set
 
 def blocks(model: ModelFolder, count: int) -> int:
     """The memory that so many blocks take."""
-    return memory_of(model, SpanConfig(0, count, ()), ServingConfig.of(spans=(), name="m", context=64, sequences=2))
+    return memory_of(model.config, ServingConfig.of(spans=(), name="m", context=64, sequences=2)).held_bytes(0, count)
 
 
 def ends(model: ModelFolder) -> int:
@@ -150,7 +150,7 @@ def test_what_auto_chooses_has_room_for_guests_and_adapters(model: ModelFolder) 
     planned = plan_serving(model, serving, nodes, adapter).spans
     assert planned == parse_stages("laptop:0-6")
     config = dataclasses.replace(serving, spans=planned)
-    assert memory_of(model, planned[0], config) + 6 * adapter <= enough
+    assert memory_of(model.config, config).held_bytes(planned[0].first, planned[0].last) + 6 * adapter <= enough
     nodes["laptop"] = profile(1e9, enough - 1)
     with pytest.raises(BadRequest, match="nobody has the memory"):
         plan_serving(model, serving, nodes, adapter)

@@ -18,7 +18,8 @@ from isthmus.split.lora.lora import add_lora, lora_config
 from isthmus.split.lora.sites import layout_of
 from isthmus.split.models.source import ModelFolder
 from isthmus.split.models.stage import StageSpec, build_stages
-from isthmus.split.plan.costs import LIBRARIES, Costs
+from isthmus.split.plan.costs import Costs
+from isthmus.split.plan.memory import LIBRARIES, training_bytes
 from isthmus.split.plan.shapes import Capabilities, choose_shapes
 from isthmus.split.resources.ledger import Ledger
 from tests.split.tiny_models import ARCHITECTURES, make_model
@@ -73,7 +74,9 @@ def test_a_narrow_link_lowers_the_rank_whose_adapters_have_to_cross_it() -> None
 
 
 def test_memory_bounds_the_cut_and_what_is_named_stays() -> None:
-    roomy, tight = (Capabilities(1e11, memory=memory, link=FAST) for memory in (2**36, COSTS.memory(2, 8) / 0.9))
+    roomy, tight = (
+        Capabilities(1e11, memory=memory, link=FAST) for memory in (2**36, training_bytes(COSTS, 2, 8) / 0.9)
+    )
     shapes = _chosen({"roomy": roomy, "tight": tight}, Capabilities(1e9))
     assert shapes["roomy"].cut == 7
     assert shapes["tight"].cut == 2
@@ -86,7 +89,7 @@ def test_a_device_without_the_memory_for_the_smallest_share_is_refused_with_the_
         _chosen({"watch": Capabilities(1e9, memory=2**28, link=FAST)})
     line = str(refused.value)
     assert line.startswith("device watch has 0.23 GiB of memory for a job; its smallest share (cut 1, rank 1, ")
-    assert f"takes {COSTS.memory(1, 1) / 2**30:.2f} GiB" in line
+    assert f"takes {training_bytes(COSTS, 1, 1) / 2**30:.2f} GiB" in line
     assert "\n" not in line
 
 
@@ -121,7 +124,7 @@ def test_what_modules_of_the_servers_blocks_keep_until_backward_is_counted() -> 
         keep(inputs), keep(outputs)
     exchanged = training.but(method="splitlora")
     adapter = 4 * 4 * 8 * costs.lora_values * (costs.layers - 1)
-    counted = costs.memory(1, 8) - Costs(MODEL, exchanged).memory(1, 8) - adapter
+    counted = training_bytes(costs, 1, 8) - training_bytes(Costs(MODEL, exchanged), 1, 8) - adapter
     assert 0.9 * sum(kept.values()) <= counted <= sum(kept.values())  # the rest: what A makes of the inputs, r values
 
 
@@ -151,9 +154,9 @@ def test_operations_are_counted_as_the_ledger_counts_them_and_memory_is_enough(
         output.backward(torch.ones_like(output))
     assert costs.forward(2, 8, costs.tokens) == pytest.approx(forward.flops, rel=0.02)
     assert costs.backward(2, 8, costs.tokens) == pytest.approx(backward.flops, rel=0.02)
-    ends = costs.memory(0, 8)
+    ends = training_bytes(costs, 0, 8)
     weights_and_lora = 4 * 2 * (costs.block_values + 4 * 8 * costs.lora_values)
-    assert sum(kept.values()) <= costs.memory(2, 8) - ends - weights_and_lora <= 2.5 * sum(kept.values())
+    assert sum(kept.values()) <= training_bytes(costs, 2, 8) - ends - weights_and_lora <= 2.5 * sum(kept.values())
     assert ends > LIBRARIES
 
 

@@ -185,7 +185,9 @@ def test_memory_counts_adapters(tmp_path: Path) -> None:
     folder = make_adapter(tmp_path / "a", tmp_path / "m", target_modules=["up_proj"], layers_to_transform=[0, 1, 3])
     adapter = LoraAdapter("a", AdapterFolder(folder), source.config)
     serving, span = ServingConfig.of(spans=(), name="m", context=64, sequences=1), SpanConfig(1, 4, ("a",))
-    without, once, twice = (memory_of(source, span, serving, [adapter] * count) for count in range(3))
+    without, once, twice = (
+        memory_of(source.config, serving).held_bytes(span.first, span.last, [adapter] * count) for count in range(3)
+    )
     assert once - without == 2 * (twice - once)  # the base has one of zeros, where there are any
     assert twice - once == 2 * 4 * (4 * 32 + 64 * 4)
 
@@ -194,13 +196,13 @@ def test_memory_counts_adapters(tmp_path: Path) -> None:
 def test_memory_is_weights_and_keys_and_values(architecture: str, tmp_path: Path) -> None:
     source = open_model(str(make_model(tmp_path, architecture, layers=4)))
     serving = ServingConfig.of(spans=(), name="m", context=64, sequences=1, guests=0)
-    one = memory_of(source, SpanConfig(0, 1, ("a",)), serving)
-    assert memory_of(source, SpanConfig(0, 4, ("a",)), serving) == 4 * one
-    assert memory_of(source, SpanConfig(0, 1, ("a",)), serving.but(weights="int8")) < one
+    one = memory_of(source.config, serving).held_bytes(0, 1)
+    assert memory_of(source.config, serving).held_bytes(0, 4) == 4 * one
+    assert memory_of(source.config, serving.but(weights="int8")).held_bytes(0, 1) < one
     heads = 4 if architecture in ("gpt2", "gpt_neox") else 2
     guests = serving.but(spans=(SpanConfig(0, 4, ("a",)),), guests=2)
-    assert memory_of(source, SpanConfig(0, 1, ("a",)), guests) > one
-    longer = memory_of(source, SpanConfig(0, 1, ("a",)), serving.but(context=128))
+    assert memory_of(source.config, guests).held_bytes(0, 1) > one
+    longer = memory_of(source.config, serving.but(context=128)).held_bytes(0, 1)
     assert longer - one == 2 * 4 * heads * 8 * 64
     weights = one - 2 * 4 * heads * 8 * 64
     names = [name for name in source.tensor_names() if f".{'h' if architecture == 'gpt2' else 'layers'}.0." in name]
