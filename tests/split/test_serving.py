@@ -139,10 +139,8 @@ def test_memory_counts_adapters(tmp_path: Path) -> None:
     source = open_model(str(make_model(tmp_path / "m", "llama", layers=4)))
     folder = make_adapter(tmp_path / "a", tmp_path / "m", target_modules=["up_proj"], layers_to_transform=[0, 1, 3])
     adapter = LoraAdapter("a", AdapterFolder(folder), source.config)
-    serving, span = ServingConfig((), "m", context=64, sequences=1), SpanConfig(1, 4, ("a",))
-    without, once, twice = (
-        memory_of(source.config, serving).held_bytes(span.first, span.last, [adapter] * count) for count in range(3)
-    )
+    memory = memory_of(source.config, ServingConfig((), "m", context=64, sequences=1))
+    without, once, twice = (memory.held_bytes(1, 4, [adapter] * count) for count in range(3))
     assert once - without == 2 * (twice - once)  # the base has one of zeros, where there are any
     assert twice - once == 2 * 4 * (4 * 32 + 64 * 4)
 
