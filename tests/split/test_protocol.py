@@ -348,6 +348,10 @@ def test_a_probe_is_let_in_before_and_after_open_and_none_that_is_too_large(sess
         ),
         ({"phase": Phase.BACKWARD, "tensor": hidden_states()}, "BACKWARD without its value tokens"),
         ({"phase": Phase.STEP, "values": {"tokens": 7.0, "nll": 1.0, "norm_squared": 1.0}}, "more predicted tokens"),
+        (
+            {"phase": Phase.REPORT, "values": {"evaluation_tokens": 1e308, "evaluation_nll": 1.0}},
+            "more than 9007199254740992 held-out tokens",
+        ),
     ],
 )
 def test_what_is_not_a_frame_of_this_protocol_is_refused(changes: dict[str, Any], line: str) -> None:
