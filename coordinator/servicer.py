@@ -58,7 +58,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             if reading.done():
                 reading.result()  # raises what ended it
             else:
-                self._check(peer)  # a revoked device is told so
+                self._database.devices.check_certificate(peer.name, peer.serial)  # a revoked device is told so
         finally:
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError, IsthmusError):
@@ -193,9 +193,6 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
     def _caller(self, context: Context, role: str) -> Peer:
         return caller(context, self._database.devices, role)
-
-    def _check(self, peer: Peer) -> None:
-        self._database.devices.check_certificate(peer.name, peer.serial)
 
 
 def _texts(message: Message) -> Iterator[tuple[str, str]]:

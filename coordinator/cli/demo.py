@@ -130,6 +130,7 @@ def _measure_unsplit(
         peaks = {
             "whole_model_bytes": _whole_model_peak(folder, next(iter(texts.values())), training),
             "libraries_bytes": _libraries_peak(),
+            "device_estimate_bytes": _device_estimate(training),
         }
         from isthmus.split.training.evaluate import evaluate_files  # torch and transformers: only now
 
@@ -177,6 +178,16 @@ def _libraries_peak() -> int:
     """Peak memory of a process that has imported what a device imports, and has no model."""
     program = "import isthmus.client.runner; from isthmus.split.resources.memory import peak_bytes; print(peak_bytes())"
     return int(_output_of([sys.executable, "-c", program], "importing the device's libraries"))
+
+
+def _device_estimate(training: TrainingConfig) -> int:
+    """What a job that chooses cuts, or refuses a device, would say of the memory that a device here needs."""
+    from isthmus.split.models.source import open_model  # torch and transformers: only now
+    from isthmus.split.plan.costs import Costs
+    from isthmus.split.plan.memory import training_bytes
+
+    costs = Costs(open_model("default").config, training)
+    return int(training_bytes(costs, training.devices.cut_layer, training.lora.rank))
 
 
 def _output_of(command: list[str], what: str) -> str:
@@ -262,6 +273,7 @@ def _show(result: dict[str, Any]) -> None:
             f"{device['link_seconds']:.1f} s",
             memory(device["peak_bytes"]),
         )
+    table.add_row("a device, as estimated before", "", "", "", "", memory(result["device_estimate_bytes"]))
     table.add_row("coordinator's stage", "", "", "", "", memory(result["coordinator"]["peak_bytes"]))
     table.add_row("the whole model, unsplit", "", "", "", "", memory(whole))
     table.add_row("in each: the libraries", "", "", "", "", memory(result["libraries_bytes"]))

@@ -99,15 +99,12 @@ def choose_shapes(
             least = middle
     best = job.with_ranks(job.lowered(best, _CUT_SLACK * greatest), _RANK_SLACK * greatest)
     server_seconds = job.server_seconds(best)
-    return {
-        name: ShapeChoice(
-            best[name],
-            one.seconds(best[name], server_seconds),
-            greatest,
-            training_bytes(costs, best[name].cut, best[name].rank),
-        )
-        for name, one in job.devices.items()
-    }
+    chosen = {}
+    for name, one in job.devices.items():
+        shape = best[name]
+        needed = training_bytes(costs, shape.cut, shape.rank)
+        chosen[name] = ShapeChoice(shape, one.seconds(shape, server_seconds), greatest, needed)
+    return chosen
 
 
 def expected_step(

@@ -347,6 +347,10 @@ def test_a_probe_is_let_in_before_and_after_open_and_none_that_is_too_large(sess
         ({"phase": Phase.STEP, "values": {"tokens": 6.0, "nll": 1e308, "norm_squared": 1.0}}, "is not finite"),
         ({"phase": Phase.STEP, "values": {"tokens": 6.0, "nll": 1.0, "norm_squared": 1e308}}, "is not finite"),
         ({"phase": Phase.REPORT, "values": {"evaluation_nll": 1e308, "evaluation_tokens": 1.0}}, "is not finite"),
+        (
+            {"phase": Phase.REPORT, "values": {"evaluation_tokens": 1e308, "evaluation_nll": 1.0}},
+            "more than 9007199254740992 held-out tokens",
+        ),
     ],
 )
 def test_what_is_not_a_frame_of_this_protocol_is_refused(changes: dict[str, Any], line: str) -> None:
