@@ -23,8 +23,8 @@ from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost, W
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.groups import MERGE
 from isthmus.split.job.shapes import AVERAGE
-from isthmus.split.link.coding import Plan
 from isthmus.split.link.frames import ENDS, EVALUATIONS_AHEAD, Frame, Phase
+from isthmus.split.link.order import Order
 from isthmus.split.link.stage import Deliver
 from isthmus.split.lora.lora import shapes_of
 from isthmus.split.lora.sites import Layout, adapter_of
@@ -39,22 +39,32 @@ from isthmus.split.training.perplexity import perplexity
 
 @dataclass
 class _Member:
-    """A device that has joined. step: that STEP has not come for."""
+    """A device that has joined. order: what its next frames have to be, but for those of a pass."""
 
     deliver: Deliver
+    order: Order
     samples: int
     families: frozenset[str]
     measured: stage_pb2.Measured
-    step: int
-    plan: Plan = field(default_factory=Plan)
     admitted: bool = False
-    begun: int = 0  # micro-batches of the step that have come forward
-    ended: int = 0
     passes: dict[tuple[bool, int], Passing] = field(default_factory=dict)  # evaluating, number
     merged: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     trained: frozenset[int] = frozenset()  # in the step under way
     aggregate: Frame | None = None  # that has come, and waits for the others
     heard: float = field(default_factory=time.monotonic)  # of it, last
+
+    @property
+    def step(self) -> int:
+        """That STEP has not come for."""
+        return self.order.step
+
+    @property
+    def between_steps(self) -> bool:
+        return self.order.between_steps and all(evaluating for evaluating, _ in self.passes)
+
+    def answer(self, frame: Frame) -> None:
+        self.order.answered(frame)
+        self.deliver(frame)
 
 
 class BackboneHost:
@@ -161,9 +171,9 @@ class BackboneHost:
             earlier.deliver(WrongState(f"{device} has opened this job again from another run"))
             self._leave(device, earlier.deliver)
         measured = frame.measured or stage_pb2.Measured()
-        self._members[device] = _Member(
-            deliver, opened.samples, frozenset(opened.codecs), measured, int(opened.last_step)
-        )
+        order = Order(self.config, device)
+        order.admit(int(opened.last_step))
+        self._members[device] = _Member(deliver, order, opened.samples, frozenset(opened.codecs), measured)
         self.tell("joined", device, {"samples": opened.samples, "last_step": opened.last_step})
         self._admit()
 
@@ -192,17 +202,16 @@ class BackboneHost:
                 self._open(device, member)
 
     def _open(self, device: str, member: _Member) -> None:
-        view = View.of(member.families, member.measured, member.plan)
+        view = View.of(member.families, member.measured, member.order.plan)
         plans, sentences = self._planner.plans({device: view}, {})
         for sentence in sentences:
             self.tell("log", "", {"message": sentence})
-        member.plan = plans[device]
         tensor = None
         if self.config.dlora.aggregate:
-            member.step, tensor = self._point.step, self._point.device_adapter
+            member.order.admit(self._point.step)
+            tensor = self._point.device_adapter
         elif member.step - self._steps[device] == 1:
-            member.step -= 1  # its STEP was lost with the link, and comes again
-            member.begun = member.ended = member.plan.micro_batches
+            member.order.repeat_step(member.step - 1)
         member.admitted = True
         agreement = stage_pb2.Agreement(
             start_step=member.step,
@@ -211,7 +220,7 @@ class BackboneHost:
             hidden_size=self.backbone.hidden_size,
             adapter_values=self._values_of(device),
         )
-        member.deliver(Frame(Phase.OPEN, agreement=agreement, tensor=tensor, plan=member.plan))
+        member.answer(Frame(Phase.OPEN, agreement=agreement, tensor=tensor, plan=plans[device]))
 
     def _start_without(self, missing: set[str]) -> None:
         self._awaited -= missing - self._members.keys()
@@ -252,16 +261,15 @@ class BackboneHost:
     def _begin(self, device: str, member: _Member, frame: Frame) -> None:
         """Starts a pass."""
         evaluating = frame.phase == Phase.EVALUATE
-        if evaluating:
-            due = self._between_steps(member) and frame.step == member.step
-            due = due and self.config.evaluates_after(frame.step) and (True, frame.micro_batch) not in member.passes
-            due = due and len(member.passes) <= EVALUATIONS_AHEAD
-        else:
-            due = (frame.step, frame.micro_batch) == (member.step, member.begun) and not self._owes_adapter(member)
-            due = due and not any(key[0] for key in member.passes) and member.begun - member.ended < member.plan.depth
-            due = due and member.step < self.config.steps and member.begun < member.plan.micro_batches
-        if not due:
+        under_way = (evaluating, frame.micro_batch) in member.passes or len(member.passes) > EVALUATIONS_AHEAD
+        if evaluating and not (member.between_steps and not under_way):
             raise _not_due(device, frame)
+        if not evaluating and any(of_evaluation for of_evaluation, _ in member.passes):
+            raise _not_due(device, frame)
+        if evaluating:
+            member.order.check_evaluation(frame)
+        else:
+            member.order.take(frame)
         active = self._active(device, member, frame)
 
         def ended(error: IsthmusError | None) -> None:  # in the pass's thread
@@ -269,7 +277,6 @@ class BackboneHost:
 
         passing = Passing(self.backbone, self._layouts[device], frame, active, member.deliver, ended)
         member.passes[evaluating, frame.micro_batch] = passing
-        member.begun += not evaluating
         passing.start()
 
     def _active(self, device: str, member: _Member, frame: Frame) -> Active:
@@ -305,7 +312,7 @@ class BackboneHost:
             self.tell("modules", device, {"step": step, "message": message, **names, "active": layout.names(trained)})
 
     def _merge(self, device: str, member: _Member, frame: Frame) -> None:
-        if not self._between_steps(member) or frame.step != member.step or self.config.dlora.killed != MERGE:
+        if not member.between_steps or frame.step != member.step or self.config.dlora.killed != MERGE:
             raise _not_due(device, frame)
         layout = self._layouts[device]
         numbers = layout.unpack(frame.trained)
@@ -320,13 +327,6 @@ class BackboneHost:
                 values = values[size:]
             member.merged[number] = parts[0], parts[1]
 
-    def _between_steps(self, member: _Member) -> bool:
-        return not member.begun and not self._owes_adapter(member) and all(key[0] for key in member.passes)
-
-    def _owes_adapter(self, member: _Member) -> bool:
-        """Whether an aggregation lies between it and its next step."""
-        return self.config.aggregates_after(member.step) and member.step > self._point.step
-
     def _ended(self, device: str, member: _Member, passing: Passing, error: IsthmusError | None) -> None:
         key = passing.evaluating, passing.number
         if member.passes.get(key) is not passing:
@@ -336,21 +336,20 @@ class BackboneHost:
             member.deliver(error)
             self._leave(device, member.deliver)
             return
-        member.ended += not passing.evaluating
+        if not passing.evaluating:
+            member.order.passed()
         member.deliver(passing.result)
 
     def _stepped(self, device: str, member: _Member, frame: Frame) -> None:
-        if frame.values.get(ENDS) and frame.step == member.step < self.config.steps and self._between_steps(member):
+        if frame.values.get(ENDS) and frame.step == member.step < self.config.steps and member.between_steps:
             line = f"{device}: after step {member.step} no module is left that trains: its training has ended"
             if self._steps[device] < self.config.steps:  # else it is told again, over another link
                 self._tell_modules(device, member.step, frozenset())
                 self.tell("log", device, {"message": line})
-            member.step = self._steps[device] = self.config.steps
+            member.order.end()
+            self._steps[device] = self.config.steps
             return
-        if frame.step != member.step or member.ended < member.plan.micro_batches:
-            raise _not_due(device, frame)
-        member.step += 1
-        member.begun = member.ended = 0
+        member.order.take(frame)
         self._steps[device] = member.step
         values = frame.values
         told = {
@@ -363,9 +362,7 @@ class BackboneHost:
         self.tell("step", device, told)
 
     def _aggregate(self, device: str, member: _Member, frame: Frame) -> None:
-        due = self._owes_adapter(member) and member.aggregate is None and not member.passes
-        if not due or frame.step != member.step - 1:
-            raise _not_due(device, frame)
+        member.order.take(frame)
         member.aggregate = frame
         self._average_if_complete()
 
@@ -386,7 +383,7 @@ class BackboneHost:
             self.tell("checkpoint", "", {"step": done})
         for device, frame in frames.items():
             members[device].aggregate = None
-            members[device].deliver(Frame(Phase.AGGREGATE, frame.step, encoded=encoded))
+            members[device].answer(Frame(Phase.AGGREGATE, frame.step, encoded=encoded))
 
     def _average_of(self, step: int, average: Tensor | None) -> Checkpoint:
         return Checkpoint(step, {}, {}, average, [], self._point_digest)
@@ -403,8 +400,9 @@ class BackboneHost:
         if "evaluation_tokens" not in frame.values:
             self._resources[device] = dict(frame.values)
             return
-        if not self._between_steps(member) or member.passes or not self.config.evaluates_after(frame.step):
+        if member.passes:
             raise _not_due(device, frame)
+        member.order.check_evaluation(frame)
         sums = self._evaluations.setdefault(frame.step, {})
         sums[device] = (frame.values.get("evaluation_nll", 0.0), int(frame.values["evaluation_tokens"]))
         self._tell_evaluations()
