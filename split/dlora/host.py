@@ -26,6 +26,7 @@ from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.events import log_line
 from isthmus.split.job.groups import MERGE
 from isthmus.split.link.frames import ENDS, EVALUATIONS_AHEAD, Frame, Phase
+from isthmus.split.link.order import Order
 from isthmus.split.lora.lora import shapes_of
 from isthmus.split.lora.sites import Layout, adapter_of
 from isthmus.split.training.averages import Aggregation, Averages
@@ -38,17 +39,27 @@ from isthmus.split.training.steps import HostSteps
 
 @dataclass
 class _Exchange:
-    """What a device has under way. Of the step's micro-batches, `begun` have come forward and `ended` are through."""
+    """What a device has under way. order: what its next frames have to be, but for those of a pass."""
 
-    begun: int = 0
-    ended: int = 0
+    order: Order
     passes: dict[tuple[bool, int], Passing] = field(default_factory=dict)  # evaluating, number
     merged: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # A and B, by module
     trained: frozenset[int] = frozenset()  # in the step under way
 
     @property
     def is_between_steps(self) -> bool:
-        return not self.begun and all(evaluating for evaluating, _ in self.passes)
+        return self.order.between_steps and all(evaluating for evaluating, _ in self.passes)
+
+    def takes(self, frame: Frame) -> bool:
+        """Whether a frame that is of no pass may come while these are under way."""
+        if frame.phase == Phase.FORWARD:
+            return not any(evaluating for evaluating, _ in self.passes)
+        if frame.phase == Phase.EVALUATE:
+            free = (True, frame.micro_batch) not in self.passes and len(self.passes) <= EVALUATIONS_AHEAD
+            return self.is_between_steps and free
+        if frame.phase == Phase.MERGE or frame.values.get(ENDS):
+            return self.is_between_steps
+        return not self.passes
 
     def end(self) -> None:
         """The device has gone."""
@@ -96,10 +107,13 @@ class DloraHost(HostSteps):
         check_holds(opened, self.adapter_values(device), "this device has", digest)
 
     def begin(self, device: JoinedDevice) -> Frame:
-        exchange = self._exchanges[device.name] = _Exchange()
+        order = Order(self.config, device.name)
+        self._exchanges[device.name] = _Exchange(order)
         if not self.config.averages and device.step - self.job.progress.by_device[device.name] == 1:
             device.step -= 1  # its STEP was lost with the link, and comes again
-            exchange.begun = exchange.ended = device.plan.micro_batches
+            order.repeat_step(device.step)
+        else:
+            order.admit(device.step)
         return super().begin(device)
 
     def left(self, device: JoinedDevice) -> None:
@@ -117,29 +131,23 @@ class DloraHost(HostSteps):
         exchange, phase = self._exchanges[device.name], frame.phase
         if frame.site or phase == Phase.BACKWARD:
             return  # the pass that it belongs to knows whether it is due
-        between = exchange.is_between_steps
-        if phase == Phase.FORWARD:
-            due = self._forward_is_due(device, exchange, frame)
-        elif phase == Phase.MERGE:
-            due = between and frame.step == device.step and not self.job.owes_adapter(device)
-            due = due and self.config.dlora.killed == MERGE
-        elif phase == Phase.STEP and not frame.values.get(ENDS):
-            due = frame.step == device.step and exchange.ended >= device.plan.micro_batches
-        else:
-            super().check(device, frame)
-            due = between and (phase in (Phase.EVALUATE, Phase.STEP, Phase.CLOSE) or not exchange.passes)
-            if phase == Phase.EVALUATE:
-                under_way = exchange.passes
-                due = due and (True, frame.micro_batch) not in under_way and len(under_way) <= EVALUATIONS_AHEAD
-        if not due:
+        if not exchange.takes(frame):
             raise not_due(device.name, frame)
+        order = exchange.order
+        if phase in (Phase.EVALUATE, Phase.REPORT):
+            order.check_evaluation(frame)
+        elif phase == Phase.MERGE:
+            if frame.step != order.step or self.config.dlora.killed != MERGE:
+                raise not_due(device.name, frame)
+        elif phase == Phase.CLOSE or frame.values.get(ENDS):
+            super().check(device, frame)
+            if phase == Phase.STEP:
+                order.end()
+        else:
+            order.take(frame)
 
-    def _forward_is_due(self, device: JoinedDevice, exchange: _Exchange, frame: Frame) -> bool:
-        plan, place = device.plan, (frame.step, frame.micro_batch)
-        due = place == (device.step, exchange.begun) and not self.job.owes_adapter(device)
-        due = due and not any(evaluating for evaluating, _ in exchange.passes)
-        due = due and exchange.begun - exchange.ended < plan.depth and exchange.begun < plan.micro_batches
-        return due and device.step < self.config.steps
+    def answered(self, device: JoinedDevice, frame: Frame) -> None:
+        self._exchanges[device.name].order.answered(frame)
 
     def take(self, device: JoinedDevice, frame: Frame) -> None:
         exchange = self._exchanges[device.name]
@@ -162,7 +170,6 @@ class DloraHost(HostSteps):
 
         passing = Passing(self.backbone, self._layouts[device.name], frame, active, device.deliver, ended)
         exchange.passes[evaluating, frame.micro_batch] = passing
-        exchange.begun += not evaluating
         passing.start()
 
     def _active(self, device: str, exchange: _Exchange, frame: Frame) -> Active:
@@ -212,12 +219,11 @@ class DloraHost(HostSteps):
         if error is not None:
             self.job.put_out(device, error)
             return
-        exchange.ended += not passing.evaluating
+        if not passing.evaluating:
+            exchange.order.passed()
         self.job.answer(device.name, passing.result)
 
     def stepped(self, device: JoinedDevice, frame: Frame) -> None:
-        exchange = self._exchanges[device.name]
-        exchange.begun = exchange.ended = 0
         if frame.values.get(ENDS):
             self._tell_modules(device.name, frame.step, frozenset())
             line = f"{device.name}: after step {frame.step} no module is left that trains: its training has ended"

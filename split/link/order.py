@@ -46,6 +46,19 @@ class Order:
         else:
             raise self._not_due(frame)
 
+    def passed(self) -> None:
+        """DLoRA: a micro-batch is through, forward and backward; its frames in between the pass itself has checked."""
+        self.backward = self._next(self.backward)
+
+    def repeat_step(self, step: int) -> None:
+        """The device has done this step, and its STEP was lost with a link: it comes again, and nothing before it."""
+        self.admit(step)
+        self.forward = self.backward = (step + 1, 0)
+
+    def end(self) -> None:
+        """The device has told that no step of it follows."""
+        self.admit(self._config.steps)
+
     def answered(self, frame: Frame) -> None:
         """The stage answers with this frame."""
         if frame.plan is not None:

@@ -288,8 +288,9 @@ def test_what_a_codec_of_the_plan_cannot_have_made_is_refused(house: House, code
                         answer = stream.receive()
                         plan = Plan.from_proto(answer.plan, config.batch_size)
                         assert plan.codec_of(stream_name) == name
-                        coder, values = Coder(Terms(config, opened.samples), Ledger()), {"tokens": 4.0}
+                        coder = Coder(Terms(config, opened.samples), Ledger())
                         coder.use(plan)
+                        values = {"tokens": 4.0} if phase == stage_pb2.BACKWARD else {}
                         step = answer.agreement.start_step
                         if phase == stage_pb2.BACKWARD:
                             right = coder.encode("hidden_up", torch.randn(shape), step, 0)

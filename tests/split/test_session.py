@@ -31,8 +31,8 @@ from isthmus.split.link.session import SessionEnd
 from isthmus.split.link.stage import Host
 from isthmus.split.link.transport import MemoryTransport
 from isthmus.split.resources.ledger import Ledger
-from isthmus.split.training.host import StageHost
-from tests.split.jobs import device_trainer, random_text, server_trainer
+from isthmus.split.training.host import JobHost
+from tests.split.jobs import device_trainer, job_host, random_text
 from tests.split.tiny_models import VOCABULARY, make_model
 
 HIDDEN, VALUES = 4, 6
@@ -190,16 +190,13 @@ def _until_the_end(requests: Iterator[stage_pb2.Frame]) -> Iterator[stage_pb2.Fr
         yield from requests
 
 
-def ended(folder: Path, config: TrainingConfig, *, network: bool) -> tuple[StageHost, Ledger, dict[str, torch.Tensor]]:
+def ended(folder: Path, config: TrainingConfig, *, network: bool) -> tuple[JobHost, Ledger, dict[str, torch.Tensor]]:
     """A job of one device, at its end."""
     trainer = device_trainer(folder, config, random_text(0, 20, 8, VOCABULARY), random_text(90, 3, 8, VOCABULARY))
     finished = threading.Event()
-    host = StageHost(
-        server_trainer(folder, config),
-        config,
-        {"a"},
-        initial_adapter=dict(trainer.parameters),
-        tell=lambda kind, device, data: finished.set() if kind in ("finished", "failed") else None,
+    ends = ("finished", "failed")
+    host = job_host(
+        folder, config, ["a"], tell=lambda event: finished.set() if event.WhichOneof("kind") in ends else None
     )
     if not network:
         link = LocalLink(host, "a", trainer.terms, trainer.ledger, timeout=60)
@@ -240,7 +237,7 @@ def test_a_job_in_memory_and_over_grpc_is_the_same_to_the_bit_and_to_the_byte(
 def test_what_the_stage_refuses_is_the_same_error_in_memory(llama: Path) -> None:
     config = SMALL.but(codec="none")
     trainer = device_trainer(llama, config, random_text(0, 20, 8, VOCABULARY))
-    host = StageHost(server_trainer(llama, config), config, {"a"}, initial_adapter=dict(trainer.parameters))
+    host = job_host(llama, config, ["a"])
     link = LocalLink(host, "a", trainer.terms, trainer.ledger, timeout=60)
     link.send(Frame(Phase.FORWARD, tensor=torch.zeros(2, 8, 16)))
     with pytest.raises(BadRequest, match="the first frame has to be OPEN"):
