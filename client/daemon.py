@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from isthmus.client.identity import Identity
-from isthmus.client.measurements import Measurements
+from isthmus.client.measurements import DeviceMeasurements
 from isthmus.client.runner import DeviceOptions, Runner
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1.coordinator_pb2_grpc import CoordinatorStub
@@ -40,7 +40,7 @@ class Daemon:
         self._runners: dict[str, Runner] = {}
         self._states: dict[str, pb.TaskState] = {}  # of tasks whose end the coordinator has not been told
         self._outbox: asyncio.Queue[pb.DeviceMessage | None] | None = None  # of the open session
-        self._measurements = Measurements(identity, options)
+        self._measurements = DeviceMeasurements(identity, options)
         self.connected = asyncio.Event()
 
     def stop(self) -> None:

@@ -43,7 +43,7 @@ _POLL = 0.1  # seconds between looks at a process that measures
 _AGAIN = 600.0  # seconds between measurements of the link
 
 
-class Measurements:
+class DeviceMeasurements:
     """Of what the owner allows. Speeds of decoding are kept in the state folder."""
 
     def __init__(self, identity: Identity, options: DeviceOptions) -> None:

@@ -26,7 +26,7 @@ from isthmus.coordinator.stages.stage_actor import ServingOptions
 from isthmus.protos.v1 import chain_pb2_grpc
 from isthmus.protos.v1.events_pb2 import Event, HolderTookOver, ServingStarted
 from isthmus.split.errors import IsthmusError
-from isthmus.split.inference.chain import Recovery, Span
+from isthmus.split.inference.chain import Span, Takeover
 from isthmus.split.inference.drafters import Drafter
 from isthmus.split.inference.ends import Ends
 from isthmus.split.inference.engine import Engine
@@ -240,7 +240,7 @@ class GatewayActor:
             await span.complete()
         self._events.put_nowait(Event(serving=ServingStarted(url=self._url, model=self._serving.name)))
 
-    def _tell_recovery(self, one: Recovery) -> None:
+    def _tell_recovery(self, one: Takeover) -> None:
         message = (
             f"blocks {one.span}: {one.holder} took over from {one.lost or 'nobody'}: {one.tokens} tokens of a sequence "
             f"sent again, {one.seconds:.2f} s"

@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from isthmus.coordinator.control.database import Database
 from isthmus.coordinator.control.sessions import Session, Sessions
 from isthmus.coordinator.gateway.actor import GatewayTask
-from isthmus.coordinator.jobs.placement import Placement, session_of
+from isthmus.coordinator.jobs.placement import Placer, session_of
 from isthmus.coordinator.jobs.report import job_report
 from isthmus.coordinator.jobs.runs import Run, Runs
 from isthmus.coordinator.jobs.serving import ServingMethod
@@ -44,7 +44,7 @@ class RunDriver:
         sessions: Sessions,
         runs: Runs,
         timeline: Timeline,
-        placement: Placement,
+        placement: Placer,
         state: Path,
         start_stage: StartStage,
     ) -> None:

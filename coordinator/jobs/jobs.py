@@ -13,7 +13,7 @@ from isthmus.coordinator.control.database import Database
 from isthmus.coordinator.control.sessions import Session, Sessions
 from isthmus.coordinator.jobs.driver import RunDriver, StartStage
 from isthmus.coordinator.jobs.methods import method_of
-from isthmus.coordinator.jobs.placement import Measure, Placement
+from isthmus.coordinator.jobs.placement import Measure, Placer
 from isthmus.coordinator.jobs.runs import Run, Runs
 from isthmus.coordinator.jobs.served_models import ServedModels
 from isthmus.coordinator.jobs.serving import ServingMethod
@@ -27,7 +27,7 @@ from isthmus.split.job.shapes import Shape
 
 
 class Jobs:
-    """start_stage: as in RunDriver; measure, measure_training: as in Placement. served: for devices that use models."""
+    """start_stage: as in RunDriver; measure, measure_training: as in Placer. served: for devices that use models."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Jobs:
     ) -> None:
         self._database, self._sessions, self._state = database, sessions, state
         self._runs, self._timeline = Runs(), Timeline(database)
-        placement = Placement(database, sessions, self._runs, self._timeline, state, measure, measure_training)
+        placement = Placer(database, sessions, self._runs, self._timeline, state, measure, measure_training)
         self._driver = RunDriver(database, sessions, self._runs, self._timeline, placement, state, start_stage)
         self.served = ServedModels(self._runs)
 

@@ -17,7 +17,7 @@ from isthmus.split.methods import METHODS as TRAINING_METHODS
 from isthmus.split.models.source import ModelFolder
 
 
-class Method(Protocol):
+class JobMethod(Protocol):
     """Made by `method_of`. folder: the whole model. steps: of the job; 0: it goes on until it is cancelled."""
 
     folder: ModelFolder
@@ -48,7 +48,7 @@ METHODS: Mapping[str, type[TrainingMethod] | type[ServingMethod]] = {
 }
 
 
-def method_of(spec: pb.JobSpec, cache: Path) -> Method:
+def method_of(spec: pb.JobSpec, cache: Path) -> JobMethod:
     """Reads and digests what devices need of the model (slow for large ones; `cache` keeps the digests).
 
     Raises BadRequest for a method that there is not, and for what is wrong with a spec.

@@ -28,7 +28,7 @@ _MEASURED, _LOOK = 180.0, 0.25  # seconds for devices to measure themselves, and
 Measure = Callable[[bool], Awaitable[pb.Profile]]
 
 
-class Placement:
+class Placer:
     """measure(quiet): of a node that serves; measure_training: FLOP/s of a node that a stage may get."""
 
     def __init__(

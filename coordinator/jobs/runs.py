@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from isthmus.coordinator.jobs.methods import Method
+from isthmus.coordinator.jobs.methods import JobMethod
 from isthmus.coordinator.jobs.serving import ServingMethod
 from isthmus.protos.v1 import coordinator_pb2 as pb
 
@@ -18,7 +18,7 @@ class Run:
 
     job: str
     spec: pb.JobSpec
-    method: Method
+    method: JobMethod
     task_id: str
     resume: bool
     devices: list[str] = field(default_factory=list)

@@ -52,16 +52,11 @@ class Merger:
     _rounds: int = 0
 
     def __post_init__(self) -> None:
-        self._method = REGISTRY[aggregation_of(self.config, self.shapes)]
+        self.method = REGISTRY[aggregation_of(self.config, self.shapes)]
         self._coders: dict[str, AdapterCoder] = {}  # by device
         self._initial = self.layout.drawn(self.config.seed)
         for module in self._shared():
             self._global.setdefault(module, self._initial[module])
-
-    @property
-    def name(self) -> str:
-        """The method's name, as `--aggregation` has it."""
-        return self._method.name
 
     def values_of(self, device: str) -> int:
         """Number of values of a device's adapter."""
@@ -74,7 +69,7 @@ class Merger:
             return None, None
         if device not in self._held:
             self._held[device] = self._flat(device, self._global)
-        frozen = self._frozen_for(device, self._frozen, replaces=True) if self._method.starts_anew else None
+        frozen = self._frozen_for(device, self._frozen, replaces=True) if self.method.starts_anew else None
         return self._held[device], frozen
 
     def unfit(self, shares: Mapping[str, Share]) -> set[str]:
@@ -102,7 +97,7 @@ class Merger:
             frozen={
                 device: self._frozen_for(device, self._frozen if remade else stacks, replaces=remade)
                 for device in shares
-                if self._method.starts_anew
+                if self.method.starts_anew
             },
             server=self._for_server(server),
             server_frozen=dict(self._frozen),
@@ -149,7 +144,7 @@ class Merger:
             tensors |= named_tensors({module: both})
         for module in self._shared():
             factors = self._global[module]
-            if self._method.starts_anew:  # what was drawn anew has B = 0
+            if self.method.starts_anew:  # what was drawn anew has B = 0
                 factors = self._frozen.get(module, factors)
             tensors |= named_tensors({module: factors})
         return tensors
@@ -175,10 +170,10 @@ class Merger:
             if module in self._global:
                 continue
             own = factors_of(server, module)
-            if self._method.starts_anew:
+            if self.method.starts_anew:
                 self._frozen[module], _ = grown(self._frozen.get(module), own)
             self._global[module] = fresh.get(module) or (
-                refactored(own, self.config.lora.rank) if self._method.turns else own
+                refactored(own, self.config.lora.rank) if self.method.turns else own
             )
         for module in set(self._global) - set(shared):  # the server's alone again
             del self._global[module]
@@ -205,11 +200,11 @@ class Merger:
             if not parts:  # only devices of rank 0 hold it
                 results[module] = self._global[module]
                 continue
-            merged = self._method.merge(complete if self._method.completes else parts, self.config.lora.rank)
+            merged = self.method.merge(complete if self.method.completes else parts, self.config.lora.rank)
             average = stacked(complete)
             lost += difference_squared(merged, average)
             norm += norm_squared(average)
-            if self._method.starts_anew:
+            if self.method.starts_anew:
                 stacks[module], results[module] = merged, fresh[module]
             else:
                 results[module] = merged
@@ -221,7 +216,7 @@ class Merger:
 
         They are others in every round: a stack of equal A would reach no new directions.
         """
-        return self.layout.drawn(self.config.seed + self._rounds) if self._method.starts_anew else {}
+        return self.layout.drawn(self.config.seed + self._rounds) if self.method.starts_anew else {}
 
     def _parts(
         self,
@@ -263,14 +258,14 @@ class Merger:
         own: the adapter that the device has, to whose basis the factors are turned where the method needs it.
         """
         parts = self.layout.leading(of, self.shapes[device])
-        if own is not None and self._method.turns:
+        if own is not None and self.method.turns:
             parts = {module: turned_to(factors, own[module + A]) for module, factors in parts.items()}
         return flat(parts)
 
     def _for_server(self, server: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The values, by name, that the server's copies of shared blocks get."""
         parts = {module: self._global[module] for module in self._shared() if module + A in server}
-        if self._method.turns:
+        if self.method.turns:
             parts = {module: turned_to(factors, server[module + A]) for module, factors in parts.items()}
         return named_tensors(parts)
 

@@ -50,7 +50,7 @@ class _Part:
 
 
 @dataclass
-class _UnderWay:
+class _OpenBatch:
     """A step under way: of its micro-batches, `begun` have been sent and `done` are through."""
 
     batch: Batch
@@ -109,7 +109,7 @@ class DloraDevice(DeviceSteps):
         if not self._choose(step):
             return None
         self._merge(link, step)
-        under_way = _UnderWay(Batch.of(self.context, step, link.coder.plan, self._device))
+        under_way = _OpenBatch(Batch.of(self.context, step, link.coder.plan, self._device))
         while under_way.done < len(under_way.batch.slices):
             self._send_forwards(link, under_way)
             self._answer(link, under_way, link.receive())
@@ -130,7 +130,7 @@ class DloraDevice(DeviceSteps):
         for number, values in self.active.to_merge():
             link.send(Frame(Phase.MERGE, step, tensor=values, trained=self.layout.pack(frozenset({number}))))
 
-    def _send_forwards(self, link: Link, under_way: _UnderWay) -> None:
+    def _send_forwards(self, link: Link, under_way: _OpenBatch) -> None:
         """As many micro-batches as may be under way."""
         batch = under_way.batch
         while under_way.begun < len(batch.slices) and under_way.begun - under_way.done < batch.depth:
@@ -155,7 +155,7 @@ class DloraDevice(DeviceSteps):
         )
         return _Part(labels, smashed, rows, int((labels[:, 1:] != IGNORE).sum()), applied), frame
 
-    def _answer(self, link: Link, under_way: _UnderWay, asked: Frame) -> None:
+    def _answer(self, link: Link, under_way: _OpenBatch, asked: Frame) -> None:
         """Whatever the server sends in a step."""
         number = asked.micro_batch
         part = under_way.parts.get(number)
@@ -190,7 +190,7 @@ class DloraDevice(DeviceSteps):
         if gradient is not None:
             link.send(Frame(Phase.BACKWARD, asked.step, asked.micro_batch, gradient.float(), site=site.number))
 
-    def _loss(self, link: Link, under_way: _UnderWay, part: _Part, answer: Frame) -> None:
+    def _loss(self, link: Link, under_way: _OpenBatch, part: _Part, answer: Frame) -> None:
         """The last hidden states of a micro-batch have come."""
         batch = under_way.batch
         last = tensor_like(answer, part.smashed.shape).to(self._device).requires_grad_()

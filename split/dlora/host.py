@@ -29,7 +29,7 @@ from isthmus.split.link.frames import ENDS, EVALUATIONS_AHEAD, Frame, Phase
 from isthmus.split.link.order import Order
 from isthmus.split.lora.lora import shapes_of
 from isthmus.split.lora.sites import Layout, adapter_of
-from isthmus.split.training.averages import Aggregation, Averages
+from isthmus.split.training.averages import AggregationResult, Averages
 from isthmus.split.training.checkpoint import Checkpoint
 from isthmus.split.training.digests import check_holds, digest_of, digest_of_all
 from isthmus.split.training.frames import tensor_of
@@ -38,7 +38,7 @@ from isthmus.split.training.steps import HostSteps
 
 
 @dataclass
-class _Exchange:
+class _OpenPasses:
     """What a device has under way. order: what its next frames have to be, but for those of a pass."""
 
     order: Order
@@ -89,7 +89,7 @@ class DloraHost(HostSteps):
         self._adapters = {device: shapes_of(adapter_of(layout)) for device, layout in layouts.items()}
         self._averages = Averages(config, initial)
         self._trained = {name: frozenset(range(len(one.modules))) for name, one in layouts.items()}  # as was told last
-        self._exchanges: dict[str, _Exchange] = {}
+        self._exchanges: dict[str, _OpenPasses] = {}
 
     # ---- devices ----
 
@@ -108,7 +108,7 @@ class DloraHost(HostSteps):
 
     def begin(self, device: JoinedDevice) -> Frame:
         order = Order(self.config, device.name)
-        self._exchanges[device.name] = _Exchange(order)
+        self._exchanges[device.name] = _OpenPasses(order)
         if not self.config.averages and device.step - self.job.progress.by_device[device.name] == 1:
             device.step -= 1  # its STEP was lost with the link, and comes again
             order.repeat_step(device.step)
@@ -161,7 +161,7 @@ class DloraHost(HostSteps):
         else:
             self._begin_pass(device, exchange, frame)
 
-    def _begin_pass(self, device: JoinedDevice, exchange: _Exchange, frame: Frame) -> None:
+    def _begin_pass(self, device: JoinedDevice, exchange: _OpenPasses, frame: Frame) -> None:
         evaluating = frame.phase == Phase.EVALUATE
         active = self._active(device.name, exchange, frame)
 
@@ -172,7 +172,7 @@ class DloraHost(HostSteps):
         exchange.passes[evaluating, frame.micro_batch] = passing
         passing.start()
 
-    def _active(self, device: str, exchange: _Exchange, frame: Frame) -> Active:
+    def _active(self, device: str, exchange: _OpenPasses, frame: Frame) -> Active:
         """What a pass's frame says of the modules. Raises BadFrame for what cannot be."""
         layout = self._layouts[device]
         applied = layout.unpack(frame.applied)
@@ -194,7 +194,7 @@ class DloraHost(HostSteps):
             raise BadFrame("modules that are merged and to be asked for")
         return Active(trained, applied, dict(exchange.merged))
 
-    def _merge(self, device: str, exchange: _Exchange, frame: Frame) -> None:
+    def _merge(self, device: str, exchange: _OpenPasses, frame: Frame) -> None:
         """The stage is to apply these modules itself from here on."""
         layout = self._layouts[device]
         numbers = layout.unpack(frame.trained)
@@ -211,7 +211,7 @@ class DloraHost(HostSteps):
                 values = values[size:]
             exchange.merged[number] = parts[0], parts[1]
 
-    def _ended(self, device: JoinedDevice, exchange: _Exchange, passing: Passing, error: IsthmusError | None) -> None:
+    def _ended(self, device: JoinedDevice, exchange: _OpenPasses, passing: Passing, error: IsthmusError | None) -> None:
         key = passing.evaluating, passing.number
         if exchange.passes.get(key) is not passing:
             return
@@ -250,7 +250,7 @@ class DloraHost(HostSteps):
     def unfit(self, shares: Mapping[str, Share], last: Tensor | None) -> set[str]:
         return self._averages.unfit(shares, last)
 
-    def aggregate(self, step: int, shares: Mapping[str, Share], last: Tensor | None) -> Aggregation:
+    def aggregate(self, step: int, shares: Mapping[str, Share], last: Tensor | None) -> AggregationResult:
         return self._averages.aggregate(step, shares, last)
 
     def adapter(self, point: Checkpoint) -> dict[str, Tensor] | None:

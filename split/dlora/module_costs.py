@@ -49,7 +49,7 @@ class ModuleCost:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class ExchangeCost:
     """Values a token exchanges, by direction (down: to the device) and pass."""
 
     down_forward: int
@@ -98,7 +98,7 @@ def marginal_values(costs: Mapping[str, ModuleCost], name: str, chosen: Iterable
     return 2 * cost.d_out + (0 if shared else 2 * cost.d_in)
 
 
-def exchange(costs: Mapping[str, ModuleCost], active: Collection[str], mode: str = MERGE) -> Exchange:
+def exchange(costs: Mapping[str, ModuleCost], active: Collection[str], mode: str = MERGE) -> ExchangeCost:
     """Values that a token exchanges for the modules of remote blocks, without the four tensors of the U-shape.
 
     The gradient to a site's input is not sent where nothing below trains. A killed module that is kept (KEEP) is part
@@ -120,7 +120,7 @@ def exchange(costs: Mapping[str, ModuleCost], active: Collection[str], mode: str
             up_backward += d_in
         elif order == lowest:
             down_backward += sum(costs[name].d_out for name in names if name in active)
-    return Exchange(down_forward, up_forward, down_backward, up_backward)
+    return ExchangeCost(down_forward, up_forward, down_backward, up_backward)
 
 
 def module_flops(costs: Mapping[str, ModuleCost], active: Collection[str], mode: str = MERGE) -> int:

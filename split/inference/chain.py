@@ -111,7 +111,7 @@ class LocalHolder:
 
 
 @dataclass(frozen=True)
-class Recovery:
+class Takeover:
     """A sequence that another holder took over, or the same holder anew."""
 
     span: str
@@ -133,7 +133,7 @@ class Span:
         *,
         chunk: int = 512,
         patience: float = _PATIENCE,
-        tell: Callable[[Recovery], None] = lambda _: None,
+        tell: Callable[[Takeover], None] = lambda _: None,
     ) -> None:
         """Make a span without holders.
 
@@ -142,7 +142,7 @@ class Span:
         `recoveries`.
         """
         self.first, self.last = first, last
-        self.recoveries: deque[Recovery] = deque(maxlen=_REMEMBERED)
+        self.recoveries: deque[Takeover] = deque(maxlen=_REMEMBERED)
         self._tell = tell
         self._hidden_size, self._chunk, self._patience = hidden_size, chunk, patience
         self._holders: list[Holder] = []
@@ -225,7 +225,7 @@ class Span:
                 before = self._built.get(row.sequence)
                 name = lost or ("" if before is None else before.name)
                 seconds = time.perf_counter() - started
-                recovery = Recovery(str(self), name, holder.name, row.sequence, row.position, seconds)
+                recovery = Takeover(str(self), name, holder.name, row.sequence, row.position, seconds)
                 self.recoveries.append(recovery)
                 self._tell(recovery)
             for row in rows:

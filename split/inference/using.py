@@ -15,7 +15,7 @@ from torch import Tensor
 from isthmus.protos.v1 import chain_pb2 as pb
 from isthmus.protos.v1.chain_pb2_grpc import ChainStub
 from isthmus.split.errors import BadFrame, BadRequest, IsthmusError, LinkLost
-from isthmus.split.inference.chain import Cost, Holder, LocalHolder, Recovery, Span
+from isthmus.split.inference.chain import Cost, Holder, LocalHolder, Span, Takeover
 from isthmus.split.inference.ends import Ends
 from isthmus.split.inference.engine import Engine
 from isthmus.split.inference.exits import ExitRule
@@ -254,5 +254,5 @@ class _Refusal(Holder):
         pass
 
 
-def _log_recovery(one: Recovery) -> None:
+def _log_recovery(one: Takeover) -> None:
     log.info("blocks %s: %d tokens sent again, %.2f s", one.span, one.tokens, one.seconds)

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from isthmus.split.errors import BadModelFolder
-from isthmus.split.models.safetensors_file import Place, read_header, read_tensor
+from isthmus.split.models.safetensors_file import TensorPlace, read_header, read_tensor
 from isthmus.split.models.source import ADAPTER_FILES, read_text
 
 _TENSORS = "adapter_model.safetensors"
@@ -54,7 +54,7 @@ class AdapterFolder:
     def read(self, name: str) -> Tensor:
         return read_tensor(self.place(name))
 
-    def place(self, name: str) -> Place:
+    def place(self, name: str) -> TensorPlace:
         """The place of a tensor's bytes."""
         if name not in self._places:
             raise BadModelFolder(f"{self.path / _TENSORS} has no tensor {name}")

@@ -18,7 +18,7 @@ import torch
 
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.errors import BadModelFolder, BadRequest, BadTensor, NotFound
-from isthmus.split.models.safetensors_file import DTYPES, Place, byte_size
+from isthmus.split.models.safetensors_file import DTYPES, TensorPlace, byte_size
 from isthmus.split.models.source import ADAPTER_FILES, MODEL_FILES
 
 CHUNK_BYTES = 1 << 20
@@ -36,7 +36,7 @@ class Folder(Protocol):
 
     def tensor_names(self) -> frozenset[str]: ...
 
-    def place(self, name: str) -> Place: ...
+    def place(self, name: str) -> TensorPlace: ...
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """The place of a tensor's bytes, and what they mean. offset: from the start of the file. Both in bytes."""
 
     path: Path
@@ -48,7 +48,7 @@ class Place:
     shape: tuple[int, ...]
 
 
-def read_header(path: Path) -> dict[str, Place]:
+def read_header(path: Path) -> dict[str, TensorPlace]:
     """The tensors of a safetensors file by name; raises BadModelFolder if the file is not whole or not valid."""
     try:
         with path.open("rb") as file:
@@ -74,7 +74,7 @@ def read_header(path: Path) -> dict[str, Place]:
     return places
 
 
-def read_tensor(place: Place) -> Tensor:
+def read_tensor(place: TensorPlace) -> Tensor:
     """The tensor in fresh memory of exactly its size; raises BadModelFolder if the file has become shorter."""
     data = torch.empty(place.size, dtype=torch.uint8)
     if place.size:
@@ -94,7 +94,7 @@ def byte_size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _place(path: Path, start: int, file_size: int, name: str, entry: Any) -> Place:
+def _place(path: Path, start: int, file_size: int, name: str, entry: Any) -> TensorPlace:
     try:
         begin, end = (int(value) for value in entry["data_offsets"])
         shape = tuple(int(value) for value in entry["shape"])
@@ -107,10 +107,10 @@ def _place(path: Path, start: int, file_size: int, name: str, entry: Any) -> Pla
         raise _broken(path, f"the size of {name} does not fit its shape")
     if start + end > file_size:
         raise _broken(path, f"it has {file_size} bytes and needs {start + end}: it was not copied to its end")
-    return Place(path, start + begin, end - begin, DTYPES[code], shape)
+    return TensorPlace(path, start + begin, end - begin, DTYPES[code], shape)
 
 
-def _check_layout(path: Path, start: int, file_size: int, places: Mapping[str, Place]) -> None:
+def _check_layout(path: Path, start: int, file_size: int, places: Mapping[str, TensorPlace]) -> None:
     """The format's own rule: tensors follow one another without gaps or overlap, to the end of the file."""
     at = start
     for place in sorted(places.values(), key=lambda place: (place.offset, place.size)):

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from isthmus.split.errors import BadModelFolder
 from isthmus.split.models.architectures import Architecture, architecture_of, parse_config
-from isthmus.split.models.safetensors_file import Place, read_header, read_tensor
+from isthmus.split.models.safetensors_file import TensorPlace, read_header, read_tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -76,7 +76,7 @@ class ModelFolder:
         self.config = parse_config(read_text(config), str(config))
         architecture = architecture_of(self.config)
         self._stored = {full_name(architecture, name): (name, shard) for name, shard in self._find_tensors().items()}
-        self._headers: dict[str, dict[str, Place]] = {}
+        self._headers: dict[str, dict[str, TensorPlace]] = {}
         self.read_names: set[str] = set()
         """Names of the tensors whose values have been read so far."""
         settle_head(self.config, self.tensor_names())
@@ -99,7 +99,7 @@ class ModelFolder:
         self.read_names.add(name)
         return tensor
 
-    def place(self, name: str) -> Place:
+    def place(self, name: str) -> TensorPlace:
         """The place of a tensor's bytes."""
         if name not in self._stored:
             raise BadModelFolder(f"{self.path} has no tensor {name}; the checkpoint is not of this configuration")

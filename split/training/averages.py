@@ -15,7 +15,7 @@ from isthmus.split.lora.lora import flatten, shapes_of, unflatten
 
 
 @dataclass(frozen=True)
-class Aggregation:
+class AggregationResult:
     """What an aggregation gives. average: the adapter of all devices, flat; None where they differ. answers: to the
     devices' AGGREGATE frames. method, error: its name, and how far it is from the exact one, for watchers."""
 
@@ -38,14 +38,14 @@ class Averages:
         """The devices whose adapters nobody could compute with. last: the average before, flat; None: none was."""
         return self._averager.unfit({device: share.values for device, share in shares.items()}, last)
 
-    def aggregate(self, step: int, shares: Mapping[str, Share], last: Tensor | None) -> Aggregation:
+    def aggregate(self, step: int, shares: Mapping[str, Share], last: Tensor | None) -> AggregationResult:
         """Weighted by the devices' numbers of training sequences."""
         total = sum(share.samples for share in shares.values())
         weighted = [(share.values, share.samples / total) for share in shares.values()]
         error = self._averager.error(weighted, last)
         average, encoded = self._averager.average(weighted, last)
         answers = dict.fromkeys(shares, Frame(Phase.AGGREGATE, step, encoded=encoded))
-        return Aggregation(average, answers, AVERAGE, error)
+        return AggregationResult(average, answers, AVERAGE, error)
 
     def named(self, average: Tensor | None) -> dict[str, Tensor]:
         """A flat average by names in the whole model. None: what the devices began with."""

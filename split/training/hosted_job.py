@@ -41,7 +41,7 @@ from isthmus.split.training.frames import tensor_of
 from isthmus.split.training.membership import JoinedDevice, Membership, check_open
 from isthmus.split.training.patience import Patience
 from isthmus.split.training.plans import Plans
-from isthmus.split.training.progress import Progress
+from isthmus.split.training.progress import JobProgress
 from isthmus.split.training.recovery import Recovery
 from isthmus.split.training.steps import HostSteps
 
@@ -83,7 +83,7 @@ class HostedJob:
         self.members = Membership(context.devices)
         self._together = Phase.STEP in steps.joint
         self.plans = Plans(context.config, steps.hidden_size, context.tell, together=self._together)
-        self.progress = Progress(context.devices, context.tell)
+        self.progress = JobProgress(context.devices, context.tell)
         self.evaluations = Evaluations(context.tell)
         self.resources: dict[str, dict[str, float]] = {}
         self.deadlines = Deadlines(context.patience)

@@ -26,7 +26,7 @@ from isthmus.split.models.stage import Stage
 from isthmus.split.plan.choose import RECENT
 from isthmus.split.plan.cut_mover import CutMover, MeasuredDevice
 from isthmus.split.plan.shapes import ShapeChoice
-from isthmus.split.training.averages import Aggregation, Averages
+from isthmus.split.training.averages import AggregationResult, Averages
 from isthmus.split.training.checkpoint import Checkpoint
 from isthmus.split.training.digests import check_holds, digest_of, digest_of_all
 from isthmus.split.training.server import ServerTrainer
@@ -100,7 +100,7 @@ class JobAdapters:
         """The devices whose adapters nobody could compute with: NaN, infinity, or so large that they lead there."""
         return self._merging.unfit(shares) if self._merging else self._averages.unfit(shares, last)
 
-    def merge(self, step: int, shares: Mapping[str, Share], last: Tensor | None) -> Aggregation:
+    def merge(self, step: int, shares: Mapping[str, Share], last: Tensor | None) -> AggregationResult:
         """last: the average of the last aggregation, where all have one and the same."""
         if self._merging is None:
             return self._averages.aggregate(step, shares, last)
@@ -112,7 +112,7 @@ class JobAdapters:
         for device, encoded in merged.answers.items():
             frozen = merged.frozen[device].to_proto() if device in merged.frozen else None
             answers[device] = Frame(Phase.AGGREGATE, step, encoded=encoded, frozen=frozen)
-        return Aggregation(None, answers, self._merging.name, merged.error)
+        return AggregationResult(None, answers, self._merging.method.name, merged.error)
 
     def move(
         self, step: int, measured: Mapping[str, stage_pb2.Measured], steps_timed: int

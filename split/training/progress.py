@@ -9,7 +9,7 @@ from isthmus.split.job.events import Tell
 from isthmus.split.link.frames import Frame
 
 
-class Progress:
+class JobProgress:
     """step: that devices have done together. losses: of those steps. by_device: where each device has steps of its own,
     how many it has told of."""
 

@@ -9,7 +9,7 @@ from isthmus.split.errors import WrongState
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.events import Tell
 from isthmus.split.training.checkpoint import Checkpoint, CheckpointFolder
-from isthmus.split.training.progress import Progress
+from isthmus.split.training.progress import JobProgress
 from isthmus.split.training.steps import HostSteps
 
 
@@ -17,7 +17,12 @@ class Recovery:
     """point: the last aggregation; before the first, what the job began with. folder: None keeps nothing on disk."""
 
     def __init__(
-        self, steps: HostSteps, progress: Progress, config: TrainingConfig, folder: CheckpointFolder | None, tell: Tell
+        self,
+        steps: HostSteps,
+        progress: JobProgress,
+        config: TrainingConfig,
+        folder: CheckpointFolder | None,
+        tell: Tell,
     ) -> None:
         self._steps, self._progress, self._config = steps, progress, config
         self._folder, self._tell = folder, tell

@@ -36,7 +36,7 @@ Reshape = Callable[[Shape], tuple[Sequence[Stage], str]]
 
 
 @dataclass
-class _UnderWay:
+class _OpenStep:
     """A step under way. Of its micro-batches, `begun` have been sent, `asked` have their loss, `done` their gradient;
     smashed: their hidden states at the cut. adapter: copies of the front's LoRA that it was sent with (empty: the
     parameters themselves)."""
@@ -67,7 +67,7 @@ class SplitLoraDevice(DeviceSteps):
     ) -> None:
         super().__init__(context)
         self._shape, self._reshape = shape, reshape
-        self._following: _UnderWay | None = None  # with overlap stale: the next step, which has begun already
+        self._following: _OpenStep | None = None  # with overlap stale: the next step, which has begun already
         self._hold(stages)
 
     @property
@@ -121,9 +121,9 @@ class SplitLoraDevice(DeviceSteps):
             self._front_lora[name].grad = value.grad
         return Gradients(under_way.loss, batch.tokens, under_way.norm_squared)
 
-    def _send_first(self, link: Link, step: int) -> _UnderWay:
+    def _send_first(self, link: Link, step: int) -> _OpenStep:
         """Sends the first hidden states of a step, as many micro-batches as may be under way."""
-        under_way = _UnderWay(Batch.of(self.context, step, link.coder.plan, self._device))
+        under_way = _OpenStep(Batch.of(self.context, step, link.coder.plan, self._device))
         if self.config.link.stale:  # the values of now: a step may change them before this batch comes back
             under_way.adapter = {
                 name: value.detach().clone().requires_grad_() for name, value in self._front_lora.items()
@@ -131,7 +131,7 @@ class SplitLoraDevice(DeviceSteps):
         self._send_forwards(link, under_way)
         return under_way
 
-    def _send_forwards(self, link: Link, under_way: _UnderWay) -> None:
+    def _send_forwards(self, link: Link, under_way: _OpenStep) -> None:
         batch = under_way.batch
         while under_way.begun < len(batch.slices) and under_way.begun - under_way.done < batch.depth:
             number, rows = under_way.begun, batch.slices[under_way.begun]
@@ -146,12 +146,12 @@ class SplitLoraDevice(DeviceSteps):
             under_way.begun += 1
             link.send(frame)
 
-    def _all_sent(self, under_way: _UnderWay) -> bool:
+    def _all_sent(self, under_way: _OpenStep) -> bool:
         """Whether this device has sent all of a step but its STEP."""
         sent = under_way.begun if self.tail is None else under_way.asked
         return sent == len(under_way.batch.slices)
 
-    def _tail(self, link: Link, under_way: _UnderWay, answer: Frame) -> None:
+    def _tail(self, link: Link, under_way: _OpenStep, answer: Frame) -> None:
         """The last hidden states of a micro-batch have come: its loss, and the gradient by them."""
         assert self.tail is not None
         number, batch = under_way.asked, under_way.batch
@@ -167,7 +167,7 @@ class SplitLoraDevice(DeviceSteps):
         values = {"tokens": float(batch.tokens)}
         link.send(Frame(Phase.BACKWARD, batch.step, number, last.grad, values=values))
 
-    def _front_backward(self, under_way: _UnderWay, answer: Frame) -> None:
+    def _front_backward(self, under_way: _OpenStep, answer: Frame) -> None:
         """The gradient at the cut of a micro-batch has come."""
         number, batch = under_way.done, under_way.batch
         if self.tail is None:

@@ -16,7 +16,7 @@ from isthmus.protos.v1.events_pb2 import Event
 from isthmus.split.aggregation.averager import Share
 from isthmus.split.link.frames import Frame, Phase
 from isthmus.split.link.order import Order
-from isthmus.split.training.averages import Aggregation
+from isthmus.split.training.averages import AggregationResult
 from isthmus.split.training.barrier import Place
 from isthmus.split.training.checkpoint import Checkpoint
 from isthmus.split.training.job_adapters import JobAdapters
@@ -82,7 +82,7 @@ class SplitLoraHost(HostSteps):
     def unfit(self, shares: Mapping[str, Share], last: Tensor | None) -> set[str]:
         return self.adapters.unfit(shares, last)
 
-    def aggregate(self, step: int, shares: Mapping[str, Share], last: Tensor | None) -> Aggregation:
+    def aggregate(self, step: int, shares: Mapping[str, Share], last: Tensor | None) -> AggregationResult:
         return self.adapters.merge(step, shares, last)
 
     def after_aggregation(self, step: int, devices: Mapping[str, JoinedDevice]) -> Mapping[str, Frame]:

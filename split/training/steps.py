@@ -13,7 +13,7 @@ from isthmus.split.aggregation.averager import Share
 from isthmus.split.link.frames import Frame, Phase
 from isthmus.split.lora.sites import Layout
 from isthmus.split.resources.ledger import Ledger
-from isthmus.split.training.averages import Aggregation
+from isthmus.split.training.averages import AggregationResult
 from isthmus.split.training.barrier import Place
 from isthmus.split.training.checkpoint import Checkpoint
 from isthmus.split.training.membership import JoinedDevice, not_due
@@ -54,7 +54,7 @@ class HostSteps(ABC):
         """The devices whose adapters nobody could compute with. last: the average before, flat."""
 
     @abstractmethod
-    def aggregate(self, step: int, shares: Mapping[str, Share], last: Tensor | None) -> Aggregation:
+    def aggregate(self, step: int, shares: Mapping[str, Share], last: Tensor | None) -> AggregationResult:
         """Makes one adapter of those that devices have sent after `step`, or one for each."""
 
     @abstractmethod

@@ -13,7 +13,7 @@ import pytest
 
 from isthmus.client import measurements
 from isthmus.client.identity import Identity
-from isthmus.client.measurements import Measurements
+from isthmus.client.measurements import DeviceMeasurements
 from isthmus.client.runner import DeviceOptions
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.split.errors import IsthmusError, LinkLost
@@ -46,7 +46,7 @@ def options(state: Path, **changes: Any) -> DeviceOptions:
     return replace(DeviceOptions(state=state, data={}, device="cpu"), **changes)
 
 
-def first_news(mine: Measurements, busy: Callable[[], bool] = lambda: False) -> None:
+def first_news(mine: DeviceMeasurements, busy: Callable[[], bool] = lambda: False) -> None:
     async def wait() -> None:
         async with asyncio.timeout(120):
             await anext(mine.news(busy))
@@ -55,7 +55,7 @@ def first_news(mine: Measurements, busy: Callable[[], bool] = lambda: False) -> 
 
 
 def test_what_is_measured_is_told(identity: Identity, tmp_path: Path) -> None:
-    mine = Measurements(identity, options(tmp_path))
+    mine = DeviceMeasurements(identity, options(tmp_path))
     assert pb.Profile(**mine.told()) == pb.Profile()
     first_news(mine)
     told = pb.Profile(**mine.told())
@@ -71,7 +71,7 @@ def test_nothing_is_measured_while_there_is_a_task_nor_before_it_has_ended(ident
         asked.append(1)
         return len(asked) < 5
 
-    mine = Measurements(identity, options(tmp_path))
+    mine = DeviceMeasurements(identity, options(tmp_path))
     first_news(mine, busy)
     assert len(asked) >= 5
 
@@ -91,18 +91,18 @@ def test_a_task_that_comes_stops_it_and_it_is_done_later(
         return [SPEED]
 
     monkeypatch.setattr(measurements, "measure_apart", measure)
-    first_news(Measurements(identity, options(tmp_path)), lambda: working[0])
+    first_news(DeviceMeasurements(identity, options(tmp_path)), lambda: working[0])
     assert tries == [True, False]
 
 
 def test_only_what_the_owner_allows_is_measured(identity: Identity, tmp_path: Path) -> None:
-    trains = Measurements(identity, options(tmp_path, allow=("splitlora",)))
+    trains = DeviceMeasurements(identity, options(tmp_path, allow=("splitlora",)))
     first_news(trains)
     told = pb.Profile(**trains.told())
     assert told.training_flops > 0
     assert told.HasField("link")
     assert not told.speeds
-    mine = Measurements(identity, options(tmp_path, allow=("labels-leave",)))
+    mine = DeviceMeasurements(identity, options(tmp_path, allow=("labels-leave",)))
     with pytest.raises(StopAsyncIteration):
         first_news(mine)
     assert pb.Profile(**mine.told()) == pb.Profile()
@@ -115,7 +115,7 @@ def test_a_link_that_cannot_be_measured_leaves_the_speeds(
         raise LinkLost("it does not answer")
 
     monkeypatch.setattr(measurements, "measure_link", older)
-    mine = Measurements(identity, options(tmp_path))
+    mine = DeviceMeasurements(identity, options(tmp_path))
     first_news(mine)
     told = pb.Profile(**mine.told())
     assert len(told.speeds) == 1

@@ -27,7 +27,7 @@ from isthmus.split.lora.lora import add_lora, flatten, lora_config, lora_paramet
 from isthmus.split.models.source import ModelFolder
 from isthmus.split.models.stage import Stage, StageSpec, build_stages
 from isthmus.split.resources.ledger import Ledger
-from isthmus.split.training.averages import Aggregation, Averages
+from isthmus.split.training.averages import AggregationResult, Averages
 from isthmus.split.training.checkpoint import Checkpoint, CheckpointFolder, DeviceRecord
 from isthmus.split.training.device import DeviceTrainer
 from isthmus.split.training.device_steps import Batch, DeviceContext, DeviceSteps, Gradients
@@ -66,7 +66,7 @@ class ToyHost(HostSteps):
     def unfit(self, shares: Mapping[str, Share], last: Tensor | None) -> set[str]:
         return self._averages.unfit(shares, last)
 
-    def aggregate(self, step: int, shares: Mapping[str, Share], last: Tensor | None) -> Aggregation:
+    def aggregate(self, step: int, shares: Mapping[str, Share], last: Tensor | None) -> AggregationResult:
         return self._averages.aggregate(step, shares, last)
 
     def adapter(self, point: Checkpoint) -> dict[str, Tensor]:
