@@ -32,7 +32,7 @@ class Checkpoint:
     device_adapter: Tensor | None  # flat, (values,); None before the first aggregation
     losses: list[float]
     stage_digest: str = ""  # of the model files that the devices hold
-    merged: dict[str, Tensor] = field(default_factory=dict)  # of devices that differ: see split/aggregation/merging.py
+    merged: dict[str, Tensor] = field(default_factory=dict)  # of devices that differ: see split/aggregation/merger.py
     shapes: dict[str, list[int]] = field(default_factory=dict)  # of the devices: cut and rank, where they differ
 
     def tensors(self) -> dict[str, Tensor]:
@@ -119,8 +119,29 @@ class DeviceRecord:
             shutil.rmtree(self.folder / f"step-{later:08d}")
         if step not in _steps(self.folder):
             return None
-        tensors, described = _load(self.folder, step)
-        return DeviceState(adapter=tensors["adapter"], optimizer=_part(tensors, "optimizer/"), **described)
+        try:
+            return _device_state(*_load(self.folder, step))
+        except KeyError as error:
+            raise WrongState(
+                f"{self.folder / f'step-{step:08d}'} is no device's record that this version can read: it has no "
+                f"{error.args[0]}; remove it, and the device goes on from the last average without its moments"
+            ) from None
+
+
+def _device_state(tensors: dict[str, Tensor], described: Mapping[str, Any]) -> DeviceState:
+    """Read a device's record of this version, or of version 0.1, which had a kind of its own for each method.
+
+    Raises KeyError for what neither has written.
+    """
+    step, told = described["step"], described.get("told", {})
+    if "method" in described:
+        return DeviceState(step, tensors["adapter"], _part(tensors, "optimizer/"), described["method"], told)
+    if "controller" in described:  # of dlora
+        method = {name: described[name] for name in ("controller", "trained") if described[name] is not None}
+        return DeviceState(step, tensors["adapter"], _part(tensors, "optimizer/"), method, told)
+    if set(described) != {"step"}:
+        raise KeyError("method")
+    return DeviceState(step, torch.empty(0), tensors)  # of splitlora: the adapter was the coordinator's to remember
 
 
 def _save(folder: Path, step: int, tensors: dict[str, Tensor], described: Mapping[str, object]) -> Path:
