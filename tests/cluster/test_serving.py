@@ -34,7 +34,7 @@ from isthmus.split.models.blobs import BlobStore
 from isthmus.split.models.manifest import Manifest, build_manifest
 from isthmus.split.tls import channel
 from tests.cluster.house import LIMIT, House, ended, events_until, refusal, run_cli, wait_for
-from tests.split.generation.whole import greedy, whole_model
+from tests.split.inference.whole import greedy, whole_model
 from tests.split.tiny_adapters import make_adapter, with_adapter
 from tests.split.tiny_models import make_model
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from isthmus.split.models.architectures import architecture_of
 from isthmus.split.models.source import open_model
-from tests.split.generation.whole import loaded_model
+from tests.split.inference.whole import loaded_model
 
 
 def make_adapter(folder: Path, model: Path, *, seed: int = 0, **settings: Any) -> Path:

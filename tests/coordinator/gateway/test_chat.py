@@ -11,7 +11,7 @@ import pytest
 from isthmus.coordinator.gateway import ServedModel, make_app
 from tests.coordinator.gateway.generators import Script, ask, ids_of, saying, tokenizer
 from tests.coordinator.gateway.test_completions import choice, events
-from tests.split.generation.test_text import sentencepiece_like
+from tests.split.inference.test_text import sentencepiece_like
 from tests.split.tiny_models import make_tokenizer
 
 PATH = "/v1/chat/completions"

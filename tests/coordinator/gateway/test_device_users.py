@@ -40,7 +40,7 @@ from isthmus.split.models.source import TensorSource, open_model
 from isthmus.split.models.stage import StageSpec
 from isthmus.split.runtime.choose import TORCH, RuntimeChoice, make_runtime
 from isthmus.split.tls import SERVER_OPTIONS, Credentials, Peer, aio_channel, bind, channel, server_credentials
-from tests.split.generation.whole import answers, greedy, ids_of, prompts, run, whole_model
+from tests.split.inference.whole import answers, greedy, ids_of, prompts, run, whole_model
 from tests.split.tiny_models import make_model
 
 JOB, CHOICE, GREEDY = "job", RuntimeChoice(TORCH), Sampling(temperature=0)

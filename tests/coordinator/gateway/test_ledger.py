@@ -20,7 +20,7 @@ from isthmus.split.models.stage import StageSpec, build_stages
 from isthmus.split.resources.flops import FlopMeter
 from isthmus.split.runtime.base import Row
 from tests.coordinator.gateway.test_device_users import CHOICE, Served, authority, llama, requests, story, until  # noqa: F401
-from tests.split.generation.whole import answers
+from tests.split.inference.whole import answers
 from tests.split.tiny_models import make_model
 
 

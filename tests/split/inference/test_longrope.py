@@ -12,7 +12,7 @@ from isthmus.split.inference.local import local_engine
 from isthmus.split.inference.request import Request, Sampling
 from isthmus.split.models.source import open_model
 from isthmus.split.runtime.choose import ONNX, TORCH, RuntimeChoice
-from tests.split.generation.whole import answers, greedy, longrope_model, prompts, run, whole_model
+from tests.split.inference.whole import answers, greedy, longrope_model, prompts, run, whole_model
 
 GREEDY = Sampling(temperature=0)
 LENGTHS = (5, 20, 31, 32, 33, 40, 60)  # 32 are the model's own

@@ -24,9 +24,9 @@ from isthmus.split.plan.parts import device_stages
 from isthmus.split.resources.ledger import Ledger
 from isthmus.split.training.loss import nll
 from tests.split.jobs import device_trainer, job_host, random_text, split_run, unsplit_run
-from tests.split.test_host import Job
-from tests.split.test_training import CONFIG, _assert_same, _texts, _trained
 from tests.split.tiny_models import VOCABULARY, make_model
+from tests.split.training.test_host import Job
+from tests.split.training.test_splitlora import CONFIG, _assert_same, _texts, _trained
 
 SGD = CONFIG.but(optimizer="sgd", learning_rate=0.5, weight_decay=0.0, max_gradient_norm=0.0, aggregate_every=1)
 MIXED = CONFIG.but(cuts="d0=3,d1=1,2", ranks="d0=4,d1=2,1", optimizer="sgd", learning_rate=0.5)

@@ -31,7 +31,7 @@ from isthmus.split.inference.serving import AdapterConfig, ServingConfig, parse_
 from isthmus.split.job.config import TrainingConfig
 from isthmus.split.job.grouped import Grouped
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIGS: dict[str, type[Grouped]] = {"finetune": TrainingConfig, "serve": ServingConfig}
 DATASET = ("--dataset", "notes")
 CLICK_TYPES = {int: click.INT, float: click.FLOAT, str: click.STRING, bool: click.BOOL}

@@ -28,7 +28,7 @@ from isthmus.split.inference.request import Request, Sampling, Timing
 from isthmus.split.inference.sampling import Chooser, probabilities
 from isthmus.split.models.source import open_model
 from isthmus.split.runtime.choose import TORCH, RuntimeChoice, make_runtime
-from tests.split.generation.whole import (
+from tests.split.inference.whole import (
     answers,
     greedy,
     ids_of,

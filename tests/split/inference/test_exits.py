@@ -19,9 +19,9 @@ from isthmus.split.inference.local import LOOKUP, local_engine
 from isthmus.split.inference.request import Request, Sampling
 from isthmus.split.models.source import open_model
 from isthmus.split.runtime.base import Row
-from tests.split.generation.test_failover import CONTEXT, Mortal, runtime
-from tests.split.generation.test_failover import engine as engine_over
-from tests.split.generation.whole import answers, greedy, ids_of, prompts, run, whole_model
+from tests.split.inference.test_failover import CONTEXT, Mortal, runtime
+from tests.split.inference.test_failover import engine as engine_over
+from tests.split.inference.whole import answers, greedy, ids_of, prompts, run, whole_model
 from tests.split.tiny_models import make_model
 
 GREEDY = Sampling(temperature=0)

@@ -19,7 +19,7 @@ from isthmus.split.inference.local import local_engine
 from isthmus.split.inference.request import Busy, Request, Sampling
 from isthmus.split.models.source import open_model
 from isthmus.split.runtime.base import Row
-from tests.split.generation.whole import answers, greedy, ids_of, prompts, run, tokens_of, whole_model
+from tests.split.inference.whole import answers, greedy, ids_of, prompts, run, tokens_of, whole_model
 from tests.split.tiny_models import ARCHITECTURES, make_model
 
 GREEDY = Sampling(temperature=0)

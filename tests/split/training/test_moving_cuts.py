@@ -23,10 +23,10 @@ from isthmus.split.plan.shapes import Capabilities, ShapeChoice, choose_shapes
 from isthmus.split.resources.ledger import Ledger
 from isthmus.split.training.checkpoint import CheckpointFolder
 from tests.split.jobs import device_trainer, job_host, random_text, split_run, unsplit_run
-from tests.split.test_heterogeneous import SGD
-from tests.split.test_host import CutLink
-from tests.split.test_training import CONFIG, _assert_same, _texts
 from tests.split.tiny_models import VOCABULARY, make_model
+from tests.split.training.test_heterogeneous import SGD
+from tests.split.training.test_host import CutLink
+from tests.split.training.test_splitlora import CONFIG, _assert_same, _texts
 
 AUTO = SGD.but(cuts="auto")
 START = {"d0": Shape(1, 4), "d1": Shape(2, 4)}

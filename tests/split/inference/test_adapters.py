@@ -22,8 +22,8 @@ from isthmus.split.models.source import open_model
 from isthmus.split.runtime.base import Row
 from isthmus.split.runtime.choose import ONNX, TORCH, RuntimeChoice, make_runtime
 from isthmus.split.runtime.onnx_shape import SUPPORTED
-from tests.split.generation.test_failover import Mortal
-from tests.split.generation.whole import answers, greedy, ids_of, prompts, run, whole_model
+from tests.split.inference.test_failover import Mortal
+from tests.split.inference.whole import answers, greedy, ids_of, prompts, run, whole_model
 from tests.split.tiny_adapters import make_adapter, with_adapter
 from tests.split.tiny_models import ARCHITECTURES, make_model
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from isthmus.split.terminal import hops_between
 from tests.cluster.house import run_cli
-from tests.split.generation.whole import greedy, whole_model
+from tests.split.inference.whole import greedy, whole_model
 from tests.split.tiny_adapters import make_adapter, with_adapter
 from tests.split.tiny_models import make_model
 

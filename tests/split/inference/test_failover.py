@@ -21,7 +21,7 @@ from isthmus.split.models.stage import StageSpec, build_stages
 from isthmus.split.runtime.base import BadPosition, Row, Runtime
 from isthmus.split.runtime.choose import TORCH, RuntimeChoice
 from isthmus.split.runtime.torch_runtime import TorchRuntime
-from tests.split.generation.whole import answers, greedy, ids_of, prompts, whole_model
+from tests.split.inference.whole import answers, greedy, ids_of, prompts, whole_model
 from tests.split.tiny_models import make_model
 
 GREEDY = Sampling(temperature=0)
