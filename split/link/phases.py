@@ -31,7 +31,7 @@ class Size(Enum):
 
 
 class Due(Enum):
-    """When a frame may come."""
+    """The times at which a frame may come."""
 
     FIRST = auto()  # it opens the session, and comes once
     ALWAYS = auto()  # before the session is open, too

@@ -36,7 +36,7 @@ class Host(Protocol):
         """Shapes of the matrices of a device's adapter; None where they are the same for all devices."""
 
     def layout_for(self, device: str) -> Layout | None:
-        """Where a device's modules are in the server's blocks; None unless the method is DLoRA."""
+        """The layout of a device's modules in the server's blocks; None unless the method is DLoRA."""
 
     def start_without(self, missing: set[str]) -> None: ...
     def close(self) -> None: ...

@@ -11,7 +11,7 @@ from isthmus.split.link.frames import Frame
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where in a job a frame belongs."""
+    """The place of a frame in a job."""
 
     step: int
     phase: stage_pb2.Phase

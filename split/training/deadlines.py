@@ -16,7 +16,7 @@ class Deadlines:
         self._over_since: dict[str, float] = {}  # when each device was seen to have no step left
 
     def late(self, device: JoinedDevice, seconds: float | None, *, waits: bool, waited_for: bool, over: bool) -> str:
-        """Why a device is waited for no longer; empty while it is waited for.
+        """The reason why a device is waited for no longer; empty while it is waited for.
 
         seconds: for how long the device has owed the frame that a step at the stage waits for; None if no step waits.
         waits: whether a frame of the device waits for those of others.

@@ -129,5 +129,5 @@ class HostSteps(ABC):
         return None
 
     def layout_for(self, device: str) -> Layout | None:
-        """Where a device's modules are in the stage's blocks; None if none are."""
+        """The layout of a device's modules in the stage's blocks; None if none are there."""
         return None
