@@ -155,7 +155,7 @@ def _fetch_authority(host: str, port: int) -> bytes:
 
 
 def _check(credentials: Credentials) -> datetime.datetime:
-    """Returns the time at which the certificate expires. Raises ValueError if the three files do not belong together."""
+    """Returns when the certificate expires. Raises ValueError if the three files do not belong together."""
     certificate = x509.load_pem_x509_certificate(credentials.certificate)
     key = serialization.load_pem_private_key(credentials.key, password=None)
     if certificate.public_key() != key.public_key():

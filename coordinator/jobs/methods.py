@@ -30,7 +30,7 @@ class JobMethod(Protocol):
     def weights(self, device: str, blocks: int = 0) -> DeviceWeights:
         """The device's part of the model.
 
-        blocks: the cut that a device is to have whose cut moves; 0 for what it has.
+        blocks: the cut that the device moves to; 0 for the one that it has.
 
         Raises NotAllowed for another part than the device may have.
         """

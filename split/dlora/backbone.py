@@ -33,7 +33,7 @@ Tensor and answer are (rows, width), float32; the tensor is on the CPU.
 
 @dataclass(frozen=True)
 class Active:
-    """What the modules do in a pass, by their numbers. Modules in none of these do nothing.
+    """What the modules do in a pass, by their numbers. All other modules do nothing.
 
     trained: the device computes and trains them.
     applied: the device computes them, with those that train.

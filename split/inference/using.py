@@ -115,10 +115,11 @@ async def user_engine(
 
 
 class Using:
-    """Keeps a stream of Chain.Use up, as a span's holder. Start it with `async with`, which raises a first error.
+    """Keeps a stream of Chain.Use up, as a span's holder.
 
-    A stream that breaks is dialled again, and the span sends what the gateway has lost with it. Once the gateway does
-    not let this device in any more, every batch of the span ends with its reason.
+    Start it with `async with`, which raises what the first attempt ends with. A stream that breaks is dialled again,
+    and the span sends what the gateway has lost with it. Once the gateway does not let this device in any more, every
+    batch of the span ends with its reason.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ class Transport(Protocol[Out_contra, In_co]):
     def exchange(self, outgoing: Iterator[Out_contra]) -> Iterator[In_co]:
         """Sends what `outgoing` gives, in another thread and as fast as the other side takes it, and yields what comes.
 
-        Ends when the other side closes the stream. Is called once. Raises the IsthmusError with which the other side
+        Ends when the other side closes the stream. It is called once. Raises the IsthmusError with which the other side
         refused.
         """
 

@@ -77,8 +77,8 @@ class Ledger:
     def slowed(self, seconds: float, own: float) -> float:
         """Waits as `slow_down` says after some computing, and returns the seconds that it took in all.
 
-        seconds: seconds by the clock, which also count where there is an accelerator.
-        own: seconds of this thread on the processor.
+        seconds: seconds by the clock, which `slow_down` multiplies where there is an accelerator.
+        own: seconds of this thread on the processor, which it multiplies elsewhere.
         """
         if self.slow_down <= 1:
             return seconds

@@ -53,7 +53,8 @@ def train_centralised(
     out: the folder to write the PEFT adapter to.
     tell: is called with (steps done, mean loss of the step in nats).
 
-    Raises BadRequest, BadData or BadModelFolder for options, files or models that cannot be used.
+    Raises BadRequest, BadData or BadModelFolder for options, files or models that cannot be used, and WrongState where
+    the training diverges.
     """
     where = pick_device(device)
     source = open_model(model)

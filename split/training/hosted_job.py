@@ -227,7 +227,7 @@ class HostedJob:
         return self.config.aggregates_after(device.step) and device.step > self.point.step
 
     def look(self) -> None:
-        """Goes on without devices that have owed a frame for too long. Is called about once a second."""
+        """Goes on without devices that have owed a frame for too long. It is called about once a second."""
         for device in list(self.members.joined.values()):
             if self.members.joined.get(device.name) is not device or not device.admitted:
                 continue  # gone meanwhile, or not yet admitted

@@ -134,7 +134,7 @@ class JobAdapters:
     def move(
         self, step: int, measured: Mapping[str, stage_pb2.Measured], steps_timed: int
     ) -> tuple[dict[str, ShapeChoice], dict[str, Frame]]:
-        """Moves the cuts of devices that have clearly too much or too little to do. Is called right after `merge`.
+        """Moves the cuts of devices that have clearly too much or too little to do. It is called right after `merge`.
 
         measured: what each device has measured, by device.
         steps_timed: number of steps that this stage has computed in all.
