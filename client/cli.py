@@ -17,7 +17,7 @@ from isthmus.client.identity import Identity, enrol
 from isthmus.split.errors import BadData, BadRequest, IsthmusError, NotEnrolled
 from isthmus.split.printable import LogFormatter, check_label, log_to_stderr, printable
 
-if TYPE_CHECKING:  # torch: not for --help
+if TYPE_CHECKING:  # torch, which --help does not need
     from isthmus.client.runner import DeviceOptions
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def run(
     Example: isthmus-client run --coordinator cloud.example:7443 --token ist1.… --data notes=notes.txt
     """
     log_to_stderr("%(asctime)s %(levelname)s %(message)s", formatter=_JsonLines if json_output else LogFormatter)
-    from isthmus.client.runner import TASK_KINDS, DeviceOptions  # torch and gRPC: not for --help
+    from isthmus.client.runner import TASK_KINDS, DeviceOptions  # torch and gRPC, which --help does not need
     from isthmus.split.models.precision import pick_device
 
     state = state_dir.expanduser()
@@ -109,7 +109,7 @@ def run(
         threads=threads,
         slow_down=slow_down,
     )
-    pick_device(device)  # one that is not there is known now, and not with the first task
+    pick_device(device)  # so that a device that is not there shows now, not with the first task
     token = token or _read_token(token_file)
     try:
         identity = Identity.open(state)
@@ -117,7 +117,7 @@ def run(
             identity = identity.moved_to(coordinator)
         if identity is not None:
             _work(identity, options)
-    except NotEnrolled as refused:  # revoked, expired, damaged: a token lets the device in again
+    except NotEnrolled as refused:  # revoked, expired or damaged: a token lets the device in again
         if not (coordinator and token):
             raise
         log.warning("%s; trying the token", refused)
@@ -207,16 +207,16 @@ class _JsonLines(LogFormatter):
 
 
 def main() -> None:
-    """Runs the command; what a user can get wrong ends with one line and exit status 1."""
+    """Runs the command; an error that is no bug ends with one line and exit status 1."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a device that waits for the link leaves its cores to others
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own, for every file that it opens
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # else transformers shows one for each file it opens
     try:
         app()
     except IsthmusError as error:
         typer.echo(f"isthmus-client: {printable(str(error))}", err=True)
         raise SystemExit(1) from None
-    except OSError as error:  # a disk that is full, a file that may not be written
+    except OSError as error:  # such as a full disk, or a file that may not be written
         typer.echo(f"isthmus-client: {error.filename or 'input or output'}: {error.strerror or error}", err=True)
         raise SystemExit(1) from None
 

@@ -26,20 +26,24 @@ from isthmus.split.tls import aio_channel, check_name, error_of
 
 log = logging.getLogger(__name__)
 
-_FIRST_RETRY, _LAST_RETRY = 1.0, 20.0  # seconds up to which the first wait, and any, is drawn
-_LEAVE_SECONDS = 10.0  # that a task gets to end when the daemon is told to
+_FIRST_RETRY, _LAST_RETRY = 1.0, 20.0  # seconds up to which the first wait, and any wait, is drawn
+_LEAVE_SECONDS = 10.0  # seconds that a task gets to end when the daemon is told to
 _ENDED = (pb.TaskState.DONE, pb.TaskState.FAILED, pb.TaskState.CANCELLED)
 
 
 class Daemon:
-    """`run` returns after `stop`, and raises NotEnrolled when the coordinator does not want this device any more."""
+    """Takes part in a coordinator's jobs.
+
+    `run` returns after `stop`, and raises NotEnrolled or NotAllowed when the coordinator does not want this device any
+    more.
+    """
 
     def __init__(self, identity: Identity, options: DeviceOptions) -> None:
         self._identity, self._options = identity, options
         self._stopping = asyncio.Event()
         self._runners: dict[str, Runner] = {}
         self._states: dict[str, pb.TaskState] = {}  # of tasks whose end the coordinator has not been told
-        self._outbox: asyncio.Queue[pb.DeviceMessage | None] | None = None  # of the open session
+        self._outbox: asyncio.Queue[pb.DeviceMessage | None] | None = None  # of the session, while it is open
         self._measurements = DeviceMeasurements(identity, options)
         self.connected = asyncio.Event()
 
@@ -69,7 +73,7 @@ class Daemon:
             await self._end_tasks()
 
     async def _session(self) -> bool:
-        """One stream from profile to end. True when the coordinator had answered. Raises what ended it."""
+        """Runs one stream from profile to end; returns whether the coordinator had answered. Raises what ended it."""
         outbox: asyncio.Queue[pb.DeviceMessage | None] = asyncio.Queue()
         outbox.put_nowait(pb.DeviceMessage(profile=self._profile()))
         welcomed = False
@@ -106,13 +110,13 @@ class Daemon:
         return welcomed
 
     async def _leave(self, outbox: asyncio.Queue[pb.DeviceMessage | None]) -> None:
-        """Closes our side of the stream when the daemon stops; the coordinator then closes its own."""
+        """Closes this side of the stream when the daemon stops; the coordinator then closes its own."""
         await self._stopping.wait()
         await self._end_tasks()
         outbox.put_nowait(None)
 
     async def _measure(self, outbox: asyncio.Queue[pb.DeviceMessage | None]) -> None:
-        """Tells what this device can do as soon as it has been measured, which is while there is nothing else to do."""
+        """Tells what this device can do once that has been measured, which is while there is nothing else to do."""
         async for _ in self._measurements.news(busy=lambda: bool(self._runners)):
             outbox.put_nowait(pb.DeviceMessage(profile=self._profile()))
 
@@ -120,13 +124,13 @@ class Daemon:
         if task.id in self._runners:
             return
         for other in self._runners.values():
-            if other.task.job == task.job:  # an earlier run of the job, of a coordinator that has started again
+            if other.task.job == task.job:  # an earlier run of the job, given by a coordinator that has started again
                 other.cancel()
         log.info("task %s: %s on %s", task.id, task.spec.method, task.spec.dataset)
         loop = asyncio.get_running_loop()
 
         def tell(state: pb.TaskState) -> None:  # in the runner's thread
-            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is left to tell
+            with contextlib.suppress(RuntimeError):  # the loop has ended, so that nobody is left to tell
                 loop.call_soon_threadsafe(self._task_state, state)
 
         runner = Runner(task, self._identity, self._options, tell)
@@ -147,7 +151,7 @@ class Daemon:
         self._tell(state)
 
     def _tell(self, state: pb.TaskState) -> None:
-        """Now, if a session is open; and again when the next one opens, unless it was the end."""
+        """Tells a state now, if a session is open, and again when the next one opens, unless the task has ended."""
         if self._outbox is None:
             return
         self._outbox.put_nowait(pb.DeviceMessage(task=state))

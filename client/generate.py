@@ -36,7 +36,7 @@ from isthmus.split.terminal import (
 )
 from isthmus.split.tls import channel, check_name, error_of, join_address, split_address
 
-if TYPE_CHECKING:  # torch: not for --help
+if TYPE_CHECKING:  # torch, which --help does not need
     from isthmus.split.inference.exits import ExitRule
     from isthmus.split.inference.serving import ServingConfig
     from isthmus.split.inference.text_generator import TextGenerator
@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # torch: not for --help
     from isthmus.split.runtime.choose import RuntimeChoice
 
 _TIMEOUT = 60.0  # seconds
-_LARGE = 16 * 2**20  # bytes of weights that take long enough to say how many are here
+_LARGE = 16 * 2**20  # bytes of weights that take so long to fetch that progress is shown
 
 
 Prompt = Annotated[
@@ -145,7 +145,7 @@ def generate(
 
 
 def _use_threads(threads: int) -> None:
-    """Of torch, for computing; 0: as it chooses itself."""
+    """Sets torch's number of threads for computing; 0 leaves the choice to torch."""
     if threads:
         import torch
 
@@ -168,17 +168,21 @@ class Found:
     job: str
     gateway: str  # HOST:PORT
     serving: ServingConfig
-    blocks: int  # that are computed here
+    blocks: int  # number of blocks that are computed here
     source: TensorSource
     digest: str
     adapters: list[LoraAdapter]
-    adapter: int  # which of them was asked for, as in Row
+    adapter: int  # which of the adapters was asked for, as in Row
 
 
 def find(identity: Identity, name: str = "", blocks: int | None = None, folder: Path | None = None) -> Found:
-    """Asks the coordinator for the model, and for what of its weights is not here yet.
+    """Asks the coordinator for the model, and for those of its weights that are not here yet.
 
-    name: of the model, one of its adapters, or the job. blocks: as `blocks_of`. folder: a copy of the model.
+    name: the name of the model or one of its adapters, or the job's id; empty for the only model.
+    blocks: number of blocks to compute here, as in `blocks_of`.
+    folder: a copy of the model; None to fetch the weights.
+
+    Raises BadRequest, NotFound, NotAllowed, WrongState or BadModelFolder for what cannot be used, and LinkLost.
     """
     from isthmus.client.runner import stage_address
     from isthmus.client.weights import device_source
@@ -217,7 +221,10 @@ def find(identity: Identity, name: str = "", blocks: int | None = None, folder: 
 async def start(
     identity: Identity, found: Found, choice: RuntimeChoice, *, draft: str, exits: ExitRule | None = None
 ) -> AsyncIterator[TextGenerator]:
-    """An engine that is at work, with a stream to the gateway. draft, exits: as `user_engine`."""
+    """An engine that is at work, with a stream to the gateway. Raises what the first attempt to reach it ends with.
+
+    draft, exits: as in `user_engine`.
+    """
     from isthmus.split.inference.text_generator import TextGenerator
     from isthmus.split.inference.using import Using, user_engine
     from isthmus.split.models.source import end_tokens
@@ -248,7 +255,7 @@ def _identity(state: Path, coordinator: str) -> Identity:
     if not coordinator:
         return identity
     host, port = split_address(coordinator)
-    return replace(identity, host=host, port=port)  # for this once: a daemon may use the folder, too
+    return replace(identity, host=host, port=port)  # not saved, for a daemon may use the folder too
 
 
 def _tell_download() -> Callable[[int, int], None]:

@@ -1,7 +1,7 @@
 """Who this device is: its key, its certificate, and the coordinator that it belongs to, in its state folder.
 
-ca.pem, cert.pem, key.pem (0600) and coordinator.json, which is written last and removed first: with it the
-other three belong together.
+The files are ca.pem, cert.pem, key.pem (0600) and coordinator.json. The last is written last and removed first, so that
+the other three belong together while it is there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from isthmus.split.tls import (
     write_private,
 )
 
-_TIMEOUT = 20.0  # seconds, for each of the two calls
+_TIMEOUT = 20.0  # seconds for each of the two calls
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Identity:
     name: str
     host: str
     port: int
-    """Of the coordinator's control server."""
+    """The port of the coordinator's control server."""
     credentials: Credentials
 
     @property
@@ -56,9 +56,9 @@ class Identity:
 
     @classmethod
     def open(cls, state: Path) -> Identity | None:
-        """The identity in a state folder; None if there is none yet.
+        """The identity in a state folder, or None if there is none yet.
 
-        Raises NotEnrolled if there is one that cannot be used: damaged files, an expired certificate.
+        Raises NotEnrolled for an identity that cannot be used: damaged files, an expired certificate.
         """
         again = "enrol this device again with a token from `isthmus enroll NAME`"
         try:
@@ -75,7 +75,10 @@ class Identity:
         return identity
 
     def moved_to(self, coordinator: str) -> Identity:
-        """The same device, for a coordinator that is now reached at HOST:PORT; kept for the next start."""
+        """The same device, for a coordinator that is now reached at HOST:PORT; it is kept for the next start.
+
+        Raises WrongState if the folder cannot be written.
+        """
         host, port = split_address(coordinator)
         if (host, port) == (self.host, self.port):
             return self
@@ -84,7 +87,7 @@ class Identity:
         return moved
 
     def save(self) -> None:
-        """Keep it, in place of an earlier one. Raises WrongState if the folder cannot be written."""
+        """Keeps the identity in place of an earlier one. Raises WrongState if the folder cannot be written."""
         marker = self.state / "coordinator.json"
         try:
             marker.unlink(missing_ok=True)
@@ -98,11 +101,13 @@ class Identity:
 
 
 def enrol(state: Path, coordinator: str, token: str) -> Identity:
-    """Trade a token for an identity, and keep it in the state folder (replacing an earlier one).
+    """Trades a token for an identity, and keeps that in the state folder in place of an earlier one.
 
     coordinator: HOST:PORT of the control server, as `isthmus enroll` printed it; the token says the enrolment port.
-    The key is made here and never leaves. Raises BadRequest (address or token), LinkLost, or NotEnrolled:
-    another coordinator than the token's, or a token that it refuses.
+
+    The key is made here and never leaves. Raises BadRequest for a wrong address or token, LinkLost where nobody
+    answers, NotEnrolled where another coordinator answers than the token's, or one that refuses it, and WrongState if
+    the folder cannot be written.
     """
     host, port = split_address(coordinator)
     parsed = EnrolmentToken.parse(token)
@@ -135,7 +140,10 @@ def enrol(state: Path, coordinator: str, token: str) -> Identity:
 
 
 def _fetch_authority(host: str, port: int) -> bytes:
-    """The certificate (PEM) that the enrolment server shows, unverified: the caller compares it with the pin."""
+    """The certificate (PEM) that the enrolment server shows, unverified: the caller compares it with the pin.
+
+    Raises LinkLost where it cannot be reached.
+    """
     try:
         return ssl.get_server_certificate((host, port), timeout=_TIMEOUT).encode("ascii")
     except (OSError, ValueError) as error:
@@ -147,7 +155,7 @@ def _fetch_authority(host: str, port: int) -> bytes:
 
 
 def _check(credentials: Credentials) -> datetime.datetime:
-    """When the certificate expires. Raises ValueError if the three files do not belong together."""
+    """Returns when the certificate expires. Raises ValueError if the three files do not belong together."""
     certificate = x509.load_pem_x509_certificate(credentials.certificate)
     key = serialization.load_pem_private_key(credentials.key, password=None)
     if certificate.public_key() != key.public_key():

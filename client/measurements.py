@@ -1,5 +1,8 @@
-"""What this device can do, measured while it has no task: its link to the coordinator, in every session and now and
-then again; how fast it trains, in every session; and, for a served model, how fast it decodes, once."""
+"""Measurements of what this device can do, made while it has no task.
+
+The link to the coordinator is measured in every session and now and then again. The speed of training is measured once
+for each start of the daemon; the speed of decoding, for served models, once and kept in the state folder.
+"""
 
 from __future__ import annotations
 
@@ -44,14 +47,14 @@ _AGAIN = 600.0  # seconds between measurements of the link
 
 
 class DeviceMeasurements:
-    """Of what the owner allows. Speeds of decoding are kept in the state folder."""
+    """Measures for what the owner allows. Speeds of decoding are kept in the state folder."""
 
     def __init__(self, identity: Identity, options: DeviceOptions) -> None:
         self._identity, self._options = identity, options
         self._path = options.state / "speed.json"
         self._serves, self._trains = SERVE in options.allow, bool(METHODS.keys() & set(options.allow))
         self._speeds = kept_speeds(self._path, options.device, options.threads) if self._serves else []
-        self._training = 0.0  # FLOP/s; 0: not measured yet
+        self._training = 0.0  # FLOP/s; 0 until it is measured
         self._link: LinkProfile | None = None
 
     def told(self) -> dict[str, Any]:
@@ -64,7 +67,10 @@ class DeviceMeasurements:
         }
 
     async def news(self, busy: Callable[[], bool]) -> AsyncIterator[None]:
-        """Whenever there is something new to tell. Measuring is given up, for now, when the device becomes busy."""
+        """Yields whenever there is something new to tell. Measuring is given up, for now, when the device becomes busy.
+
+        busy: whether the device has a task.
+        """
         while self._serves or self._trains:
             await asyncio.sleep(_IDLE)
             if busy():
@@ -74,12 +80,12 @@ class DeviceMeasurements:
                 await asyncio.to_thread(self._measure, partial(_any, ended.is_set, busy))
             except Stopped:
                 continue
-            except (IsthmusError, OSError) as error:  # an older coordinator, a full disk: no task depends on it
+            except (IsthmusError, OSError) as error:  # an older coordinator, or a full disk: no task depends on it
                 log.info("not measured: %s", error)
-            except Exception:  # too little memory, a bug
+            except Exception:  # too little memory, or a bug
                 log.exception("this device could not be measured")
             finally:
-                ended.set()  # also where this session has ended, and nobody waits any more
+                ended.set()  # even where this session has ended, and nobody waits any more
             yield
             await asyncio.sleep(_AGAIN)
 
@@ -97,21 +103,23 @@ class DeviceMeasurements:
 
 
 def measure_apart(path: Path, device: str, threads: int, *, stop: Callable[[], bool]) -> list[Speed]:
-    """As `measure_speeds`, in a process of its own: the memory that it takes goes with it, and is no task's.
+    """Measures as `measure_speeds` does, in a process of its own, whose memory goes with it and is no task's.
 
-    Raises Stopped, IsthmusError when the process fails.
+    stop: whether to give up.
+
+    Raises Stopped when told to give up, and IsthmusError when the process fails.
     """
     _apart(["speeds", device, str(threads), str(path)], stop)
     return kept_speeds(path, device, threads)
 
 
 def measure_training_apart(options: DeviceOptions, *, stop: Callable[[], bool]) -> float:
-    """As `measure_training`, likewise."""
+    """FLOP/s as `measure_training` returns it, measured in a process of its own. Raises Stopped and IsthmusError."""
     return float(_apart(["training", options.device, str(options.threads), str(options.slow_down)], stop))
 
 
 def _apart(arguments: Sequence[str], stop: Callable[[], bool]) -> str:
-    """What `main` prints for these arguments."""
+    """Runs `main` with these arguments in a process, and returns what it prints. Raises Stopped and IsthmusError."""
     command = [sys.executable, "-m", "isthmus.client.measurements", *arguments]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -133,7 +141,11 @@ def _any(*conditions: Callable[[], bool]) -> bool:
 
 
 def main(what: str, device: str, threads: str, rest: str) -> None:
-    """What `_apart` starts. It ends with whoever has started it. rest: a file for speeds, or how much to slow down."""
+    """Measures in the process that `_apart` starts, and ends with whoever started it.
+
+    what: "speeds" or "training".
+    rest: a file for speeds, or the factor by which to slow down.
+    """
     ended, parent = threading.Event(), os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     if int(threads):

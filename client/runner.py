@@ -1,4 +1,4 @@
-"""Runs one task on this device, in a thread of its own: weights, then training over the link, or holding blocks."""
+"""Runs one task on this device, in its own thread: weights, then training over the link, or holding blocks."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ from isthmus.split.training.method import DeviceResources
 log = logging.getLogger(__name__)
 
 State = pb.TaskState
-LABELS_LEAVE = "labels-leave"  # a permission: jobs whose labels, which are the text, go to the coordinator
-MODULES_LEAVE = "modules-leave"  # a permission: jobs in which what was learnt from the text goes to the coordinator
+LABELS_LEAVE = "labels-leave"  # permits jobs whose labels, which are the text, go to the coordinator
+MODULES_LEAVE = "modules-leave"  # permits jobs in which what was learnt from the text goes there
 SERVE = "serve"
-ALLOWED = (*METHODS, LABELS_LEAVE, SERVE)  # unless the owner says something else
+ALLOWED = (*METHODS, LABELS_LEAVE, SERVE)  # unless the owner says otherwise
 TASK_KINDS = (*ALLOWED, MODULES_LEAVE)
-_FIRST_RETRY, _LAST_RETRY = 1.0, 20.0  # seconds up to which the first wait for the stage, and any, is drawn
+_FIRST_RETRY, _LAST_RETRY = 1.0, 20.0  # seconds up to which the first wait for the stage, and any wait, is drawn
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,15 @@ class DeviceOptions:
     models: Mapping[str, Path] = field(default_factory=dict)  # own copies, by a job's model or its folder's name
     allow: tuple[str, ...] = ALLOWED
     device: str = "auto"  # torch device
-    threads: int = 0  # 0: all cores
-    slow_down: float = 1.0  # in training: emulates a device that is so many times slower
+    threads: int = 0  # 0 for all cores
+    slow_down: float = 1.0  # in training: emulates a device this many times slower
 
 
 Tell = Callable[[pb.TaskState], None]
 
 
 class Runner(threading.Thread):
-    """A task under way. `tell` gets every change of its state, the last one included; it is called in this thread."""
+    """A task under way. `tell` gets every change of its state, the last one included, in this thread."""
 
     def __init__(self, task: pb.Task, identity: Identity, options: DeviceOptions, tell: Tell) -> None:
         super().__init__(name=f"task-{task.id}", daemon=True)
@@ -81,7 +81,7 @@ class Runner(threading.Thread):
         self._stop: Callable[[], None] | None = None  # ends what is under way over the network
 
     def cancel(self) -> None:
-        """Stops the task soon: at once when it waits for the link, after its present computation otherwise."""
+        """Stops the task soon: at once if it waits for the link, else after its present computation."""
         self._cancelled.set()
         stop = self._stop
         if stop is not None:
@@ -105,7 +105,7 @@ class Runner(threading.Thread):
     def _run(self) -> None:
         spec = self.task.spec
         check_name(self.task.id, "a task's id")
-        check_name(self.task.job, "a job's id")  # which names this device's folder of the job
+        check_name(self.task.job, "a job's id")  # it names this device's folder for the job
         if spec.method not in self._options.allow:
             raise NotAllowed(f"the owner of this device does not allow {spec.method} tasks")
         if self._options.threads:
@@ -118,7 +118,7 @@ class Runner(threading.Thread):
             self._take_part(spec, TrainingConfig.from_json(spec.training))
 
     def _take_part(self, spec: pb.JobSpec, config: TrainingConfig) -> None:
-        """In a training job."""
+        """Takes part in a training job. Raises NotAllowed for what the owner does not permit."""
         if spec.dataset not in self._options.data:
             raise NotFound(f"this device offers no dataset {spec.dataset!r}")
         data = self._options.data[spec.dataset]
@@ -191,7 +191,10 @@ class Runner(threading.Thread):
         self._until_done(hold_over, lambda: batches)
 
     def _weights(self, adapters: Sequence[str] = (), *, cut: int = 0) -> tuple[TensorSource, list[Blobs], str]:
-        """This device's part of the model, and of these adapters; one digest of all their tensors."""
+        """This device's part of the model, its parts of these adapters, and one digest of all their tensors.
+
+        cut: the cut that the device moves to; 0 for its task's.
+        """
         model = self.task.spec.model
         self._state(State.PREPARING, "weights")
         with channel(self._identity.address, self._identity.credentials) as control:
@@ -225,7 +228,7 @@ class Runner(threading.Thread):
 
     @property
     def _folder(self) -> Path:
-        """Of this job on this device."""
+        """The folder of this job on this device."""
         return self._options.state / "jobs" / self.task.job
 
     def _keep(self, lora: LoraConfig, adapter: Mapping[str, Tensor]) -> None:
@@ -233,25 +236,27 @@ class Runner(threading.Thread):
         if not adapter:
             return
         folder = self._folder / "adapter"
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that ended before it could say so
+        shutil.rmtree(folder, ignore_errors=True)  # left by a run that ended before it could say so
         save_adapter(folder, adapter, lora, self.task.spec.model)
         log.info("job %s: this device's adapter is in %s", self.task.job, folder)
 
     def _shape(self, config: TrainingConfig) -> Shape:
-        """What this device holds and trains; a coordinator of an older version does not say."""
+        """What this device holds and trains, which a coordinator of an older version does not say."""
         if not self.task.HasField("shape"):
             return Shape(config.devices.cut_layer, config.lora.rank)
         return Shape(self.task.shape.cut, self.task.shape.rank)
 
     def _stoppable(self, stop: Callable[[], None]) -> None:
         self._stop = stop
-        if self._cancelled.is_set():  # before there was anything to stop
+        if self._cancelled.is_set():  # it was cancelled before there was anything to stop
             stop()
 
     def _until_done(self, once: Callable[[grpc.Channel, int], None], work_done: Callable[[], int]) -> None:
-        """Calls `once` with a channel to the job's actor, and its port; a broken link is dialled again.
+        """Calls `once` with a channel to the job's actor and its port, and dials a broken link again.
 
-        work_done: a count that grows when a connection was of use.
+        work_done: a count that grows when a connection was useful, which makes the next wait short again.
+
+        Raises Cancelled when the task is.
         """
         host, port = stage_address(self.task.stage_address, self._identity.host)
         backoff = Backoff(_FIRST_RETRY, _LAST_RETRY)
@@ -294,8 +299,8 @@ class Runner(threading.Thread):
 
 
 def _known_failure(error: Exception) -> str:
-    """What a device's limits do, in words; empty for what only a bug does."""
-    # torch has a type of its own for an accelerator that is full, and none for the processor's memory.
+    """Describes a failure from a device's limits in words; empty for what only a bug does."""
+    # torch has an error of its own for an accelerator that is full, and none for the processor's memory.
     full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
     if full:
         return "this device has not enough memory for its part; choose a smaller cut or batch"
@@ -305,7 +310,7 @@ def _known_failure(error: Exception) -> str:
 
 
 def stage_address(address: str, coordinator_host: str) -> tuple[str, int]:
-    """HOST:PORT; an empty host is the one under which this device knows the coordinator."""
+    """Splits HOST:PORT; an empty host stands for the one under which this device knows the coordinator."""
     if address.startswith(":"):
         return coordinator_host, int(address[1:])
     return split_address(address)

@@ -17,9 +17,9 @@ from isthmus.split.models.source import TOKENIZER_FILES, ModelFolder, TensorSour
 from isthmus.split.tls import error_of
 
 Tell = Callable[[int, int], None]  # bytes that are here, bytes in all
-_DECIDING = {"config.json", *TOKENIZER_FILES} - {"chat_template.jinja", "chat_template.json"}  # files, for training
-_OTHERS_TURN = 0.2  # seconds
-_ATTEMPTS = 5  # of one blob, each going on where the last one broke off
+_DECIDING = {"config.json", *TOKENIZER_FILES} - {"chat_template.jinja", "chat_template.json"}  # what training needs
+_OTHERS_TURN = 0.2  # seconds to wait for another process of this device
+_ATTEMPTS = 5  # at one blob, each of which goes on where the last one broke off
 
 
 def device_source(
@@ -36,10 +36,13 @@ def device_source(
 ) -> tuple[TensorSource, list[Blobs], str]:
     """This device's part of the model, its parts of these adapters, and one digest of all their tensors.
 
-    user_blocks: of a device that uses a served model itself with so many blocks of its own; None: what it holds.
-    cut: that this device moves to, in a job that it takes part in; 0: the one that its task has.
-    folder: the owner's own copy of the model. Raises BadModelFolder when its files are not the coordinator's.
-    What is streamed is kept under its digests in the state folder, so the next job of this model fetches nothing.
+    folder: the owner's own copy of the model; None to get it from the coordinator.
+    tell: gets (bytes that are here, bytes in all).
+    user_blocks: number of own blocks of a guest of the model; None for what the device holds.
+    cut: the cut that this device moves to, in a job that it takes part in; 0 for its task's.
+
+    What is streamed is kept by digest in the state folder, so that the next job of this model fetches nothing. Raises
+    BadModelFolder where the owner's files are not the coordinator's, and LinkLost.
     """
 
     def part(adapter: str = "") -> pb.ManifestRequest:
@@ -112,7 +115,7 @@ def _fetch_missing(
                 time.sleep(_OTHERS_TURN)
             except (grpc.RpcError, LinkLost, BadTensor) as error:
                 lost = error_of(error, address) if isinstance(error, grpc.RpcError) else error
-                attempt += store.received(blob.digest) == offset  # an attempt that brought something is none
+                attempt += store.received(blob.digest) == offset  # an attempt that brought something does not count
                 # BadTensor: what was kept of an earlier download was damaged and is thrown away; it starts anew.
                 if not isinstance(lost, LinkLost | BadTensor) or attempt >= _ATTEMPTS:
                     raise lost from None

@@ -1,4 +1,4 @@
-"""The control actor: the one Ray actor that devices and users talk to. It owns the state folder."""
+"""The control actor: the one Ray actor that devices and admins talk to. It owns the state folder."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ class ControlOptions:
     """What `isthmus up` was told."""
 
     state: str
-    host: str  # to listen on
-    port: int  # 0: any free one
+    host: str  # address to listen on
+    port: int  # 0 for any free one
     enrolment_port: int
     advertise: str  # the host under which devices reach this one
-    threads: int  # of a stage actor; 0: all cores
+    threads: int  # threads of a stage actor; 0 for all cores
     device: str  # torch device of the stages
-    stage_ports: tuple[int, int]  # first and last; (0, 0): any free one
-    slow_down: float = 1.0  # of stages: emulates a machine so many times slower
+    stage_ports: tuple[int, int]  # first and last port; (0, 0) for any free one
+    slow_down: float = 1.0  # emulates stages on a machine that is this many times slower
 
 
 class ControlActor:
-    """Made a Ray actor by `isthmus up`."""
+    """Runs the control plane. `isthmus up` makes it a Ray actor."""
 
     def __init__(self, options: ControlOptions) -> None:
         log_to_stderr("%(asctime)s %(name)s: %(message)s")
         self._options = options
         self._servers: list[grpc.aio.Server] = []
-        self._profile: pb.Profile | None = None  # of the node where a model is served
-        self._training = 0.0  # FLOP/s of a stage
+        self._profile: pb.Profile | None = None  # profile of the node where a model is served
+        self._training = 0.0  # FLOP/s of a stage; 0 until it is measured
 
     async def start(self) -> dict[str, Any]:
-        """Opens the state folder, listens, and says where: {"port", "enrolment_port", "admin", "interrupted"}.
+        """Opens the state folder, listens, and returns {"port", "enrolment_port", "admin", "interrupted"}.
 
-        Raises IsthmusError: a port that is taken, a state folder that cannot be used.
+        Raises IsthmusError for a port that is taken, and for a state folder that cannot be used.
         """
         options = self._options
         state = Path(options.state)
@@ -83,7 +83,10 @@ class ControlActor:
         }
 
     async def stage_event(self, job: str, event: bytes) -> None:
-        """Called by a job's stage or gateway actor. event: a serialised Event."""
+        """Takes an event from a job's stage or gateway actor.
+
+        event: a serialised Event.
+        """
         await self._jobs.stage_event(job, pb.Event.FromString(event))
 
     async def alive(self) -> bool:
@@ -100,8 +103,12 @@ class ControlActor:
         self._database.close()
 
     async def _measure(self, quiet: bool) -> pb.Profile:
-        """Of a node that serves, measured when it is first asked for. quiet: nothing else is at work, so that it is
-        worth to be kept. Raises RayError and IsthmusError."""
+        """Profile of a node that serves, measured when it is first asked for.
+
+        quiet: whether nothing else is at work, so that the measurement is worth keeping.
+
+        Raises RayError and IsthmusError.
+        """
         if self._profile is not None:
             return self._profile
         options = self._options
@@ -124,7 +131,7 @@ class ControlActor:
         return profile
 
     async def _measure_training(self) -> float:
-        """FLOP/s of a node that a stage may get; measured when it is first asked for. Raises RayError."""
+        """FLOP/s of a node that a stage may get, measured when it is first asked for. Raises RayError."""
         if not self._training:
             where: Any = ray.remote(measure_training_here).options(num_cpus=0, max_retries=0)
             options = self._options
@@ -132,7 +139,10 @@ class ControlActor:
         return self._training
 
     async def _start_stage(self, task: StageTask | GatewayTask) -> tuple[Any, str]:
-        """A stage or gateway actor, and where devices reach it. On this node the host is the one that they know."""
+        """Starts a stage or gateway actor; returns it, and where devices reach it.
+
+        On this node the host is empty and stands for the one under which devices know the coordinator.
+        """
         certificate, key = self._authority.issue_server()
         stage_certificate, stage_key = self._authority.issue_stage(task.job)
         serving = ServingOptions(
@@ -152,7 +162,7 @@ class ControlActor:
         actor: Any = ray.remote(made).options(num_cpus=1).remote(task, serving, control)
         try:
             port, node = await actor.start.remote()
-        except BaseException:  # cancelled, too: a half-started stage must not stay
+        except BaseException:  # even when cancelled, a half-started stage must not stay
             ray.kill(actor)
             raise
         here = ray.get_runtime_context().get_node_id()

@@ -1,4 +1,4 @@
-"""isthmus.v1.Coordinator on the wire: it checks who calls, translates, and leaves the rest to those who know."""
+"""isthmus.v1.Coordinator on the wire: it checks who calls, translates, and leaves the rest to others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from isthmus.split.tls import ADMIN, DEVICE, STAGE, EnrolmentToken, Peer, check_
 HEARTBEAT_SECONDS = 5
 _CHUNK = 1024 * 1024  # bytes
 _MAX_PROFILE = 64 * 1024  # bytes
-_MAX_TEXT = 2000  # characters of what a device says about a task
+_MAX_TEXT = 2000  # characters kept of what a device says about a task
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -58,7 +58,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             if reading.done():
                 reading.result()  # raises what ended it
             else:
-                self._database.devices.check_certificate(peer.name, peer.serial)  # a revoked device is told so
+                self._database.devices.check_certificate(peer.name, peer.serial)  # so that a revoked device is told so
         finally:
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError, IsthmusError):
@@ -66,7 +66,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
             await self._sessions.ended(session)
 
     async def _read(self, session: sessions.Session, requests: AsyncIterator[pb.DeviceMessage]) -> None:
-        """Until the device closes, or is silent for three heartbeats."""
+        """Reads until the device closes its side. Raises LinkLost when it is silent for three heartbeats."""
         try:
             while True:
                 try:
@@ -83,14 +83,16 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
                         raise BadFrame(f"a task in state {message.task.state}: bring this coordinator up to date")
                     message.task.message = printable(message.task.message, _MAX_TEXT)
                     await self._jobs.task_state(session, message.task)
-                elif message.WhichOneof("kind") == "profile":  # it has measured something
+                elif message.WhichOneof("kind") == "profile":  # the device has measured something
                     self._know(session, message.profile)
         finally:
             session.end()
 
     def _know(self, session: sessions.Session, profile: pb.Profile) -> None:
-        """Keeps a profile as it is, or raises BadRequest: for one that is too large, or calls anything by what is no
-        label. (Of what a device says about a task so much is kept as is allowed, escaped.)"""
+        """Keeps a profile as it is. Raises BadRequest for one that is too large, or that has a name which is no label.
+
+        By contrast, what a device says about a task is escaped and cut to what is allowed.
+        """
         if profile.ByteSize() > _MAX_PROFILE:
             raise BadRequest(f"a profile of {profile.ByteSize()} bytes; {_MAX_PROFILE} are taken: offer fewer datasets")
         for field, text in _texts(profile):
@@ -101,7 +103,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
     async def MeasureLink(
         self, requests: AsyncIterator[stage_pb2.Probe], context: Context
     ) -> AsyncIterator[stage_pb2.Probe]:
-        if peer_of(context.auth_context()).role != STAGE:  # which has its certificate from this process
+        if peer_of(context.auth_context()).role != STAGE:  # a stage has its certificate from this process
             self._caller(context, DEVICE)
         async for message in requests:
             yield answer(message)
@@ -118,7 +120,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         peer = self._caller(context, DEVICE)
         return await self._jobs.served.find(request.name, peer.name, peer.serial)
 
-    # ---- administrators ----
+    # ---- admins ----
 
     async def CreateToken(self, request: pb.CreateTokenRequest, context: Context) -> pb.CreateTokenReply:
         self._caller(context, ADMIN)
@@ -155,7 +157,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
         self._caller(context, ADMIN)
         jobs = self._database.jobs.all()
         for job in jobs:
-            job.ClearField("report")  # GetJob has it: those of all jobs would not fit a message for ever
+            job.ClearField("report")  # GetJob has it; in time the reports of all jobs would not fit a message
         return pb.ListJobsReply(jobs=jobs)
 
     async def WatchJob(self, request: pb.WatchJobRequest, context: Context) -> AsyncIterator[pb.Event]:
@@ -196,7 +198,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServicer):
 
 
 def _texts(message: Message) -> Iterator[tuple[str, str]]:
-    """Every text in a message and in those that it holds, keys of maps included, each with its field's name."""
+    """Every text in a message and in the messages in it, keys of maps included, each with its field's name."""
     for field, value in message.ListFields():
         for one in (value,) if isinstance(value, str | bytes | int | float | Message) else value:
             if isinstance(one, Message):

@@ -14,12 +14,12 @@ from rich.text import Text
 
 from isthmus.coordinator.cli.common import Json, console, human_bytes, print_json
 
-if TYPE_CHECKING:  # torch comes with them: not for whoever only asks for help
+if TYPE_CHECKING:  # torch comes with them, which help does not need
     from torch import Tensor
 
     from isthmus.split.codecs import Codec, Family
 
-KEYS = ("up", "down", "hidden", "gradients", "adapters", "evaluation")  # and every stream
+KEYS = ("up", "down", "hidden", "gradients", "adapters", "evaluation")  # beside these, every stream is a key
 _TYPICAL = ("none", "lossless", "bfloat16", "fp8", "int8", "hadamard,int4", "hadamard,int2", "topk:0.05", "lowrank:16")
 _KIND_NAMES = {
     "memory": "memory (at most one)",
@@ -42,7 +42,7 @@ def codecs(
 ) -> None:
     """List what `--codec` can be made of; or say what one CODEC takes, loses and costs.
 
-    Figures of bits, error and speed are of a synthetic tensor on this machine, not of a model's.
+    Bits, error and speed are measured on a synthetic tensor on this machine, not on a model's.
 
     Example: isthmus codecs klt,uniform:step=0.26,range
     """
@@ -136,7 +136,7 @@ def _all(width: int, json_output: bool) -> None:
 
 
 def _described(kind: str) -> Iterator[str]:
-    """Lines on a kind's families; those that differ in their name and cost alone share them."""
+    """Lines about a kind's families; those that differ only in name and cost share theirs."""
     from isthmus.split.codecs import FAMILIES
 
     alike: dict[object, list[Family]] = {}
@@ -175,7 +175,7 @@ def _as_dict(family: Family) -> dict[str, Any]:
 
 
 def _tried(codec: Codec, width: int) -> dict[str, float]:
-    """Bits, error, speed and memory, of the second half of a synthetic stream of tensors (_ROWS, width)."""
+    """Bits, error, speed and memory on the second half of a synthetic stream of tensors (_ROWS, width)."""
     from isthmus.split.codecs import CodecState
 
     near, far = CodecState(0), CodecState(0)
@@ -206,7 +206,7 @@ def _tried(codec: Codec, width: int) -> dict[str, float]:
 
 
 def _synthetic(width: int) -> list[Tensor]:
-    """Something like hidden states: correlated columns, and three that are large."""
+    """Tensors (_ROWS, width) that are something like hidden states: correlated columns, three of them large."""
     import torch
 
     generator = torch.Generator().manual_seed(0)

@@ -37,7 +37,10 @@ DEFAULT_CREDENTIALS = DEFAULT_STATE / "admin"
 
 
 def new_folder(path: Path) -> Path:
-    """The full path of a folder that can be made: not there yet, or empty. Raises BadRequest, before work is lost."""
+    """The full path of a folder that is not there yet, or is empty.
+
+    Raises BadRequest, before work is lost, for one that cannot be made.
+    """
     folder = path.expanduser().resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadRequest(f"{folder} is there already and not an empty folder; choose another --out")
@@ -48,11 +51,11 @@ def new_folder(path: Path) -> Path:
 
 
 def model_name(model: str) -> str:
-    """A folder by its full path, since the coordinator may have been started elsewhere."""
+    """A model's name for the coordinator: a folder by its full path, since the coordinator may run elsewhere."""
     folder = Path(model).expanduser()
     return str(folder.resolve()) if folder.is_dir() and model != "default" else model
 
 
 def as_dict(message: Message) -> dict[str, Any]:
-    """A message as JSON-ready values, with every field, by the names in the .proto file."""
+    """A message as plain values for JSON, with every field, by the names in the .proto file."""
     return dict(MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))

@@ -1,7 +1,7 @@
-"""`--config FILE`: a command's options from a YAML file, and the file that has all of them.
+"""`--config FILE`: reads a command's options from a YAML file, and writes the file that has all of them.
 
-The keys are the options' names with underscores; a setting of a group is in the group's mapping. A file of one line
-can ask for much (aliases that multiply, tags that make objects): neither is read, and the size is bounded.
+The keys are the options' names with underscores; a setting of a group is in the group's mapping. A file of one line can
+ask for much, by aliases that multiply or tags that make objects: neither is read, and the size is bounded.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from isthmus.split.errors import BadRequest
 from isthmus.split.job.grouped import Grouped
 
 MOST_BYTES = 64 * 1024
-_DEEPEST = 3  # the file, a group, a list
-_SECRET = "api_key"  # is read, and never printed
-_NAMES = "names"  # the key of an option that is called like a group
+_DEEPEST = 3  # depth of nesting: the file, a group, a list
+_SECRET = "api_key"  # it is read, and never printed
+_NAMES = "names"  # the key of an option that has a group's name
 _NOT_IN_FILES = ("config", "print_config", "help")
 _SHOWN = 60  # characters of a wrong value or key in a message
 _NULL = "tag:yaml.org,2002:null"
@@ -36,7 +36,11 @@ _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 @dataclass(frozen=True)
 class FileKey:
-    """Where a file has an option. group: the mapping; empty: none. keys: the first is printed, any is read."""
+    """The place that an option has in a file.
+
+    group: the mapping; empty for an option in no group.
+    keys: the first is printed, any is read.
+    """
 
     group: str
     keys: tuple[str, ...]
@@ -55,7 +59,7 @@ class FileKey:
 
 
 def file_keys(command: click.Command, config: type[Grouped]) -> list[FileKey]:
-    """Of all the options that a file may have: those in no group first, then group by group."""
+    """All the options that a file may have: those in no group first, then group by group."""
     settings = {one.name: one for one in config.settings() if one.option}
     groups = list(dict.fromkeys(["", *(one.group for one in settings.values())]))
     found: list[FileKey] = []
@@ -67,7 +71,7 @@ def file_keys(command: click.Command, config: type[Grouped]) -> list[FileKey]:
         if one is not None:
             keys = tuple(dict.fromkeys((one.field.name, *flags)))
             found.append(FileKey(one.group, keys, option, listed=one.listed, numeric=bool(one.by_name)))
-        elif flags[0] in groups:  # `devices: {names: …}`: which devices, beside the settings of the group
+        elif flags[0] in groups:  # `devices: {names: …}` says which devices, beside the group's settings
             found.append(FileKey(flags[0], (_NAMES,), option, listed=True, numeric=True))
         else:
             found.append(FileKey("", tuple(flags), option))
@@ -112,12 +116,16 @@ class _RefuseAt:
         self._path = path
 
     def __call__(self, at: Any, line: str) -> NoReturn:
-        """at: a node or an event of the file."""
+        """Raises BadRequest for this place.
+
+        at: a node or an event of the file.
+        line: what is wrong there.
+        """
         raise BadRequest(f"{self._path}, line {at.start_mark.line + 1}: {line}")
 
 
 def _root(path: Path, refuse: _RefuseAt) -> yaml.MappingNode | None:
-    """The file's mapping; None of an empty file."""
+    """The file's mapping, or None for an empty file. Raises BadRequest for a file that cannot be read."""
     try:
         with open(os.path.expanduser(path), "rb") as file:
             content = file.read(MOST_BYTES + 1)
@@ -144,7 +152,7 @@ def _root(path: Path, refuse: _RefuseAt) -> yaml.MappingNode | None:
 
 
 def _check_events(text: str, refuse: _RefuseAt) -> None:
-    """Refuses what could make much of little, before anything is made of the text."""
+    """Refuses what could make much of little, before anything is made of the text. Raises BadRequest."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
@@ -162,9 +170,9 @@ def _check_events(text: str, refuse: _RefuseAt) -> None:
 def _entries(
     root: yaml.MappingNode | None, known: Sequence[FileKey], refuse: _RefuseAt
 ) -> Iterator[tuple[str, str, yaml.Node]]:
-    """Group, key and value of each entry. Refuses a group that is there twice, or is no mapping."""
+    """Group, key and value of each entry. Raises BadRequest for a group that is there twice, or is no mapping."""
     groups = {place.group for place in known} - {""}
-    with_names = {place.group for place in known if place.keys == (_NAMES,)}  # `devices: 2` will do, too
+    with_names = {place.group for place in known if place.keys == (_NAMES,)}  # for these, `devices: 2` will do too
     opened: set[str] = set()
     for key, value in root.value if root is not None else ():
         if _key(key, refuse) not in groups:
@@ -191,7 +199,7 @@ def _key(node: yaml.Node, refuse: _RefuseAt) -> str:
 
 
 def _unknown(group: str, key: str, known: Sequence[FileKey]) -> str:
-    """What is said of a key that there is not: where it belongs, or what may have been meant."""
+    """What to say of an unknown key: where it belongs, or what may have been meant."""
     elsewhere = next((place for place in known if key in place.keys), None)
     if elsewhere is not None:
         return f"{key} belongs {f'under {elsewhere.group}' if elsewhere.group else 'to no group'}"
@@ -201,12 +209,15 @@ def _unknown(group: str, key: str, known: Sequence[FileKey]) -> str:
 
 
 def _shown(text: str) -> str:
-    """Of any text what fits a message of one line."""
+    """As much of a text as fits into a message of one line."""
     return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
 
 def _value(place: FileKey, node: yaml.Node, context: click.Context, refuse: _RefuseAt) -> Any:
-    """The value for an option, as the command line would have it; None: the option's own default."""
+    """The value for an option, as the command line would have it; None for the option's own default.
+
+    Raises BadRequest for a value that the option cannot have.
+    """
     wanted = _wanted(place.option)[0]
     if node.tag == _NULL:
         if place.option.default is not None:
@@ -227,7 +238,10 @@ def _value(place: FileKey, node: yaml.Node, context: click.Context, refuse: _Ref
 
 
 def _scalar(place: FileKey, node: yaml.Node, refuse: _RefuseAt) -> Any:
-    """One value of the option's type. Text is what is written, whatever YAML would make of it."""
+    """One value of the option's type; text is what is written, whatever YAML would make of it.
+
+    Raises BadRequest for a value of another type.
+    """
     wanted, fits = _wanted(place.option)
     if not isinstance(node, yaml.ScalarNode) or node.tag == _NULL:
         refuse(node, f"{place.path} must be {wanted}")
@@ -239,7 +253,10 @@ def _scalar(place: FileKey, node: yaml.Node, refuse: _RefuseAt) -> Any:
 
 
 def _wanted(option: click.Option) -> tuple[str, Callable[[str, bool], bool]]:
-    """What values of an option have to be, and whether a text is one; the second argument: it is not in quotes."""
+    """What an option's values have to be, and a function that tells whether a text is one.
+
+    The function's second argument says whether the text is without quotes.
+    """
     if option.is_flag:
         return "true or false", lambda text, plain: plain and text.lower() in ("true", "false")
     if isinstance(option.type, click.types.IntParamType):
@@ -277,7 +294,7 @@ def file_text(context: click.Context, config: type[Grouped]) -> str:
 def _scalar_text(value: Any) -> str:
     """A value, or a list of values, on one line."""
     plain = not isinstance(value, str) or value.isprintable()
-    style = None if plain else '"'  # the only one that has line breaks on one line
+    style = None if plain else '"'  # the only style that has line breaks on one line
     text = yaml.safe_dump([value], default_style=style, default_flow_style=True, width=2**30, allow_unicode=plain)
     return str(text).strip()[1:-1]
 

@@ -28,7 +28,7 @@ from isthmus.split.job.groups import TextSettings
 from isthmus.split.models.default_model import DEFAULT_MODEL_FOLDER
 from isthmus.split.training.perplexity import PERPLEXITY
 
-_MARKER = ".isthmus-demo"  # what says that a folder is an earlier demo's and may be replaced
+_MARKER = ".isthmus-demo"  # marks a folder as an earlier demo's, which may be replaced
 _DATASET = "notes"
 _STAGE_PORTS = 2  # one for the job, and one that something else may take meanwhile
 
@@ -63,7 +63,7 @@ def demo(
     """
     link_spec = LinkSpec.parse_short(link) if link else None
     if json_file is not None:
-        json_file.touch()  # a place that cannot be written to is known now, not at the end
+        json_file.touch()  # so that a place that cannot be written to shows now
     folder = _fresh(out.expanduser().resolve())
     training = TrainingConfig.of(
         cut_layer=cut_layer,
@@ -93,7 +93,7 @@ def demo(
 def _train(
     folder: Path, texts: dict[str, Path], training: TrainingConfig, link: LinkSpec | None
 ) -> tuple[dict[str, Any], Path]:
-    """Starts coordinator and devices, runs the job, stops them: the job's report, and the folder of its adapter."""
+    """Starts coordinator and devices, runs the job and stops them; returns its report and its adapter's folder."""
     with LocalCluster(folder) as cluster:
         with console.status("starting the coordinator on Ray"):
             cluster.start_coordinator(stage_ports=_STAGE_PORTS if link else 0)
@@ -123,7 +123,7 @@ def _train(
 def _measure_unsplit(
     folder: Path, texts: dict[str, Path], held_out: list[Path], adapter: Path, training: TrainingConfig
 ) -> tuple[dict[str, int], float]:
-    """Peak bytes of training the whole model and of the libraries; the adapter's perplexity in the unsplit model."""
+    """Peak bytes of training the whole model and of the libraries; the adapter's perplexity in the unsplit one."""
     with console.status(
         "measuring the unsplit model: memory of its training, perplexity in plain transformers and peft"
     ):
@@ -139,7 +139,7 @@ def _measure_unsplit(
 
 
 def _fresh(folder: Path) -> Path:
-    """An empty folder; an earlier demo's is replaced, anything else is left alone."""
+    """An empty folder in place of an earlier demo's. Raises BadRequest for any other folder that is not empty."""
     if folder.exists() and any(folder.iterdir()):
         if not (folder / _MARKER).exists():
             raise BadRequest(f"{folder} is not empty and not an earlier demo's; choose another --out")
@@ -150,7 +150,7 @@ def _fresh(folder: Path) -> Path:
 
 
 def _private_texts(folder: Path, config: TextSettings) -> tuple[dict[str, Path], list[Path]]:
-    """A text for each device, and beside them what each will hold out, for whoever wants to repeat the evaluation."""
+    """A text for each device, and files with what each will hold out, for repeating the evaluation."""
     texts, held_out = {}, []
     for part in ("texts", "held-out"):
         (folder / part).mkdir()
@@ -166,7 +166,7 @@ def _private_texts(folder: Path, config: TextSettings) -> tuple[dict[str, Path],
 
 
 def _whole_model_peak(folder: Path, text: Path, training: TrainingConfig) -> int:
-    """Peak memory of a process that trains the whole model unsplit, on one device's text with one device's batch."""
+    """Peak bytes of a process that trains the whole model unsplit, on one device's text with one device's batch."""
     command = [sys.executable, "-m", "isthmus.coordinator.cli.main", "finetune", "--method", "centralised", "--json"]
     command += ["--data", str(text), "--out", str(folder / "unsplit"), "--steps", "3", "--validation-fraction", "0"]
     command += ["--batch-size", str(training.batch_size), "--sequence-length", str(training.text.sequence_length)]
@@ -175,13 +175,13 @@ def _whole_model_peak(folder: Path, text: Path, training: TrainingConfig) -> int
 
 
 def _libraries_peak() -> int:
-    """Peak memory of a process that has imported what a device imports, and has no model."""
+    """Peak bytes of a process that has imported what a device imports, and has no model."""
     program = "import isthmus.client.runner; from isthmus.split.resources.memory import peak_bytes; print(peak_bytes())"
     return int(_output_of([sys.executable, "-c", program], "importing the device's libraries"))
 
 
 def _device_estimate(training: TrainingConfig) -> int:
-    """What a job that chooses cuts, or refuses a device, would say of the memory that a device here needs."""
+    """Bytes that a device here needs, as estimated by a job that chooses cuts or refuses a device."""
     from isthmus.split.models.source import open_model  # torch and transformers: only now
     from isthmus.split.plan.costs import Costs
     from isthmus.split.plan.memory import training_bytes
@@ -227,13 +227,16 @@ def _result(
 
 
 def _messages(connection: Connection, job: str) -> list[str]:
-    """What the job said, such as how tensors were to cross and why."""
+    """Sentences of the job's log, such as how tensors were to cross and why."""
     events = connection.stub.WatchJob(pb.WatchJobRequest(id=job))
     return [event.log.message for event in events if event.HasField("log")]
 
 
 def _reduction(traffic: list[dict[str, Any]], training: TrainingConfig) -> float:
-    """By how much fewer bytes a device's training tensors took than as float32. traffic: as the stage counted it."""
+    """The factor by which a device's training tensors took fewer bytes than as float32.
+
+    traffic: rows of the traffic as the stage counted it.
+    """
     hidden_size: int = json.loads((DEFAULT_MODEL_FOLDER / "config.json").read_text())["hidden_size"]
     steps: int = sum(row["messages"] for row in traffic if row["kind"] == "step" and row["direction"] == "received")
     of_training = [row for row in traffic if row["kind"] in ("forward", "backward") and row["codec"]]
@@ -252,7 +255,7 @@ def _show(result: dict[str, Any]) -> None:
     console.print(
         f"the adapter in the unsplit model, by plain transformers and peft: {result['perplexity_after_unsplit']:.3f}"
     )
-    last = {message.partition(":")[0]: message for message in result["log"]}  # of each device: how its tensors cross
+    last = {message.partition(":")[0]: message for message in result["log"]}  # by device: how its tensors cross
     for message in last.values():
         console.print(message, highlight=False)
     console.print(f"link: {result['link']}", highlight=False)

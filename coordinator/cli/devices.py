@@ -54,7 +54,7 @@ def enroll(
         )
         return
     console.print(f"On the device, within {lifetime / 60:.0f} minutes (the token works once):")
-    typer.echo(printable(command))  # not wrapped: it is to be copied
+    typer.echo(printable(command))  # not wrapped, for it is to be copied
 
 
 def devices(

@@ -28,7 +28,7 @@ def evaluate(
     json_output: Json = False,
 ) -> None:
     from isthmus.split.models.precision import pick_device
-    from isthmus.split.training.evaluate import evaluate_files  # torch and transformers: not for --help
+    from isthmus.split.training.evaluate import evaluate_files  # for torch and transformers, not with --help
 
     config = TextSettings(
         sequence_length=sequence_length,

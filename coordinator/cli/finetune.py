@@ -106,7 +106,10 @@ def finetune(
 
 
 def _training(method: str, settings: Settings) -> TrainingConfig:
-    """The job's configuration. `--cut` and `--rank` are text that fills a number and what differs by name."""
+    """The job's configuration. `--cut` and `--rank` are text that sets a number and what differs by name.
+
+    Raises BadRequest for a configuration that cannot be.
+    """
     shapes = options_of(settings["cut_layer"], settings["rank"], TrainingConfig())
     own = TrainingConfig.method if method == _CENTRALISED else method
     return TrainingConfig.of(**{**settings, **shapes}, method=own)
@@ -128,7 +131,7 @@ def _spec(model: str, dataset: str, devices: str, training: TrainingConfig, wait
 
 
 def _warn(training: TrainingConfig) -> None:
-    """Says what a user may not expect of these choices."""
+    """Tells what may not be expected of these choices."""
     if training.devices.labels == "server":
         console.print("labels are at the server: the coordinator can read the devices' text", style="bold")
     if training.dlora.kills and training.dlora.killed == KEEP:
@@ -144,7 +147,10 @@ def _tell_submitted(job: str, as_json: bool) -> None:
 
 
 def _follow(connection: Connection, job: pb.Job, out: Path | None, as_json: bool) -> None:
-    """Shows the job until it ends, and its report. Ctrl-C cancels it. out: where the adapter goes."""
+    """Shows the job until it ends, and its report; Ctrl-C cancels it.
+
+    out: where the adapter goes; None to leave it at the coordinator.
+    """
     try:
         ended = follow(connection, job, as_json=as_json)
     except KeyboardInterrupt:

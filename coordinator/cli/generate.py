@@ -63,11 +63,11 @@ EarlyBlocks = Annotated[
 Adapter = Annotated[
     str, typer.Option(help="With --local: the folder of a LoRA adapter, which is put beside the model.")
 ]
-_KEPT = 20  # turns of a conversation that are sent again at most
+_KEPT = 20  # most turns of a conversation that are sent again
 
 
 class TooLong(BadRequest):
-    """A conversation and its next answer are more than the model's context."""
+    """Refuses a conversation that, with its next answer, is longer than the model's context."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,14 @@ class Loading:
     draft: str = "none"
     early_blocks: int = 0
     exit_threshold: str = ""
-    adapter: str = ""  # a folder; empty: none
+    adapter: str = ""  # a folder; empty for none
 
 
 class Here:
-    """A model in this process. context: most tokens of a prompt and its answer."""
+    """A model in this process.
+
+    context: most tokens of a prompt and its answer.
+    """
 
     context: int
 
@@ -142,7 +145,10 @@ class Here:
 
 
 class There:
-    """A model that is served. context: as of `Here`; None if the server does not tell."""
+    """A model that is served.
+
+    context: as in `Here`; None if the server does not tell.
+    """
 
     context: int | None
 
@@ -285,7 +291,7 @@ def chat(
     adapter: Adapter = "",
     stats: Stats = False,
 ) -> None:
-    """Talk with a model; an empty line or Ctrl-D ends it. Of a long conversation the oldest turns are forgotten.
+    """Talk with a model; an empty line or Ctrl-D ends it. A long conversation loses its oldest turns.
 
     Each line is a message. At a terminal, lines that were pasted after the
     end are thrown away, and a line of 4095 bytes or more is refused; by a
@@ -311,7 +317,7 @@ def chat(
         if stats:
             show_stat(stat)
 
-    # Lines are read between the runner's runs, so that Ctrl-C ends that, too.
+    # Lines are read between the runner's runs, so that Ctrl-C ends that too.
     with interruptible(), nothing_left_to_the_shell(), asyncio.Runner() as runner:
         try:
             where = runner.run(begin())
@@ -336,8 +342,13 @@ async def _reply(
     asking: AnswerOptions,
     stat: AnswerStats,
 ) -> AsyncIterator[str]:
-    """The answer as it comes. turns: question and answer by turns; the oldest are taken out when they are too many, but
-    not for a question that is too long by itself."""
+    """The answer as it comes.
+
+    first: what comes before the conversation.
+    turns: questions and answers alternately; the oldest are taken out when they are too many.
+
+    Raises TooLong for a question that is too long by itself, and then leaves the turns as they are.
+    """
     forgotten = max(0, len(turns) - _KEPT + 1) // 2 * 2
     while True:
         try:
@@ -360,7 +371,10 @@ def _where(model: str, local: bool, url: str, key: str, loading: Loading) -> Her
 
 
 def _trusted(file: str) -> ssl.SSLContext:
-    """The system's authorities, and those of a PEM file if one is named."""
+    """A context that trusts the system's authorities, and those of a PEM file if one is named.
+
+    Raises BadRequest for a file that cannot be used.
+    """
     context = ssl.create_default_context()
     if file:
         try:

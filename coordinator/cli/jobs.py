@@ -92,7 +92,7 @@ def report(
 ) -> None:
     """Show what a job has taken: computation, memory, energy, money, and bytes on the network.
 
-    Of a job that has ended, and of a model that is served, as it is now. JOB is as `isthmus jobs` shows it.
+    A job has a report once it has ended, a served model at any time. JOB is as `isthmus jobs` shows it.
 
     Example: isthmus report k3v9x2ab
     """
@@ -102,7 +102,10 @@ def report(
 
 
 def _print(report: str, *, as_json: bool) -> None:
-    """report: JSON; empty: there is none."""
+    """Prints a report.
+
+    report: the report as JSON; empty if there is none.
+    """
     if report and as_json:
         print_json(json.loads(report))
     elif report:
@@ -136,7 +139,7 @@ def export(
 ) -> None:
     """Write a job's adapter to a folder: an ordinary PEFT adapter.
 
-    Of a job that has succeeded; JOB is as `isthmus jobs` shows it.
+    The job has to have succeeded; JOB is as `isthmus jobs` shows it.
 
     Example: isthmus export k3v9x2ab --out adapter
     """
@@ -149,7 +152,10 @@ def export(
 
 
 def write_export(connection: Connection, job: str, out: Path) -> Path:
-    """Streams the adapter's files into `out`, which appears whole or not at all."""
+    """Streams the adapter's files into `out`, which appears whole or not at all.
+
+    Raises BadRequest for a folder that cannot be made, and IsthmusError for a file that is not an adapter's.
+    """
     folder = new_folder(out)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -69,7 +69,7 @@ def link(
 
 
 def _listen_address(text: str) -> Address:
-    """HOST:PORT, where port 0 is any free one. Raises BadRequest."""
+    """Splits HOST:PORT, where port 0 stands for any free one. Raises BadRequest."""
     host, _, port = text.rpartition(":")
     return (split_address(f"{host}:1")[0], 0) if port == "0" else split_address(text)
 
@@ -96,7 +96,7 @@ async def _serve(spec: LinkSpec, pairs: list[Pair], json_output: bool) -> None:
         )
 
 
-if __name__ == "__main__":  # starts in half a second: the other commands import torch
+if __name__ == "__main__":  # starts in half a second, while the other commands import torch
     try:
         typer.run(link)
     except IsthmusError as error:

@@ -38,15 +38,15 @@ app.command()(codecs.codecs)
 
 
 def main() -> None:
-    """Runs the command; what a user can get wrong ends with one line and exit status 1."""
+    """Runs the command; an error that is no bug ends with one line and exit status 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own, for every file that it opens
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # else transformers shows one for each file it opens
     try:
         app()
     except IsthmusError as error:
         typer.echo(f"isthmus: {printable(str(error))}", err=True)
         raise SystemExit(1) from None
-    except OSError as error:  # a disk that is full, a file that may not be written
+    except OSError as error:  # such as a full disk, or a file that may not be written
         typer.echo(f"isthmus: {error.filename or 'input or output'}: {error.strerror or error}", err=True)
         raise SystemExit(1) from None
 

@@ -1,4 +1,4 @@
-"""Options of a command that are made from the configuration which they fill, so that nothing of them is written twice.
+"""Options of a command that are made from the configuration which they fill, so that nothing is written twice.
 
 A setting's name, type, default and help are those of its dataclass field (`isthmus.split.job.fields.setting`); its
 group is a panel of the command's help, and a mapping in the file that `--config` reads.
@@ -19,12 +19,12 @@ from isthmus.split.job.fields import Setting
 from isthmus.split.job.grouped import Grouped
 
 Settings = Mapping[str, Any]
-"""Values of a configuration's settings by their names, as `Grouped.of` takes them; numbers by name are still text."""
+"""Values of a configuration's settings by name, as `Grouped.of` takes them; numbers by name are still text."""
 
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print all of this as a file for --config, and do nothing else.")
 ]
-_PANELS = {"lora": "LoRA", "dlora": "DLoRA", "http": "HTTP"}  # where it is not the group's name with a capital
+_PANELS = {"lora": "LoRA", "dlora": "DLoRA", "http": "HTTP"}  # panels that are not the group's name with a capital
 _TYPES: Mapping[object, Any] = {
     "bool": bool,
     "int": int,
@@ -40,9 +40,9 @@ Command = Callable[..., None]
 
 
 def with_settings(config: type[Grouped], panel: str = "Options") -> Callable[[Command], Command]:
-    """Gives a command `--config FILE` and an option for each setting; their values come as its parameter `settings`.
+    """Gives a command `--config FILE` and an option for each setting; it gets their values as parameter `settings`.
 
-    panel: the heading in the help of settings that are in no group.
+    panel: the heading, in the help, of settings that are in no group.
     """
     made = [_parameter(one, panel) for one in config.settings() if one.option]
     lists = {one.name for one in config.settings() if one.listed}
@@ -69,12 +69,12 @@ def with_settings(config: type[Grouped], panel: str = "Options") -> Callable[[Co
 
 
 def _parameter(one: Setting, panel: str) -> inspect.Parameter:
-    """The command's parameter for a setting. Of a number that differs by name the option is text."""
+    """The command's parameter for a setting; for a number that differs by name it is text."""
     flags = [f"--{name.replace('_', '-')}" for name in dict.fromkeys((one.option, one.name))]
     kind: Any = _TYPES[one.field.type]
     default: Any = one.field.default
     if kind is bool:
-        flags = [f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags]  # the command line can undo a file
+        flags = [f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags]  # so that the command line can undo a file
     if one.by_name:
         kind, default = str, str(default)
     elif one.listed:
@@ -87,5 +87,5 @@ def _parameter(one: Setting, panel: str) -> inspect.Parameter:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    """`a, b` -> ("a", "b")."""
+    """Turns `a, b` into ("a", "b")."""
     return tuple(part.strip() for part in text.split(",") if part.strip())

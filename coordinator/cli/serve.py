@@ -101,7 +101,10 @@ def serve(
 
 
 def _serving(settings: Settings, key: str) -> ServingConfig:
-    """The settings, with full paths of what is on this machine. key: clients' API key; empty: none is needed."""
+    """The configuration, with full paths of what is on this machine.
+
+    key: the clients' API key; empty if none is needed.
+    """
     draft, certificate, tls_key = (settings[name] for name in ("draft", "tls_certificate", "tls_key"))
     changes = {
         "draft": draft if draft in ("none", "lookup", "early") else model_name(draft),
@@ -119,7 +122,10 @@ def _warn(config: ServingConfig) -> None:
 
 
 def _follow(connection: Connection, job: pb.Job, key: str, as_json: bool) -> None:
-    """Shows what happens until the job ends; Ctrl-C ends it. key: to tell once; empty: the user knows it."""
+    """Shows what happens until the job ends; Ctrl-C ends it.
+
+    key: an API key to tell once; empty if the caller has it.
+    """
     try:
         with _stoppable():
             for event in connection.stub.WatchJob(pb.WatchJobRequest(id=job.id)):
@@ -135,14 +141,14 @@ def _follow(connection: Connection, job: pb.Job, key: str, as_json: bool) -> Non
 
 
 def _full_path(file: str) -> str:
-    """Of a file here; another one may be at the coordinator."""
+    """The full path of a file here, or the text as it is, for a file that may be at the coordinator."""
     path = Path(file).expanduser()
     return str(path.resolve()) if file and path.is_file() else file
 
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM, and Ctrl-C also where the shell has it ignored, raise KeyboardInterrupt."""
+    """Makes SIGTERM, and Ctrl-C also where the shell has it ignored, raise KeyboardInterrupt."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, signal.default_int_handler) for number in numbers]
     try:
@@ -153,7 +159,10 @@ def _stoppable() -> Iterator[None]:
 
 
 def _show(event: pb.Event, key: str, *, as_json: bool) -> None:
-    """key: to tell once, when there is something to use it for; empty: the user knows it."""
+    """Shows an event.
+
+    key: an API key to tell once the model is served; empty if the caller has it.
+    """
     kind, who = event.WhichOneof("kind"), event.device or "the coordinator"
     if as_json:
         shown = event_as_json(event)

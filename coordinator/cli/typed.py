@@ -1,6 +1,6 @@
-"""Lines that somebody types or pastes at a terminal: none is cut in silence, and none is left over for the shell.
+"""Lines that are typed or pasted at a terminal: none is cut in silence, and none is left over for the shell.
 
-Of a pipe or a file each line is read whole, and nothing here does anything else.
+From a pipe or a file each line is read whole, and nothing here does anything else.
 """
 
 from __future__ import annotations
@@ -22,18 +22,22 @@ _FULL = 1023 if sys.platform == "darwin" else 4095
 """Bytes of a line that a terminal keeps until Enter is pressed; it drops what is typed beyond them."""
 
 _QUIET = 0.1  # seconds without a byte after which a paste has ended
-_LONGEST = 5.0  # seconds that the rest of a paste is waited for
+_LONGEST = 5.0  # most seconds to wait for the rest of a paste
 
 
 def read_line(prompt: str) -> str:
-    """The next line; empty at the end of input. A line that a terminal may have cut is refused, and asked for again."""
+    """The next line; empty at the end of input.
+
+    A line that a terminal may have cut is refused and asked for again. Raises BadRequest where input that is not a
+    terminal is no UTF-8.
+    """
     while True:
         undecoded = b""
         try:
             line = input(prompt)
         except EOFError:
             return ""
-        except UnicodeDecodeError as error:  # of another encoding, or a character was cut in two
+        except UnicodeDecodeError as error:  # another encoding, or a character that was cut in two
             line, undecoded = "", error.object
         if not sys.stdin.isatty():
             if undecoded:
@@ -54,7 +58,7 @@ def read_line(prompt: str) -> str:
 
 @contextmanager
 def nothing_left_to_the_shell() -> Iterator[None]:
-    """However the block ends, what was typed or pasted and not read is thrown away."""
+    """Throws away, however the block ends, what was typed or pasted and not read."""
     try:
         yield
     finally:
@@ -69,7 +73,7 @@ def discard_typed() -> None:
     with contextlib.suppress(termios.error):  # the terminal has gone, and what waited there with it
         before = termios.tcgetattr(terminal)
         bytewise = [*before]
-        bytewise[3] &= ~(termios.ICANON | termios.ECHO)  # a part of a line counts too, and is not shown
+        bytewise[3] &= ~(termios.ICANON | termios.ECHO)  # counts a part of a line too, and shows none
         try:
             termios.tcsetattr(terminal, termios.TCSANOW, bytewise)
             termios.tcflush(terminal, termios.TCIFLUSH)
@@ -82,7 +86,7 @@ def discard_typed() -> None:
 
 
 def _in_background() -> bool:
-    """Whether the terminal is another's now, who would be stopped, or robbed of what was typed for them."""
+    """Whether the terminal belongs to others now, who would be stopped, or robbed of what was typed for them."""
     try:
         return os.tcgetpgrp(sys.stdin.fileno()) != os.getpgrp()
     except OSError:  # a terminal that controls no processes

@@ -96,7 +96,7 @@ def up(
 
 
 def _control_actor(ray: ModuleType, options: ControlOptions) -> Any:
-    """The actor, on this machine of the Ray cluster."""
+    """Starts the control actor on this machine of the Ray cluster."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from isthmus.coordinator.actor import ControlActor
@@ -121,11 +121,11 @@ def _tell_started(started: dict[str, Any], options: ControlOptions, as_json: boo
 
 
 def _wait(ray: ModuleType, control: Any, stop: threading.Event) -> None:
-    """Until it shall stop. Raises Ray's RayActorError if the actor dies before."""
+    """Waits until the command has to stop. Raises Ray's RayActorError if the actor dies before."""
     while not stop.wait(1.0):
         try:
             ray.get(control.alive.remote(), timeout=30)
-        except ray.exceptions.GetTimeoutError:  # a stalled disk, say: it may come back
+        except ray.exceptions.GetTimeoutError:  # a stalled disk, for example: it may come back
             errors.print("the control actor has not answered for 30 s; is this machine overloaded?")
 
 
@@ -143,7 +143,7 @@ def _alone_in(state: Path) -> Iterator[None]:
 
 
 def _port_range(text: str) -> tuple[int, int]:
-    """`7500-7519` -> (7500, 7519); an empty text -> (0, 0). Raises BadRequest."""
+    """Turns `7500-7519` into (7500, 7519), and an empty text into (0, 0). Raises BadRequest for other text."""
     if not text:
         return 0, 0
     first, _, last = text.partition("-")

@@ -1,4 +1,4 @@
-"""Follows a job: live for people (a line for each device and a bar), as JSON lines for machines."""
+"""Follows a job: live for people, with a line for each device and a bar, or as JSON lines for machines."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _DEVICE_STATES: Mapping[str, Callable[[pb.Event], str]] = {
     "holder_joined": lambda event: f"holds blocks {event.holder_joined.span}",
     "holder_left": lambda event: "left",
 }
-"""What a device's line says after an event about it, by its kind."""
+"""What a device's line says after an event about the device, by kind of event."""
 
 _NOTES: Mapping[str, Callable[[pb.Event], str]] = {
     "evaluation": lambda event: (
@@ -52,14 +52,14 @@ _NOTES: Mapping[str, Callable[[pb.Event], str]] = {
 
 @dataclass
 class _JobView:
-    """What the events so far say."""
+    """The job as the events so far tell it."""
 
     job: str
     steps: int
     devices: dict[str, _DeviceLine] = field(default_factory=dict)
     state: str = "waiting"
     notes: list[str] = field(default_factory=list)
-    aggregation: str = ""  # the method, and the last one's error against the exact average
+    aggregation: str = ""  # the method, and its last error against the exact average
 
     def __post_init__(self) -> None:
         self.bar = Progress(
@@ -111,7 +111,7 @@ def _joined(*parts: str) -> str:
 
 
 def follow(connection: Connection, job: pb.Job, *, as_json: bool, after: int = 0) -> pb.Job:
-    """Shows the job until it ends; returns it as it then is. Raises what a failed job ended with."""
+    """Shows the job until it ends; returns it as it is then."""
     events = connection.stub.WatchJob(pb.WatchJobRequest(id=job.id, after=after))
     if as_json:
         for event in events:
@@ -128,7 +128,7 @@ def follow(connection: Connection, job: pb.Job, *, as_json: bool, after: int = 0
 
 
 def check_ended_well(job: pb.Job) -> None:
-    """Raises one line for a job that ended in another way than with an adapter."""
+    """Raises IsthmusError or WrongState, with one line, for a job that has not succeeded."""
     if job.state == pb.FAILED:
         raise IsthmusError(f"job {job.id} failed: {job.message}")
     if job.state in (pb.CANCELLED, pb.INTERRUPTED):
@@ -137,7 +137,7 @@ def check_ended_well(job: pb.Job) -> None:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The end of a job, or what a served model has taken so far, for people."""
+    """Prints the report of a job that has ended, or of what a served model has used so far, for people."""
     if "gateway" in report:
         _print_served(report)
     else:
@@ -166,7 +166,7 @@ def _print_served(report: dict[str, Any]) -> None:
 
 
 def _shown(value: Any, shown: Callable[[Any], str]) -> str:
-    """What nobody has measured is not known, and not 0."""
+    """A value as it is shown; what nobody has measured is unknown, and not 0."""
     return "unknown" if value is None else shown(value)
 
 

@@ -1,9 +1,9 @@
-"""What a served model takes of the five resources: at the gateway, at each holder of blocks, and of each device that
-uses the chain.
+"""What a served model uses of the five resources: at the gateway, at each holder, and for each guest.
 
-Bytes are of messages really sent; memory and energy are what each holder's process says of itself. FLOPs are calculated
-from the tokens that were computed, since one token's matrix products and attention are the same in every runtime; the
-arithmetic of LoRA adapters and of a draft model is not in them. What nobody has measured is None, or `unknown`.
+Bytes are those of messages really sent; memory and energy are what each holder's process says of itself. FLOPs are
+calculated from the tokens that were computed, since one token's matrix products and attention are the same in every
+runtime; the arithmetic of LoRA adapters and of a draft model is not in them. What nobody has measured is None, or
+`unknown`.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from isthmus.split.resources.traffic import Traffic
 
 CALCULATED = "calculated"
 _PATIENCE = 2.0  # seconds for holders to say what they have spent
-_SUMS = ("batches", "tokens", "attended", "seconds", "computing", "coding")  # of Cost
+_SUMS = ("batches", "tokens", "attended", "seconds", "computing", "coding")  # sums that a Cost has
 
 
 @dataclass
 class _HolderAccount:
-    """Of one holder of one span, over all of its streams."""
+    """The account of one holder of one span, over all of its streams."""
 
-    device: str  # empty: an actor at the coordinator
+    device: str  # empty for an actor at the coordinator
     blocks: int
     traffic: Traffic = field(default_factory=Traffic)
     present: RemoteHolder | None = None
     ended: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_SUMS, 0.0))  # sums of earlier streams
     spent: dict[int, pb.Spent] = field(default_factory=dict)  # by process, which may be another after a restart
     process: int = 0
-    untold: bool = False  # a process has gone that had not said what it had spent
+    untold: bool = False  # whether a process has gone without having said what it had spent
 
     def sums(self) -> dict[str, float]:
         now = {} if self.present is None else vars(self.present.cost)
@@ -57,7 +57,12 @@ class _HolderAccount:
 
 @dataclass(frozen=True)
 class _Flops:
-    """Operations of one token in one block, and in the head. per_pair: of each pair of tokens that attend."""
+    """Operations that one token takes.
+
+    per_token: matrix products of one token in one block.
+    per_pair: attention of one pair of tokens in one block.
+    per_logits: the head, for one token.
+    """
 
     per_token: float
     per_pair: float
@@ -73,18 +78,21 @@ class _Flops:
 
 
 class ServedLedger:
-    """Of one served model, from its gateway's start on. config: of the whole model."""
+    """The resources of one served model, from its gateway's start on.
+
+    config: the whole model's configuration.
+    """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self._flops, self._prices = _Flops.of(config), Prices()
         self._own = Ledger()
-        self._holders: dict[tuple[str, str], _HolderAccount] = {}  # by span, and name
+        self._holders: dict[tuple[str, str], _HolderAccount] = {}  # by span and name
         self._guests: dict[str, Traffic] = {}  # by device
 
     # ---- what the chain's servicer tells ----
 
     def joined(self, span: str, holder: RemoteHolder, device: str, hello: pb.Hello) -> Traffic:
-        """A holder's stream has begun; returns what its messages are counted in."""
+        """Notes that a holder's stream has begun; returns what its messages are counted in."""
         new = _HolderAccount(device, hello.last - hello.first)
         account = self._holders.setdefault((span, holder.name), new)
         account.present, account.process = holder, hello.process
@@ -92,24 +100,27 @@ class ServedLedger:
 
     def left(self, span: str, holder: RemoteHolder) -> None:
         account = self._holders.get((span, holder.name))
-        if account is not None and account.present is holder:  # else it has come by another stream already
+        if account is not None and account.present is holder:  # else it has already come by another stream
             account.end()
 
     def guest(self, device: str) -> Traffic:
-        """What the messages of a device that uses the chain are counted in."""
+        """What the messages of a guest are counted in."""
         return self._guests.setdefault(device, Traffic())
 
     # ---- what a report shows ----
 
     async def ask(self) -> None:
-        """Brings up to date what holders have spent, of those that answer soon."""
+        """Brings up to date what holders have spent, as far as they answer soon."""
         present = [one.present for one in self._holders.values() if one.present is not None]
         await asyncio.gather(*(holder.ask_spent(_PATIENCE) for holder in present))
         for account in self._holders.values():
             account.heard()
 
     def report(self, rows_scored: int) -> dict[str, Any]:
-        """JSON-ready. rows_scored: hidden states that the gateway's head has made into logits."""
+        """The report, as JSON has it.
+
+        rows_scored: number of hidden states that the gateway's head has made into logits.
+        """
         holders = [self._holder_row(*key, account) for key, account in sorted(self._holders.items())]
         guests = [self._guest_row(name, traffic) for name, traffic in sorted(self._guests.items())]
         return {"gateway": self._gateway_row(rows_scored, holders), "holders": holders, "guests": guests}
@@ -125,7 +136,7 @@ class ServedLedger:
             **unmeasured,
             "flops": rows_scored * self._flops.per_logits,
             "flops_source": CALCULATED,
-            "wait_seconds": None,  # the gateway goes on with other sequences meanwhile
+            "wait_seconds": None,  # meanwhile the gateway goes on with other sequences
             "link_seconds": sum(row["link_seconds"] for row in holders),
         }
 
@@ -147,7 +158,7 @@ class ServedLedger:
         return {**row, **self._spent_row(account, row["bytes_sent"])}
 
     def _spent_row(self, account: _HolderAccount, sent: int) -> dict[str, Any]:
-        """Memory, energy and money; None where a process has not said so."""
+        """Memory, energy and money of a holder; None where one of its processes has not told."""
         spent = list(account.spent.values())
         silent = account.present is not None and account.process not in account.spent
         if silent or account.untold:
@@ -172,13 +183,13 @@ class ServedLedger:
         }
 
     def _guest_row(self, device: str, traffic: Traffic) -> dict[str, Any]:
-        """The device computes its own blocks for itself, and tells nobody what that takes."""
+        """The row of a guest, which computes its own blocks for itself and tells nobody what that takes."""
         unknown = dict.fromkeys(("flops", "peak_bytes", "energy_joules", "link_seconds", "money"))
         return {"name": device, **unknown, "energy_source": UNKNOWN, **_bytes_of(traffic)}
 
 
 def _bytes_of(traffic: Traffic) -> dict[str, Any]:
-    """What the gateway received is what the other side sent. The rows are as the gateway counted."""
+    """Bytes of the other side, which sent what the gateway received; the rows are as the gateway counted."""
     return {
         "bytes_sent": traffic.total_bytes("received"),
         "bytes_received": traffic.total_bytes("sent"),
@@ -192,7 +203,10 @@ def _sum(values: Iterable[float | None]) -> float | None:
 
 
 def count(traffic: Traffic, direction: str, message: pb.FromHolder | pb.ToHolder) -> None:
-    """A message of the chain's streams has crossed the wire."""
+    """Counts a message of the chain's streams that has crossed the wire.
+
+    direction: "sent" or "received".
+    """
     kind = message.WhichOneof("kind") or "unknown"
     inside = getattr(message, kind) if kind in ("batch", "result") else None
     payload, codec = (len(inside.hidden.payload), inside.hidden.codec) if inside is not None else (0, "")

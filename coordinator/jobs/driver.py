@@ -1,4 +1,4 @@
-"""Takes one run of a job from its submission to its end: gather devices, start the stage, hand out tasks, wait."""
+"""Takes one run of a job from its submission to its end: gathers devices, starts the stage, hands out tasks, waits."""
 
 from __future__ import annotations
 
@@ -29,14 +29,18 @@ from isthmus.split.job.events import finite, log_line
 
 log = logging.getLogger(__name__)
 
-_REPORT = 10.0  # seconds for a gateway to say what it has taken
+_REPORT = 10.0  # seconds for a gateway to say what it has used
 _STOP = 30.0  # seconds for a stage to end by itself
 _DEFAULT_WAIT = 300.0  # seconds for devices that are missing
 StartStage = Callable[[StageTask | GatewayTask], Awaitable[tuple[Any, str]]]
 
 
 class RunDriver:
-    """start_stage(task) makes a stage actor and returns (handle, HOST:PORT; an empty host: the coordinator's)."""
+    """Drives the runs of jobs.
+
+    start_stage: makes the stage actor of a task, and returns its handle and its HOST:PORT, where an empty host stands
+    for the coordinator's.
+    """
 
     def __init__(
         self,
@@ -65,7 +69,7 @@ class RunDriver:
                 await self._timeline.state_is(run.job, pb.INTERRUPTED, f"the coordinator stopped; {again}")
             else:
                 await self._timeline.state_is(run.job, pb.CANCELLED, "cancelled by a user")
-        except RayTaskError as error:  # before IsthmusError: Ray makes its errors instances of their causes, too
+        except RayTaskError as error:  # before IsthmusError, since Ray makes its errors instances of their causes too
             cause = error.cause
             known = isinstance(cause, IsthmusError)
             if not known:
@@ -85,7 +89,7 @@ class RunDriver:
             await self._clear(run)
 
     async def served_report(self, run: Run) -> dict[str, Any] | None:
-        """What a served model has taken so far; None for another job, and where the gateway does not say."""
+        """Resources that a served model has used so far; None for other jobs, and where the gateway does not say."""
         if not isinstance(run.method, ServingMethod) or run.stage is None:
             return None
         try:
@@ -97,7 +101,7 @@ class RunDriver:
         return {"job": run.job, "method": run.spec.method, "model": run.spec.model, **resources}
 
     async def _keep_report(self, run: Run) -> None:
-        """Of a served model, which never ends by itself; before anybody hears that it has ended."""
+        """Keeps the report of a served model, which never ends by itself, before anybody hears that it has ended."""
         report = await self.served_report(run)
         if report is not None:
             self._database.jobs.update(run.job, report=json.dumps(finite(report)))
@@ -110,7 +114,7 @@ class RunDriver:
         await self._timeline.state_is(run.job, pb.SUCCEEDED, "")
 
     async def _gather(self, run: Run) -> None:
-        """Waits until the devices are here, and takes them for this run."""
+        """Waits until the devices are here, and takes them for this run. Raises WrongState when it gives up."""
         wait = run.spec.wait_seconds or _DEFAULT_WAIT
         deadline = time.monotonic() + wait
         async with self._sessions.changed:
@@ -145,7 +149,10 @@ class RunDriver:
                 await self.hand_out(run, session)
 
     async def _wait(self, run: Run) -> dict[str, Any]:
-        """Until the stage has finished. Gives up when devices stay away for longer than the job waits for them."""
+        """Waits until the stage has finished, and returns what it knows at the end.
+
+        Raises WrongState when devices stay away for longer than the job waits for them, or have failed.
+        """
         wait = run.spec.wait_seconds or _DEFAULT_WAIT
         finished = asyncio.ensure_future(run.stage.finished.remote())
         complete_since, given_up = time.monotonic(), set[str]()
@@ -172,12 +179,12 @@ class RunDriver:
                     f"waited {wait:.0f} s for {', '.join(missing)}; --resume {run.job} goes on from the last checkpoint"
                 )
             await run.stage.start_without.remote(missing)
-            complete_since = time.monotonic()  # of those that are here now
+            complete_since = time.monotonic()  # the devices that are here now are complete
             sentence = f"going on without {', '.join(missing)}: they did not come in {wait:.0f} s"
             await self._timeline.tell(run.job, log_line(sentence))
 
     async def _clear(self, run: Run) -> None:
-        """Whatever the end was: no device works on, no actor stays."""
+        """Ends what is left of a run, whatever its end was: no device works on, and no actor stays."""
         cancel = pb.CoordinatorMessage(cancel=pb.CancelTask(id=run.task_id, reason="the job has ended"))
         for name in run.devices:
             session = self._sessions.get(name)
@@ -188,16 +195,16 @@ class RunDriver:
                 with contextlib.suppress(RayActorError, RayTaskError, TimeoutError):
                     async with asyncio.timeout(_STOP):  # it is killed then
                         await run.stage.stop.remote()
-        finally:  # cancelled once more, too
+        finally:  # even if this is cancelled once more
             if run.stage is not None:
                 ray.kill(run.stage)
             self._runs.remove(run)
         await self._sessions.notify()
 
     async def hand_out(self, run: Run, session: Session) -> None:
-        """The task to a device, whose certificate may be another than when the job began: the stage learns it first.
+        """Gives a device its task. Its certificate may have changed since the job began, so the stage learns it first.
 
-        Not to a session of a certificate that counts no more, which may be open for a moment yet.
+        Does nothing for a session whose certificate counts no more, which may still be open for a moment.
         """
         try:
             self._database.devices.check_certificate(session.name, session.serial)

@@ -1,4 +1,4 @@
-"""Kill and Revive to look at: a picture of which LoRA modules trained when, as PNG."""
+"""A picture of Kill and Revive, as PNG: which LoRA modules trained when."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from numpy.typing import NDArray
 from isthmus.split.errors import BadRequest
 
 Decisions = Sequence[tuple[int, Collection[str]]]
-"""Steps in rising order, and the modules that train from there on until the next."""
+"""Steps in rising order, each with the modules that train from there on until the next."""
 
 Scores = Mapping[int, Mapping[str, float]]
 """Responsiveness by step and module, at any steps."""
 
-_COLUMNS = 400  # of the picture at most: longer jobs have several steps in one
+_COLUMNS = 400  # most columns of the picture: in longer jobs several steps share one
 _DOTS_AN_INCH = 100
 
 
 def last_of_each(decisions: Decisions) -> Decisions:
-    """In rising order, a step once: what a device that was restarted decided anew counts."""
+    """The decisions in rising order, one for each step: the last, for a device that restarts decides anew."""
     return sorted(dict(decisions).items())
 
 
 def activity(modules: Sequence[str], decisions: Decisions, steps: int, columns: int = _COLUMNS) -> NDArray[np.float64]:
-    """(modules, columns): the share of a column's steps in which a module trained. Columns are runs of equal length,
-    the last may be shorter; fewer steps than columns have a column each. Before the first decision nothing trains."""
+    """How much each module trained, (modules, columns): the share of a column's steps in which it did.
+
+    Columns are runs of steps of equal length, of which the last may be shorter; fewer steps than columns have a column
+    each. Before the first decision nothing trains.
+    """
     width = -(-steps // max(1, min(columns, steps)))
     row = {name: index for index, name in enumerate(modules)}
     by_step = np.zeros((len(modules), steps))
@@ -39,7 +42,10 @@ def activity(modules: Sequence[str], decisions: Decisions, steps: int, columns: 
 
 
 def responsiveness(modules: Sequence[str], scores: Scores, steps: int, columns: int) -> NDArray[np.float64]:
-    """(modules, columns): the last score known at a column's end over the largest of that column, 0 to 1."""
+    """Scores of the modules, (modules, columns), from 0 to 1.
+
+    They are the last ones known at a column's end, over the largest of that column.
+    """
     width = -(-steps // max(1, min(columns, steps)))
     known = sorted(scores)
     result = np.zeros((len(modules), -(-steps // width)))
@@ -57,12 +63,15 @@ def heat_map(
 ) -> None:
     """Writes the picture: a row for each module, in the order given, and time from left to right.
 
-    Dark is what trained; with scores, the darker the more responsive. White is what was killed. Raises BadRequest where
-    there is nothing to draw.
+    decisions: what trained when.
+    steps: the job's number of steps.
+    scores: with these, a module that trained is the darker the more responsive it was; else all are equally dark.
+
+    White is what was killed. Raises BadRequest where there is nothing to draw.
     """
     if not modules or steps < 1:
         raise BadRequest("no LoRA modules or no steps to draw a heat map of: draw it once the job has begun")
-    from matplotlib.figure import Figure  # half a second that only who draws pays for
+    from matplotlib.figure import Figure  # takes half a second, which only those who draw pay for
 
     matrix = activity(modules, decisions, steps)
     if scores:

@@ -1,4 +1,4 @@
-"""Jobs: what users ask for, and what devices and stages tell."""
+"""Jobs: what admins ask for, and what devices and stages tell."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ from isthmus.split.job.shapes import Shape
 
 
 class Jobs:
-    """start_stage: as in RunDriver; measure, measure_training: as in Placer. served: for devices that use models."""
+    """All jobs of this coordinator.
+
+    start_stage: as in RunDriver.
+    measure, measure_training: as in Placer.
+
+    The attribute `served` is for devices that use served models.
+    """
 
     def __init__(
         self,
@@ -44,10 +50,16 @@ class Jobs:
         self._driver = RunDriver(database, sessions, self._runs, self._timeline, placement, state, start_stage)
         self.served = ServedModels(self._runs)
 
-    # ---- what users ask for ----
+    # ---- what admins ask for ----
 
     async def submit(self, spec: pb.JobSpec, resume: str) -> pb.Job:
-        """Records a job and starts to work on it. Everything that can be seen to be wrong is refused here."""
+        """Records a job, or takes up an earlier one, and starts to work on it.
+
+        resume: the job to go on with; empty for a new one.
+
+        Whatever is visibly wrong is refused here: raises BadRequest, WrongState or NotFound, and BadModelFolder for a
+        model that cannot be used.
+        """
         if resume:
             self._check_resumable(resume)
             spec = self._database.jobs.get(resume).spec
@@ -59,7 +71,7 @@ class Jobs:
             self._check_enrolled(method.config.access.users)
         await asyncio.to_thread(method.folder.tokenizer)
         if resume:
-            self._check_resumable(resume)  # again: somebody else may have resumed it meanwhile
+            self._check_resumable(resume)  # again, for somebody else may have resumed it meanwhile
         identifier = resume or self._database.jobs.create(spec)
         run = Run(identifier, spec, method, f"{identifier}-{secrets.token_hex(4)}", bool(resume))
         self._runs.add(run)
@@ -74,11 +86,14 @@ class Jobs:
         if run is None or run.worker is None or job.state not in ALIVE:
             raise WrongState(f"job {identifier} is not at work: it is {pb.JobState.Name(job.state).lower()}")
         run.worker.cancel()
-        await asyncio.wait({run.worker})  # unlike `await run.worker`, not another cancel if this caller goes away
+        await asyncio.wait({run.worker})  # unlike `await run.worker`, it cancels nothing if the caller goes
         return self._database.jobs.get(identifier)
 
     async def report(self, identifier: str) -> str:
-        """JSON, of a job that has ended or of a model that is served. Raises WrongState where there is none."""
+        """The report, as JSON, of a job that has ended or of a model that is served.
+
+        Raises WrongState where there is none.
+        """
         job, run = self._database.jobs.get(identifier), self._runs.get(identifier)
         live = None if run is None else await self._driver.served_report(run)
         if live is not None:
@@ -89,7 +104,7 @@ class Jobs:
         return job.report
 
     def events(self, identifier: str, after: int) -> AsyncIterator[pb.Event]:
-        """Past and coming events; ends with the job."""
+        """Past and coming events of a job; ends with the job."""
         return self._timeline.follow(identifier, after)
 
     def job_of(self, device: str) -> str:
@@ -103,7 +118,7 @@ class Jobs:
         return run.method.weights(device, blocks)
 
     def adapter_folder(self, identifier: str) -> Path:
-        """Of a job that is done. Raises WrongState for others."""
+        """The folder of the adapter of a job that is done. Raises WrongState for other jobs, and if there is none."""
         job = self._database.jobs.get(identifier)
         folder = self._state / "jobs" / identifier / "adapter"
         if job.state == pb.SUCCEEDED and not folder.is_dir():
@@ -160,13 +175,13 @@ class Jobs:
         await self.served.revoke(device)
 
     async def stop(self) -> None:
-        """The coordinator goes down: jobs at work can be resumed."""
+        """Ends all runs because the coordinator goes down; their jobs can be resumed."""
         for run in self._runs.all():
             if run.worker is not None and not run.worker.done():
                 run.worker.cancel("stop")
                 await asyncio.wait({run.worker})
 
-    # ---- what cannot be ----
+    # ---- what is refused ----
 
     def _check_resumable(self, identifier: str) -> None:
         if self._database.jobs.get(identifier).state == pb.SUCCEEDED:

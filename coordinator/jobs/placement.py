@@ -1,4 +1,4 @@
-"""Decides who holds and trains which part of a job's model, once its devices are known."""
+"""Decides who holds and trains which part of a job's model, once the job's devices are known."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ Measure = Callable[[bool], Awaitable[pb.Profile]]
 
 
 class Placer:
-    """measure(quiet): of a node that serves; measure_training: FLOP/s of a node that a stage may get."""
+    """Places jobs on devices.
+
+    measure: function of `quiet` that measures a node that serves.
+    measure_training: measures the FLOP/s of a node that a stage may get.
+    """
 
     def __init__(
         self,
@@ -51,7 +55,10 @@ class Placer:
             await self.shape(run, run.method)
 
     async def plan(self, run: Run, method: ServingMethod) -> None:
-        """Chooses who holds which blocks where the user has not, and tells what speed is to be expected."""
+        """Chooses who holds which blocks, unless that was asked for, and tells what speed to expect.
+
+        Raises BadRequest if nobody has the memory, and WrongState if another job took a device meanwhile.
+        """
         here, profiles = pb.Profile(memory_bytes=psutil.virtual_memory().total), {}
         for session in self._sessions.all():
             free = not method.asked.spans and session.runs(run.spec.method) and not self._runs.job_of(session.name)
@@ -77,7 +84,10 @@ class Placer:
         self._database.jobs.update(run.job, devices=chosen)
 
     async def shape(self, run: Run, method: TrainingMethod) -> None:
-        """Decides what each device holds and trains, and says so where the user left it open or they differ."""
+        """Decides what each device holds and trains, and tells of it if that was left open or devices differ.
+
+        Raises BadRequest where memory does not suffice, and WrongState for devices that do not measure themselves.
+        """
         kept: dict[str, Shape] = {}
         if run.resume:
             kept = method.kept_shapes(self._state / "jobs" / run.job, self._database.events.of(run.job))
@@ -91,7 +101,7 @@ class Placer:
             await self._timeline.tell(run.job, pb.Event(device=device, shape=chosen))
 
     async def _measured_profiles(self, run: Run) -> dict[str, pb.Profile]:
-        """Of the job's devices, once they have measured their speed and link, which they do when they have no task."""
+        """Profiles of the job's devices, once they have measured their speed and link, as they do without a task."""
         told = ""
         for _ in range(int(_MEASURED / _LOOK)):
             profiles = {name: session_of(self._sessions, name).profile for name in run.devices}
@@ -110,7 +120,7 @@ class Placer:
 
 
 def session_of(sessions: Sessions, device: str) -> Session:
-    """Raises WrongState where it has gone."""
+    """A device's session. Raises WrongState where the device has gone."""
     session = sessions.get(device)
     if session is None:
         raise WrongState(f"device {device} has gone before the job began")

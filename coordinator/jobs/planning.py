@@ -1,4 +1,4 @@
-"""Who had best hold which blocks of a served model, and how fast its answers will come, from what the nodes tell."""
+"""Decides who best holds which blocks of a served model, and how fast answers will come, from profiles."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class StagesPlan:
-    """spans: that are served. told: what the job's event says of them; None: there is nothing to tell."""
+    """How a model's blocks are spread.
+
+    spans: the spans that are served.
+    told: what the job's event says of them; None if there is nothing to tell.
+    """
 
     spans: tuple[SpanConfig, ...]
     told: pb.ServingPlanned | None = None
@@ -30,10 +34,13 @@ class StagesPlan:
 def plan_serving(
     source: TensorSource, serving: ServingConfig, profiles: Mapping[str, pb.Profile], adapter_bytes: float = 0.0
 ) -> StagesPlan:
-    """serving: as asked for; without spans they are chosen here. profiles: of CLOUD, and of the devices in question.
+    """Plans who holds which blocks.
 
-    adapter_bytes: of all adapters for one block, at most.
-    Raises BadRequest if spans are to be chosen and the memory of all is not enough.
+    serving: the configuration asked for; spans are chosen here if it has none.
+    profiles: profiles of CLOUD and of the devices in question, by name.
+    adapter_bytes: the most bytes that all adapters together have for one block.
+
+    Raises BadRequest if spans are to be chosen and all the memory is not enough.
     """
     nodes = {name: _node(name, profile, source, serving) for name, profile in profiles.items()}
     order = [nodes[CLOUD], *(nodes[name] for name in sorted(nodes) if name != CLOUD)]
@@ -52,7 +59,7 @@ def plan_serving(
 
 def _choose(nodes: Sequence[Node], served: ServedSizes, serving: ServingConfig) -> list[Placement]:
     here = nodes[0]
-    if served.room(here) == served.blocks:  # hidden states go to devices because somebody asked for it, or needs them
+    if served.room(here) == served.blocks:  # hidden states go to devices only if somebody asks for it or needs them
         return [Placement(here, served.blocks)]
     chain = best_chain(nodes, served)
     if chain is None:
@@ -79,7 +86,7 @@ def _spans(chain: Sequence[Placement]) -> tuple[SpanConfig, ...]:
 def _comparison(
     stages: str, chain: Sequence[Placement], nodes: Sequence[Node], served: ServedSizes
 ) -> pb.ServingPlanned:
-    """Of a chain with the best single node. Tokens a second of one answer, None: not known."""
+    """Compares a chain with the best single node, in tokens a second of one answer; None where they are not known."""
     single = best_single(nodes, served)
     unknown = sorted({part.node.name for part in chain if not part.node.rate})
     mine = None if unknown else 1 / token_seconds(chain, served)
@@ -135,7 +142,7 @@ def _served(source: TensorSource, serving: ServingConfig, here: pb.Profile, adap
 
 
 def _speed(profile: pb.Profile, source: TensorSource, serving: ServingConfig, weights: str) -> Speed | None:
-    """Of the runtime that a holder there will have."""
+    """Speed of the runtime that a holder there will have; None if not known."""
     block = memory_of(source.config, serving).weight_bytes(1)
     known = [
         speed
@@ -158,5 +165,5 @@ def _has_graph(source: TensorSource) -> bool:
 
 
 def memory_to_use(profile: pb.Profile) -> float:
-    """Bytes where blocks lie: the accelerator's, where there is one; 0: not known."""
+    """Bytes of memory where blocks lie, which is the accelerator's where there is one; 0 if not known."""
     return float(profile.accelerator_bytes or profile.memory_bytes)

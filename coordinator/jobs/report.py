@@ -14,13 +14,17 @@ from isthmus.split.job.events import fields_of
 def job_report(
     job: str, spec: pb.JobSpec, devices: Sequence[str], events: Iterable[pb.Event], finished: dict[str, Any]
 ) -> dict[str, Any]:
-    """events: all of the job's, for the evaluations of its earlier runs. finished: what its stage knows at the end."""
+    """Makes the report.
+
+    events: all of the job's events, with the evaluations of its earlier runs.
+    finished: what its stage knows at the end.
+    """
     training = json.loads(spec.training)
     perplexities, losses, modules = {}, dict[int, dict[str, float]](), []
     shapes: dict[str, dict[str, Any]] = {}
     errors, method = {}, ""
     for event in events:
-        if event.HasField("step") and "losses" not in finished:  # each device has steps of its own
+        if event.HasField("step") and "losses" not in finished:  # here each device has steps of its own
             losses.setdefault(event.step.device_step, {})[event.step.devices[0]] = event.step.loss
         elif event.HasField("modules"):
             modules.append({"device": event.device, **fields_of(event.modules)})
@@ -30,7 +34,7 @@ def job_report(
             told = event.aggregation
             method = told.method
             errors[str(told.step)] = told.aggregation_error if told.HasField("aggregation_error") else None
-        elif event.HasField("shape"):  # the last one: cuts move
+        elif event.HasField("shape"):  # the last one counts, for cuts move
             shapes[event.device] = {name: value for name, value in fields_of(event.shape).items() if name != "message"}
     return {
         "job": job,
@@ -56,6 +60,6 @@ def _device_row(name: str, finished: dict[str, Any]) -> dict[str, Any]:
     received = sum(r["payload_bytes"] + r["overhead_bytes"] for r in traffic if r["direction"] == "sent")
     resources = finished["resources"].get(name, {})
     row = {**resources, "name": name, "bytes_sent": sent, "bytes_received": received, "traffic": traffic}
-    peak = resources.get("peak_bytes")  # None: the device has not said so
+    peak = resources.get("peak_bytes")  # None: the device has not told it
     energy = resources.get("accelerator_energy_joules")
     return {**row, "peak_bytes": None if peak is None else int(peak), "accelerator_energy_joules": energy}

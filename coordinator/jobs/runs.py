@@ -14,7 +14,7 @@ from isthmus.protos.v1 import coordinator_pb2 as pb
 
 @dataclass
 class Run:
-    """One run of a job in this coordinator: from submission, or from --resume."""
+    """One run of a job in this coordinator, from its submission or from --resume on."""
 
     job: str
     spec: pb.JobSpec
@@ -24,14 +24,14 @@ class Run:
     devices: list[str] = field(default_factory=list)
     stage: Any = None  # handle of the Ray actor: a stage, or a gateway
     stage_address: str = ""
-    started: bool = False  # the stage waits no longer for devices to begin
-    joined: set[str] = field(default_factory=set)  # at the stage now
+    started: bool = False  # whether the stage waits for devices no longer
+    joined: set[str] = field(default_factory=set)  # devices that are at the stage now
     failed: dict[str, str] = field(default_factory=dict)
-    done: set[str] = field(default_factory=set)  # that have done all of their steps
+    done: set[str] = field(default_factory=set)  # devices that have done all of their steps
     worker: asyncio.Task[None] | None = None
 
     def heard(self, event: pb.Event) -> None:
-        """Takes up who is at the stage, of an event that the stage told."""
+        """Notes who is at the stage, from an event that the stage told."""
         kind = event.WhichOneof("kind")
         if kind in ("joined", "holder_joined"):
             self.joined.add(event.device)
@@ -45,7 +45,7 @@ class Run:
 
 
 class Runs:
-    """By job. A device takes part in one of them at most, but may use the models of others."""
+    """The runs, by job. A device takes part in one of them at most, but may use the models of others."""
 
     def __init__(self) -> None:
         self._runs: dict[str, Run] = {}
@@ -54,7 +54,7 @@ class Runs:
         self._runs[run.job] = run
 
     def remove(self, run: Run) -> None:
-        """Unless the job has another run by now."""
+        """Removes a run, unless the job has another one by now."""
         if self._runs.get(run.job) is run:
             del self._runs[run.job]
 
@@ -75,7 +75,7 @@ class Runs:
         return self._runs.get(self.job_of(device))
 
     def usable_by(self, device: str) -> Iterable[tuple[Run, ServingMethod]]:
-        """Served models that this device may use itself."""
+        """Served models that this device may use itself, with their runs."""
         return [(run, served) for run, served in self.served() if device in served.config.may_use]
 
     def served(self) -> list[tuple[Run, ServingMethod]]:

@@ -14,16 +14,19 @@ from isthmus.split.errors import BadRequest, NotAllowed, NotFound, WrongState
 
 
 class ServedModels:
-    """Those of the runs that are under way."""
+    """The models served by the runs that are under way."""
 
     def __init__(self, runs: Runs) -> None:
         self._runs = runs
 
     async def find(self, name: str, device: str, serial: str) -> pb.Served:
-        """A model that this device, whose certificate counts, may use itself; its gateway learns the certificate.
+        """Finds a model that this device may use itself, and lets its gateway know the device's certificate.
 
-        name: as it or one of its adapters is served, or the job's; empty: the only one.
-        Raises NotFound, NotAllowed, BadRequest, WrongState.
+        name: the name of the model, of one of its adapters, or of its job; empty for the only model.
+        serial: the serial of the device's certificate.
+
+        Raises NotFound or NotAllowed where there is none, BadRequest where there are several, WrongState where it is
+        not served yet.
         """
         mine = {run.job: (run, served) for run, served in self._runs.usable_by(device)}
         names = {job: served.config.name for job, (_, served) in mine.items()}
@@ -51,7 +54,7 @@ class ServedModels:
         raise NotAllowed(f"device {device} may not use job {job[:32]}")
 
     async def device_connected(self, session: Session) -> None:
-        """Gateways let in the certificate that the device has now, and not the one before."""
+        """Makes gateways let the device in with the certificate that it has now, and not with an earlier one."""
         for used, _ in self._runs.usable_by(session.name):
             if session.name not in used.devices and used.stage is not None:
                 await used.stage.allow.remote(session.name, session.serial)

@@ -30,7 +30,7 @@ from isthmus.split.plan.memory import adapter_bytes
 
 
 class ServingMethod:
-    """serve: a device holds the blocks of its span."""
+    """The method `serve`: a device holds the blocks of its span."""
 
     steps = 0
 
@@ -54,7 +54,7 @@ class ServingMethod:
             for one, folder in zip(asked.adapters, self._folders, strict=True)
         ]
         for adapter in self._adapters:
-            adapter.load(0, layers)  # what is wrong with values shall be said now
+            adapter.load(0, layers)  # so that errors in its values show now
         self._weights: dict[str, DeviceWeights] = {}
         for span in self.config.spans:
             names = StageSpec(span.first, span.last, embeds=False, head=False).tensor_names(self.folder.config)
@@ -65,29 +65,34 @@ class ServingMethod:
             self._user_weights[blocks] = weights_of(self.folder, needed, cache, self._loras(0, blocks, cache))
 
     def _loras(self, first: int, last: int, cache: Path) -> dict[str, DeviceWeights]:
-        """What the adapters have for these blocks, by name."""
+        """The adapters' tensors for these blocks, by adapter."""
         return {
             one.name: weights_of(folder, adapter.names(first, last), cache)
             for one, adapter, folder in zip(self.config.adapters, self._adapters, self._folders, strict=True)
         }
 
     def user_weights(self, blocks: int) -> DeviceWeights:
-        """Of a device that uses the chain itself. Raises BadRequest for a number of blocks at which no span begins."""
+        """Weights for a guest, which has the ends and the first `blocks` blocks of the model.
+
+        Raises BadRequest for a number of blocks at which no span begins.
+        """
         if blocks not in self._user_weights:
             starts = ", ".join(map(str, self._user_weights))
             raise BadRequest(f"a device that uses this model may have {starts} of its blocks, not {blocks}")
         return self._user_weights[blocks]
 
     def for_devices(self) -> str:
-        """JSON of the configuration, without what is not theirs to know."""
+        """The configuration as JSON, without what devices have no need to know."""
         adapters = tuple(AdapterConfig(one.name) for one in self.config.adapters)
         secret = {"key_sha256": "", "tls_certificate": "", "tls_key": "", "draft": NONE}
         return self.config.but(**secret, adapters=adapters).to_json()
 
     def planned(self, profiles: Mapping[str, pb.Profile]) -> tuple[ServingMethod, pb.ServingPlanned | None]:
-        """With the spans that were asked for or, where none were, the best ones; and what is to be told of them.
+        """This method with the spans asked for or, if none were, the best ones; and the event that tells of them.
 
-        profiles: of CLOUD and of the devices that may be used. Raises BadRequest if nobody has the memory.
+        profiles: profiles of CLOUD and of the devices that may be used, by name.
+
+        Raises BadRequest if nobody has the memory.
         """
         layers = self.folder.config.num_hidden_layers
         adapters = max(adapter_bytes(self._adapters, block, block + 1) for block in range(layers))

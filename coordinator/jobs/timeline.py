@@ -1,4 +1,4 @@
-"""What happens in jobs is kept here first, and then told to everybody who watches."""
+"""The events of jobs: each is kept first, and then told to everybody who watches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Timeline:
         await self.tell(job, pb.Event(state=pb.StateChanged(state=state, message=message)))
 
     async def follow(self, job: str, after: int) -> AsyncIterator[pb.Event]:
-        """Past and coming events; ends with the job."""
+        """Past and coming events of a job; ends with the job."""
         while True:
             state = self._database.jobs.get(job).state
             for event in self._database.events.of(job, after):

@@ -25,7 +25,7 @@ from isthmus.split.training.checkpoint import CheckpointFolder
 
 
 class TrainingMethod:
-    """A device holds the blocks below its cut, and trains by one of split/methods."""
+    """A training: a device holds the blocks below its cut, and trains by one of split/methods."""
 
     def __init__(self, spec: pb.JobSpec, cache: Path) -> None:
         self.config = TrainingConfig.from_json(spec.training)
@@ -37,14 +37,14 @@ class TrainingMethod:
         self.folder = open_model(spec.model)
         self._spec, self._cache = spec, cache
         self._weights: dict[int, DeviceWeights] = {}  # by cut
-        self.shapes: dict[str, Shape] = {}  # of the devices, once they are here
+        self.shapes: dict[str, Shape] = {}  # the devices' shapes, once the devices are here
         self._memory: dict[str, float] = {}
         if spec.devices:
             check_named(self.config, spec.devices)
             if not self.automatic:
                 method_of(self.config).check_shapes(self.config, fixed_shapes(self.config, spec.devices))
         cuts = asked(self.config)[0]
-        for cut in sorted(set(cuts.numbers)):  # what is wrong with one, and reading its weights, comes now
+        for cut in sorted(set(cuts.numbers)):  # reads each one's weights now, so that errors show now
             self._weights_of(cut)
 
     @property
@@ -53,8 +53,12 @@ class TrainingMethod:
         return any(wanted.automatic for wanted in asked(self.config))
 
     def kept_shapes(self, folder: Path, events: Iterable[pb.Event]) -> dict[str, Shape]:
-        """Of a job that goes on. events: of the job, which told what was chosen; a checkpoint that has shapes counts
-        more, for cuts may have moved since."""
+        """The shapes in a job that goes on, by device.
+
+        folder: the job's folder; a checkpoint that has shapes counts more than the events, for cuts may have moved
+        since.
+        events: the job's events, which told what was chosen.
+        """
         shapes = {}
         for event in events:
             if event.HasField("shape"):
@@ -65,8 +69,15 @@ class TrainingMethod:
     def choose(
         self, profiles: Mapping[str, pb.Profile], server_flops: float, kept: Mapping[str, Shape]
     ) -> dict[str, pb.ShapeChosen]:
-        """Decides what each device holds and trains. kept: of an earlier run; they stay. Returns what is to be told, by
-        device: nothing where all are alike and nothing was chosen. Raises BadRequest where memory does not suffice."""
+        """Decides what each device holds and trains, and returns the events that tell of it, by device.
+
+        profiles: the devices' profiles, by name.
+        server_flops: FLOP/s of the stage.
+        kept: shapes of an earlier run, which stay.
+
+        There is nothing to tell where all devices are alike and nothing was chosen. Raises BadRequest where memory does
+        not suffice.
+        """
         costs = Costs(self.folder.config, self.config)
         check_named(self.config, profiles)
         told: dict[str, pb.ShapeChosen] = {}
@@ -90,7 +101,7 @@ class TrainingMethod:
         return told
 
     def shaped(self, shapes: Mapping[str, Shape]) -> None:
-        """Takes up what the devices are to hold. Raises BadRequest for what cannot be."""
+        """Takes up what the devices are to hold, by name. Raises BadRequest for shapes that the method cannot have."""
         method_of(self.config).check_shapes(self.config, shapes)
         for shape in shapes.values():
             parts_of(self.folder.config, self.config, shape)
@@ -103,17 +114,17 @@ class TrainingMethod:
         return self._weights_of(blocks or self.shapes[device].cut)
 
     def moved(self, device: str, shape: Shape) -> None:
-        """A device's cut has moved: it is given that from now on when it asks anew."""
+        """Notes that a device's cut has moved, so that from now on it gets that part when it asks again."""
         self.shapes[device] = shape
 
     def _cuts(self, devices: Iterable[str]) -> list[int]:
-        """All that these devices may come to have."""
+        """All cuts that these devices may come to have."""
         wanted, layers = asked(self.config)[0], self.folder.config.num_hidden_layers
         free = any(wanted.of(device) is None for device in devices)
         return sorted({self.shapes[device].cut for device in devices} | set(range(1, layers) if free else ()))
 
     def check_device(self, name: str, profile: pb.Profile) -> None:
-        pass  # was done when its shape was chosen
+        pass  # was checked when its shape was chosen
 
     def actor_task(self, job: str, devices: Mapping[str, str], folder: Path, resume: bool) -> StageTask:
         return StageTask(
@@ -147,7 +158,7 @@ class TrainingMethod:
         task.shape.cut, task.shape.rank = shape.cut, shape.rank
 
     def is_lost(self, devices: Collection[str], failed: Collection[str], started: bool) -> bool:
-        alone = not self.config.averages  # then nobody waits for anybody
+        alone = not self.config.averages  # then no device waits for another
         return set(devices) <= set(failed) if started or alone else bool(failed)
 
     def _weights_of(self, cut: int) -> DeviceWeights:

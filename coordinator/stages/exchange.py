@@ -1,4 +1,4 @@
-"""Serves Stage.Exchange: moves messages between gRPC and the stage's end of each device's session."""
+"""The servicer of Stage.Exchange: moves messages between gRPC and the stage's end of each device's session."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ from isthmus.split.resources.tcp import Watch
 from isthmus.split.resources.traffic import Traffic
 from isthmus.split.tls import Peer, peer_of
 
-_WAITING = 8  # answers that a device may have waiting for it, beside those that gRPC has
+_WAITING = 8  # most answers that wait for a device, beside those that gRPC has
 
 
 class ExchangeServicer(stage_pb2_grpc.StageServicer):
-    """One stream for each device of one job. `allowed` knows which certificate of which device may come in."""
+    """Serves one stream for each device of one job.
+
+    terms: what the job's devices have in common.
+    allowed: whether a peer with its certificate may come in.
+    traffic: counts each device's bytes, by name.
+    """
 
     def __init__(
         self,
@@ -52,19 +57,19 @@ class ExchangeServicer(stage_pb2_grpc.StageServicer):
         finally:
             if self._streams.get(peer.name) is stream:
                 del self._streams[peer.name]
-            stream.close()  # first of all: the others wait for this device until the host knows
+            stream.close()  # first of all, because the others wait for this device until the host knows
             reading.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await reading
 
     def drop(self, device: str) -> None:
-        """Ends a device's stream: its certificate does not count any more."""
+        """Ends the stream of a device whose certificate does not count any more."""
         if device in self._streams:
             self._streams[device].end(NotAllowed(f"device {device} was revoked, or enrolled anew"))
 
     def _opening(self, peer: Peer, stream: _Stream) -> None:
-        """Before a device's OPEN is taken."""
-        self._check(peer)  # again: it may have been revoked since
+        """Checks a device again before its OPEN is taken."""
+        self._check(peer)  # it may have been revoked since
         self._streams[peer.name] = stream
 
     def _check(self, peer: Peer) -> None:
@@ -73,7 +78,7 @@ class ExchangeServicer(stage_pb2_grpc.StageServicer):
 
 
 class _Stream:
-    """One device's stream. Frames are decoded and encoded in threads: the loop has other devices to serve."""
+    """One device's stream. Frames are decoded and encoded in threads, for the loop has other devices to serve."""
 
     def __init__(self, host: Host, job: str, terms: Terms, device: str, traffic: Traffic, address: str) -> None:
         self._loop = asyncio.get_running_loop()
@@ -83,7 +88,7 @@ class _Stream:
         self._room = asyncio.Event()
 
     async def read(self, requests: AsyncIterator[stage_pb2.Frame], opening: Callable[[], None]) -> None:
-        """Until the device closes its side, its link breaks, or it sends what was not agreed."""
+        """Reads until the device closes its side, its link breaks, or it sends what was not agreed."""
         last: IsthmusError | None = None
         try:
             async for message in requests:
@@ -92,12 +97,12 @@ class _Stream:
                 taken = await asyncio.to_thread(self._session.take, message)
                 if taken is not None:
                     await asyncio.wrap_future(taken)
-                while self._answers.qsize() >= _WAITING:  # it does not take its answers: nothing more is read from it
+                while self._answers.qsize() >= _WAITING:  # nothing more is read from a device that takes no answers
                     self._room.clear()
                     await self._room.wait()
         except asyncio.CancelledError:
             raise
-        except Exception as error:  # noqa: BLE001  # a bug or no memory ends this stream, not the others
+        except Exception as error:  # noqa: BLE001  # a bug, or no memory left, ends only this stream
             last = as_known(error, "decoding")
         finally:
             self.end(last)
@@ -123,5 +128,5 @@ class _Stream:
 
 
 def _address(peer: str) -> str:
-    """gRPC's `ipv4:127.0.0.1:4711` or `ipv6:%5B::1%5D:4711` -> 127.0.0.1:4711 or ::1:4711."""
+    """Turns gRPC's `ipv4:127.0.0.1:4711` or `ipv6:%5B::1%5D:4711` into 127.0.0.1:4711 or ::1:4711."""
     return unquote(peer).partition(":")[2].replace("[", "").replace("]", "").removeprefix("::ffff:")

@@ -1,4 +1,4 @@
-"""What this coordinator can do for a served model, measured in a process such as its holders of blocks have."""
+"""Measurements of what this coordinator can do for a served model, in a process like those of its holders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from isthmus.split.tls import Credentials, channel
 
 @dataclass(frozen=True)
 class MeasureTask:
-    """What the process is told: plain values, for they travel through Ray. keep: for ever, in `file`."""
+    """What the measuring process is told, as plain values, for they travel through Ray.
+
+    file: where speeds are kept.
+    keep: whether to keep them there for ever.
+    """
 
     file: str
     keep: bool
@@ -31,13 +35,13 @@ class MeasureTask:
 
 
 def measure_training_here(threads: int, device: str, slow_down: float) -> float:
-    """FLOP/s of training in a process such as a stage actor's."""
+    """FLOP/s of training in a process like a stage actor's."""
     torch.set_num_threads(threads or os.cpu_count() or 1)
     return measure_training(device, slow_down=slow_down)
 
 
 def measure_node(task: MeasureTask) -> bytes:
-    """A Profile with memory, speeds, and the link to the control service, which stands for one to a gateway."""
+    """A serialised Profile: memory, speeds, and the link to the control service, as if to a gateway."""
     torch.set_num_threads(task.threads or os.cpu_count() or 1)
     speeds = measure_speeds(Path(task.file), task.device, task.threads, keep=task.keep)
     with channel(task.control, Credentials(task.ca, task.certificate, task.key)) as opened:

@@ -1,7 +1,7 @@
 """Ray for the coordinator: a local one that starts and stops with the command, or an existing cluster.
 
-Ray listens on all interfaces whatever one asks, so its own token authentication is on, its dashboard and
-usage reports are off, and docs/security.md says what to firewall.
+Ray always listens on all interfaces, so its own token authentication is on, its dashboard and usage reports are off,
+and docs/security.md says what to firewall.
 """
 
 from __future__ import annotations
@@ -21,13 +21,19 @@ from isthmus.split.tls import split_address, write_private
 
 @contextmanager
 def ray_running(state: Path, address: str | None) -> Iterator[ModuleType]:
-    """Connects to the Ray cluster at `address`, or starts a Ray of its own; ends what it began."""
+    """Connects to the Ray cluster at `address`, or starts a local Ray; at the end it disconnects, or stops that Ray.
+
+    state: the coordinator's state folder, with the local Ray's token.
+
+    Raises WrongState without Ray, NotEnrolled for a cluster whose token is not known, and LinkLost for a Ray that
+    cannot be joined or started.
+    """
     if address is None:
         os.environ["RAY_AUTH_MODE"] = "token"
         _use_token(state)
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 makes the stage wait for everything else here
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 makes the stage wait for all else here
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray hides the accelerator from a stage
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a stage that waits leaves the cores to one that computes
@@ -58,7 +64,7 @@ def ray_running(state: Path, address: str | None) -> Iterator[ModuleType]:
     except (ConnectionError, RuntimeError, TimeoutError, ValueError, ray.exceptions.RayError) as error:
         where = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started"
         raise LinkLost(f"{where}: {' '.join(str(error).split())[:300]}") from None
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ray prints its stack on them; who called us handles them
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ray would print its stack; the caller handles them
         signal.signal(number, signal.getsignal(number))
     try:
         yield ray
@@ -67,7 +73,7 @@ def ray_running(state: Path, address: str | None) -> Iterator[ModuleType]:
 
 
 def _check_reachable(address: str) -> None:
-    """Raises LinkLost within seconds where nobody listens; Ray itself tries for minutes. For HOST:PORT only."""
+    """Raises LinkLost within seconds where nobody listens at HOST:PORT; Ray itself would try for minutes."""
     if "://" in address or ":" not in address:
         return
     host, port = split_address(address)
@@ -81,7 +87,7 @@ def _check_reachable(address: str) -> None:
 
 
 def _use_token(state: Path) -> None:
-    """A token of this coordinator's own, made once, that every process of its Ray reads."""
+    """Makes sure that there is a token of this coordinator's own, which every process of its Ray reads."""
     path = state / "ray-token"
     if not path.exists():
         write_private(path, secrets.token_hex(32).encode())

@@ -44,17 +44,17 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class StageTask:
-    """What a stage actor is told: plain values, for they travel through Ray."""
+    """What a stage actor is told, as plain values, for they travel through Ray."""
 
     job: str
     model: str  # folder on this machine
-    base_model: str  # as the user named it
+    base_model: str  # as whoever submitted the job named it
     training: str  # JSON of TrainingConfig
     devices: dict[str, str]  # name -> serial of its certificate
-    stage_digests: dict[int, str]  # of what a device holds, by cut
+    stage_digests: dict[int, str]  # digest of what a device holds, by cut
     shapes: dict[str, list[int]]  # cut and rank of each device
-    memory: dict[str, float]  # bytes, of each device; 0: not known
-    folder: str  # of the job: checkpoints and the adapter go there
+    memory: dict[str, float]  # bytes of memory of each device; 0 if not known
+    folder: str  # the job's folder, for checkpoints and the adapter
     resume: bool
 
 
@@ -67,15 +67,15 @@ class ServingOptions:
     ca: bytes
     threads: int  # 0: all cores
     device: str  # torch device: auto, cpu, cuda
-    ports: tuple[int, int]  # first and last that a stage may listen on; (0, 0): any free one
+    ports: tuple[int, int]  # first and last port that a stage may listen on; (0, 0) for any free one
     key: bytes = dataclasses.field(repr=False)
-    slow_down: float = 1.0  # in training: emulates a machine so many times slower
-    stage_certificate: bytes = b""  # with which a gateway's own holders come to it
+    slow_down: float = 1.0  # in training it emulates a machine that is this many times slower
+    stage_certificate: bytes = b""  # with it a gateway's own holders come to the gateway
     stage_key: bytes = dataclasses.field(default=b"", repr=False)
 
 
 class StageActor:
-    """Made a Ray actor by `start_stage_actor`. `control` is told of every event."""
+    """Hosts one job's stage. `start_stage_actor` makes it a Ray actor; `control` is told of every event."""
 
     def __init__(self, task: StageTask, serving: ServingOptions, control: Any) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
@@ -109,7 +109,7 @@ class StageActor:
         return port, {"id": ray.get_runtime_context().get_node_id(), "address": ray.util.get_node_ip_address()}
 
     async def finished(self) -> dict[str, Any]:
-        """Waits for the end; the report's parts that only this side knows, and the adapter's folder."""
+        """Waits for the end, and returns the report's parts that only this side knows, with the adapter's folder."""
         assert self._finished is not None
         return await self._finished
 
@@ -118,7 +118,7 @@ class StageActor:
         self._host.start_without(set(missing))
 
     async def allow(self, device: str, serial: str) -> None:
-        """From now on a device of this job comes with this certificate, and with no other."""
+        """Lets a device of this job come with this certificate from now on, and with no other."""
         if self._devices.get(device) != serial:
             self._devices[device] = serial
             self._servicer.drop(device)
@@ -136,7 +136,10 @@ class StageActor:
             await asyncio.to_thread(self._host.close)
 
     def _build(self, tell: Tell) -> tuple[JobHost, Terms]:
-        """What serves the job's devices, and what frames are checked by; the host knows what differs between them."""
+        """Makes the job's host, and the terms that frames are checked by.
+
+        The host knows what differs between devices.
+        """
         source, config = open_model(self._task.model), self._config
         ledger = Ledger(slow_down=self._serving.slow_down)
         if ledger.slow_down > 1:
@@ -163,7 +166,10 @@ class StageActor:
         return self._devices.get(peer.name) == peer.serial
 
     async def _tell_events(self) -> None:
-        """One after the other, and the end after all others: Ray may run an async actor's calls in any order."""
+        """Tells events one after the other, and the end after all others.
+
+        Ray may run an async actor's calls in any order.
+        """
         while True:
             event = await self._events.get()
             if event.HasField("finished"):
@@ -177,12 +183,12 @@ class StageActor:
             else:
                 try:
                     await self._control.stage_event.remote(self._task.job, event.SerializeToString())
-                except Exception as error:  # a full disk, say: what cannot be recorded must not go on unseen
+                except Exception as error:  # such as a full disk: what cannot be recorded must not go on unseen
                     log.exception("job %s: the coordinator did not take an event", self._task.job)
                     self._give_up(f"the coordinator could not record the job's progress: {error}")
 
     def _result(self) -> dict[str, Any]:
-        """Writes the adapter, where the job has one; the report's parts that only this side knows."""
+        """Writes the adapter, where the job has one, and returns the report's parts that only this side knows."""
         assert self._host is not None
         outcome = self._host.outcome()
         adapter = None if outcome.adapter is None else self._write(outcome.adapter)
@@ -192,7 +198,7 @@ class StageActor:
 
     def _write(self, tensors: Mapping[str, Tensor]) -> str:
         folder = Path(self._task.folder) / "adapter"
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, which ended before it could say so
+        shutil.rmtree(folder, ignore_errors=True)  # left by an earlier run that ended before it could say so
         save_adapter(folder, dict(sorted(tensors.items())), self._lora, self._task.base_model)
         return str(folder)
 

@@ -1,4 +1,4 @@
-"""What one end of a link remembers of a stream of tensors, and how it is written down and read back."""
+"""What one end of a link remembers of a stream of tensors, and how that is written and read."""
 
 from __future__ import annotations
 
@@ -27,41 +27,46 @@ class Written:
 
 
 class Kept(Protocol):
-    """What a part of a codec keeps between tensors: a class of that part's own."""
+    """What a part of a codec keeps between tensors; each such part has a class of its own for it."""
 
     @property
     def bytes(self) -> int:
-        """Of its tensors."""
+        """The size of its tensors, in bytes."""
 
     def written(self) -> Written: ...
 
 
 Read = Callable[[Written], Kept]
-"""The reverse of `written`, by a part. Raises CodecError for what it cannot have written."""
+"""Function of a part that reverses `written`. Raises CodecError for what the part cannot have written."""
 
 
 @dataclass
 class CodecState:
     """One end's memory of one stream of tensors. Equal seeds and equal tensors give equal bytes.
 
-    parts: what each part of the pipeline keeps, by the part's name. matrices: of a codec that codes several matrices,
-    the state of each. `count` tensors have passed.
+    count: number of tensors that have passed.
+    parts: what each part of the pipeline keeps, by the part's name.
+    matrices: the state of each matrix, for a codec that codes several.
+    bits_a_value: bits a value of recent tensors, for `Codec.estimate`.
     """
 
     seed: int
     count: int = 0
     parts: dict[str, Kept] = field(default_factory=dict)
     matrices: list[CodecState] = field(default_factory=list)
-    bits_a_value: float | None = None  # of recent tensors, for `Codec.estimate`
+    bits_a_value: float | None = None
 
     def generator(self, device: torch.device, salt: int = 0) -> torch.Generator:
-        """For the present tensor: drawn from the seed and the number of tensors before it."""
+        """Generator of the present tensor's random numbers, made from the seed and the number of tensors before it.
+
+        salt: tells apart several generators for one tensor.
+        """
         mixed = (self.seed * 1_000_003 + self.count) * 1_000_003 + salt
         return torch.Generator(device=device).manual_seed(mixed % 2**63)
 
     @property
     def memory_bytes(self) -> int:
-        """What the parts keep, in bytes of tensors."""
+        """Size of the tensors that the parts keep, in bytes."""
         return sum(part.bytes for part in self.parts.values()) + sum(one.memory_bytes for one in self.matrices)
 
     def to_proto(self) -> codec_pb2.CodecState:
@@ -75,10 +80,12 @@ class CodecState:
 
     @classmethod
     def from_proto(cls, message: codec_pb2.CodecState, readers: Mapping[str, Read], matrices: int = 0) -> CodecState:
-        """readers: of the codec's parts that keep something, by name. matrices: how many the codec codes by themselves.
+        """Reads a state, in no more memory than a small multiple of the message.
 
-        Raises CodecError for a state that a codec of these parts cannot have had. Takes no more memory than a small
-        multiple of the message.
+        readers: the readers of the codec's parts that keep something, by name.
+        matrices: number of matrices that the codec codes each by itself.
+
+        Raises CodecError for a state that a codec of these parts cannot have had.
         """
         if message.count > _MOST_COUNT or len(message.matrices) not in (0, matrices):
             raise CodecError(f"a codec's state after {message.count} tensors, of {len(message.matrices)} matrices")

@@ -1,9 +1,9 @@
-"""The frozen blocks at the coordinator: at every LoRA module they ask the device that has it.
+"""The frozen blocks at the coordinator: at each LoRA module they ask the device that has it.
 
-A pass (one micro-batch of one device) runs in a thread of its own, which waits in the midst of a block until the
-device has answered; meanwhile other passes compute. Forward, a site's input goes out and what its modules add comes
-back; backward, the gradient of what they added goes out and the gradient by the input comes back. Only rows that are
-of use cross: those up to the last predicted position of a sequence, which no later position can influence.
+A pass (one micro-batch of one device) runs in its own thread, which waits in the midst of a block until the device has
+answered; meanwhile other passes compute. Forward, a site's input goes out and what its modules add comes back.
+Backward, the gradient of what they added goes out and the gradient by the input comes back. Only some rows cross: those
+up to the last predicted position of a sequence, which no later position can influence.
 """
 
 from __future__ import annotations
@@ -25,21 +25,28 @@ from isthmus.split.models.stage import Stage
 from isthmus.split.resources.ledger import Ledger
 
 Ask = Callable[[Site, bool, Tensor, bool], "Tensor | None"]
-"""(site, backward, (rows, width) float32 on the CPU, whether an answer is wanted) -> the answer, (rows, width)."""
+"""Function of (site, whether backward, tensor, whether an answer is wanted) that returns the answer.
+
+Tensor and answer are (rows, width), float32; the tensor is on the CPU.
+"""
 
 
 @dataclass(frozen=True)
 class Active:
-    """Which modules do what in a pass, by number: `trained` ones and other `applied` ones are the device's to compute;
-    `merged` ones, A and B, are computed here, and are frozen; all others do nothing."""
+    """What the modules do in a pass, by their numbers. All other modules do nothing.
+
+    trained: the device computes and trains them.
+    applied: the device computes them, with those that train.
+    merged: A and B of frozen modules that are computed here.
+    """
 
     trained: frozenset[int]
-    applied: frozenset[int]  # the trained ones among them
+    applied: frozenset[int]
     merged: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class Turn:
-    """Only one pass computes at a time, on all cores; who waits for a device lets the others go on."""
+    """The right to compute on all cores, which one pass has at a time; who waits for a device gives it away."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -51,7 +58,7 @@ class Turn:
 
     @contextmanager
     def left(self) -> Iterator[None]:
-        """While waiting, by the thread that has the turn."""
+        """Lets the others go on while the thread that has the turn waits."""
         self._lock.release()
         try:
             yield
@@ -63,19 +70,25 @@ class Pass:
     """One batch's way through the blocks and back."""
 
     def __init__(self, cut: int, active: Active, seen: Tensor | None, ask: Ask, turn: Turn, *, training: bool) -> None:
-        """cut: where it enters. seen: (batch, sequence) bool, the positions that are of use; None: all."""
+        """Begins a pass.
+
+        cut: the block at which it enters.
+        seen: (batch, sequence) bool, the positions that cross; None for all.
+        ask: asks the pass's device.
+        training: whether a backward pass follows.
+        """
         self.cut, self.active, self._ask, self._turn = cut, active, ask, turn
         self._rows = None if seen is None else seen.reshape(-1).nonzero().flatten()
         self._training = training
-        self._site: Site | None = None  # that was asked last, of its input, and what its modules add
+        self._site: Site | None = None  # the site that was asked last, its input, and what its modules add
         self._input: Tensor | None = None
         self._added: dict[int, Tensor] = {}
-        self.waited = 0.0  # seconds, for the device
-        self.inputs: Tensor | None = None  # of the blocks, and their outputs, from forward to backward
+        self.waited = 0.0  # seconds of waiting for the device
+        self.inputs: Tensor | None = None  # the blocks' inputs and outputs, kept from forward to backward
         self.outputs: Tensor | None = None
 
     def added(self, site: Site, number: int, x: Tensor, scale: float) -> Tensor | None:
-        """What a module adds to its base's output, (batch, sequence, outputs); None: nothing."""
+        """What a module adds to its base's output, (batch, sequence, outputs); None if it adds nothing."""
         if number in self.active.merged:
             a, b = self.active.merged[number]
             return F.linear(F.linear(x, a.to(x.device)), b.to(x.device)) * scale
@@ -84,7 +97,7 @@ class Pass:
         if self._site is not site:
             self._site, self._input = site, x
             trains = self._training and bool(site.among(self.active.trained))
-            anchor = x.new_zeros((), requires_grad=trains)  # so that backward comes here, if the input needs none
+            anchor = x.new_zeros((), requires_grad=trains)  # brings backward here, even if the input needs none
             asked = _Asked.apply(x, anchor, self, site)  # type: ignore[no-untyped-call]
             self._added = {module.number: one for module, one in zip(self._asked_of(site), asked, strict=True)}
         assert x is self._input, "modules of a site were given different inputs"
@@ -112,12 +125,12 @@ class Pass:
         return answer
 
     def _packed(self, x: Tensor) -> Tensor:
-        """(batch, sequence, width) -> (rows of use, width)."""
+        """Takes the rows that cross from (batch, sequence, width), as (rows, width)."""
         rows = x.detach().float().reshape(-1, x.shape[-1])
         return rows if self._rows is None else rows[self._rows.to(rows.device)]
 
     def _unpacked(self, rows: Tensor, like: Tensor) -> Tensor:
-        """(rows of use, width) -> (batch, sequence, width), zero elsewhere, where `like` is."""
+        """Puts rows that crossed, (rows, width), into (batch, sequence, width), where `like` is; zeros elsewhere."""
         rows = rows.to(like.device)
         if self._rows is not None:
             whole = rows.new_zeros(like.shape[0] * like.shape[1], rows.shape[1])
@@ -126,17 +139,17 @@ class Pass:
 
     @property
     def row_count(self) -> int | None:
-        """Rows that cross; None: all."""
+        """Number of rows that cross; None for all."""
         return None if self._rows is None else len(self._rows)
 
 
 class _Asked(torch.autograd.Function):
-    """A site's modules as one function of its input, computed elsewhere."""
+    """A site's modules as one function of its input, which the device computes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, going: Pass, site: Site) -> tuple[Tensor, ...]:
         ctx.going, ctx.site = going, site
-        ctx.like = x.new_empty(0).expand(*x.shape[:2], 0)  # device, batch and sequence
+        ctx.like = x.new_empty(0).expand(*x.shape[:2], 0)  # keeps its device, batch and sequence only
         return going.ask_outputs(site, x)
 
     @staticmethod
@@ -146,7 +159,10 @@ class _Asked(torch.autograd.Function):
 
 
 class _RemoteLora(nn.Module):
-    """In the place of a linear module: it, and what the device's LoRA adds. now: has the thread's pass as `going`."""
+    """A linear module of the backbone, with what the device's LoRA adds.
+
+    now: has the pass of the current thread as `going`.
+    """
 
     def __init__(self, base: nn.Module, site: Site, number: int, scale: float, now: threading.local) -> None:
         super().__init__()
@@ -161,7 +177,7 @@ class _RemoteLora(nn.Module):
 
 
 def _in_one_thread(device: torch.device) -> bool:
-    """Whether autograd runs all backward passes there in one thread. On the CPU each is in its caller's."""
+    """Whether autograd runs all backward passes on this device in one thread; on the CPU each is in its caller's."""
     return device.type != "cpu"
 
 
@@ -186,7 +202,13 @@ class Backbone:
                     stage.model.set_submodule(name, _RemoteLora(base, site, module.number, layout.scale, self._now))
 
     def forward(self, going: Pass, hidden_states: Tensor, *, needs_gradient: bool) -> Tensor:
-        """(batch, sequence, hidden) at the cut -> the last hidden states, float32. needs_gradient: of what came in."""
+        """Runs a pass forward.
+
+        hidden_states: (batch, sequence, hidden), at the cut.
+        needs_gradient: whether the gradient by them is needed.
+
+        Returns the last hidden states, float32 and of the same shape.
+        """
         inputs = hidden_states.to(self._device).requires_grad_(needs_gradient)
         work = ("forward", inputs.shape, going.cut, len(going.active.merged))
         with self._computing(work, going), autocast(self._dtype, self._device):
@@ -196,21 +218,27 @@ class Backbone:
         return outputs.detach().float()
 
     def backward(self, going: Pass, gradient: Tensor) -> Tensor | None:
-        """gradient: by the last hidden states. Returns the one at the cut; None where it was not needed."""
+        """Runs a pass backward.
+
+        gradient: by the last hidden states, (batch, sequence, hidden).
+
+        Returns the gradient at the cut, of the same shape; None where it was not needed.
+        """
         outputs, inputs = going.outputs, going.inputs
         assert outputs is not None
         assert inputs is not None
         going.outputs = going.inputs = None
         work = ("backward", gradient.shape, going.cut, going.active.trained, len(going.active.merged))
         if outputs.requires_grad:
-            # Before the turn: whoever had it while waiting for autograd's thread would keep it from the pass in there.
+            # The lock comes before the turn: who held the turn while waiting for autograd's thread would block the pass
+            # there.
             with self._backwards, self._computing(work, going):
                 outputs.backward(gradient.to(self._device, outputs.dtype))
         return inputs.grad
 
     @torch.no_grad()
     def evaluate(self, going: Pass, hidden_states: Tensor) -> Tensor:
-        """As `forward`, in float32 whatever training computes in, and nothing is kept."""
+        """Runs a pass forward as `forward` does, but always in float32, and keeps nothing."""
         with self._computing(("evaluate", hidden_states.shape, going.cut, len(going.active.merged)), going):
             outputs = self._through(hidden_states.to(self._device), going.cut)
         return outputs.float()

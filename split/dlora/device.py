@@ -1,9 +1,9 @@
 """A device's side of DLoRA: all that is trained, the text, the labels and the loss.
 
-The device has the embedding, `cut_layer` blocks, the norm and the head, as in the U-shaped split, and the LoRA
-modules of the whole model. In a pass the server asks for what the modules in its blocks add to their bases' outputs,
-and, backward, for the gradients by their inputs. The device's steps are its own: no other device waits for them,
-unless adapters are averaged.
+The device has the embedding, `cut_layer` blocks, the norm and the head, as in the U-shaped split, and the LoRA modules
+of the whole model. In a pass the server asks for what the modules in its blocks add to their bases' outputs and,
+backward, for the gradients by their inputs. Each device has steps of its own: no other device waits for them, unless
+adapters are averaged.
 """
 
 from __future__ import annotations
@@ -35,33 +35,50 @@ from isthmus.split.training.device_steps import Batch, DeviceContext, DeviceStep
 from isthmus.split.training.frames import of_use, tensor_like
 from isthmus.split.training.loss import nll_where_wanted
 
-MODULES, MODULES_BACKWARD = "modules", "modules backward"  # of its work in the ledger, beside the planner's names
+MODULES, MODULES_BACKWARD = "modules", "modules backward"  # names of its work in the ledger, beside the planner's
 
 
 @dataclass
 class _Part:
-    """A micro-batch, or a held-out batch, under way. smashed: hidden states at the cut. rows: of use, that cross."""
+    """A micro-batch, or a held-out batch, under way.
+
+    labels: (rows, sequence).
+    smashed: hidden states at the cut, (rows, sequence, hidden).
+    rows: number of positions that cross.
+    predicted: number of predicted tokens.
+    applied: modules that the server asks for.
+    """
 
     labels: Tensor
     smashed: Tensor
     rows: int
-    predicted: int  # tokens
+    predicted: int
     applied: frozenset[int]
 
 
 @dataclass
 class _OpenBatch:
-    """A step under way: of its micro-batches, `begun` have been sent and `done` are through."""
+    """A step under way.
+
+    begun: number of micro-batches that have been sent.
+    done: number of micro-batches that are through.
+    loss: the loss summed so far, in nats.
+    """
 
     batch: Batch
     begun: int = 0
     done: int = 0
-    loss: float = 0.0  # summed
+    loss: float = 0.0
     parts: dict[int, _Part] = field(default_factory=dict)
 
 
 class DloraDevice(DeviceSteps):
-    """stages: (front, tail). model: the whole model's configuration. shape: of this device; None: the job's."""
+    """DLoRA's steps on a device.
+
+    stages: (front, tail).
+    model: the whole model's configuration.
+    shape: this device's shape; None for the job's.
+    """
 
     def __init__(
         self, context: DeviceContext, stages: Sequence[Stage], model: PreTrainedConfig, shape: Shape | None = None
@@ -77,14 +94,14 @@ class DloraDevice(DeviceSteps):
         self.parameters = dict(sorted({**lora_parameters(stages), **self.remote.parameters}.items()))
         self.active = ActiveSet(self.layout, self.parameters, self.front, config.dlora.killed)
         self.killing = ModuleSelector(self.layout, self.parameters, config, context.ledger.traffic)
-        self._chosen_for = -1  # the step that it was last decided for what trains
+        self._chosen_for = -1  # the step for which it was last decided what trains
 
     @property
     def terms(self) -> Terms:
         return replace(super().terms, layout=self.layout)
 
     def own_adapter(self) -> dict[str, Tensor]:
-        """Dropped modules have a B of zeros."""
+        """All LoRA values of this device; dropped modules have a B of zeros."""
         dropped = set(self.active.dropped())
         return {
             name: torch.zeros_like(value) if name in dropped else value.detach().clone()
@@ -118,7 +135,7 @@ class DloraDevice(DeviceSteps):
         return Gradients(under_way.loss, tokens)
 
     def _choose(self, step: int) -> bool:
-        """Decides what trains in the step that comes, once for each step; whether anything does."""
+        """Decides, once for each step, what trains in it. Returns whether anything does."""
         if self._chosen_for != step:
             self._chosen_for, trained = step, self.killing.decide(step)
             if trained != self.active.trained:
@@ -126,12 +143,12 @@ class DloraDevice(DeviceSteps):
         return bool(self.active.trained)
 
     def _merge(self, link: Link, step: int) -> None:
-        """Gives the server what it is to apply itself from here on."""
+        """Sends the server the killed modules that it has to apply itself from here on."""
         for number, values in self.active.to_merge():
             link.send(Frame(Phase.MERGE, step, tensor=values, trained=self.layout.pack(frozenset({number}))))
 
     def _send_forwards(self, link: Link, under_way: _OpenBatch) -> None:
-        """As many micro-batches as may be under way."""
+        """Sends as many micro-batches as may be under way."""
         batch = under_way.batch
         while under_way.begun < len(batch.slices) and under_way.begun - under_way.done < batch.depth:
             which = batch.slices[under_way.begun]
@@ -156,7 +173,7 @@ class DloraDevice(DeviceSteps):
         return _Part(labels, smashed, rows, int((labels[:, 1:] != IGNORE).sum()), applied), frame
 
     def _answer(self, link: Link, under_way: _OpenBatch, asked: Frame) -> None:
-        """Whatever the server sends in a step."""
+        """Answers whatever the server sends in a step. Raises BadTensor for what is not due."""
         number = asked.micro_batch
         part = under_way.parts.get(number)
         if asked.step != under_way.batch.step or part is None or asked.phase not in (Phase.FORWARD, Phase.BACKWARD):
@@ -191,7 +208,7 @@ class DloraDevice(DeviceSteps):
             link.send(Frame(Phase.BACKWARD, asked.step, asked.micro_batch, gradient.float(), site=site.number))
 
     def _loss(self, link: Link, under_way: _OpenBatch, part: _Part, answer: Frame) -> None:
-        """The last hidden states of a micro-batch have come."""
+        """Computes the loss of a micro-batch whose last hidden states have come, and sends the gradient by them."""
         batch = under_way.batch
         last = tensor_like(answer, part.smashed.shape).to(self._device).requires_grad_()
         with self.ledger.computing((TAIL, last.shape, part.predicted)):
@@ -204,7 +221,7 @@ class DloraDevice(DeviceSteps):
         link.send(Frame(Phase.BACKWARD, batch.step, answer.micro_batch, last.grad, values=values))
 
     def _front_backward(self, part: _Part, answer: Frame) -> None:
-        """The gradient at the cut has come, where something in front of it trains."""
+        """Runs the front backward, if anything there trains, for a micro-batch whose gradient at the cut has come."""
         if not part.smashed.requires_grad:
             return
         gradient = tensor_like(answer, part.smashed.shape).to(self._device, part.smashed.dtype)

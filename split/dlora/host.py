@@ -1,9 +1,9 @@
 """DLoRA at the coordinator: the backbone's passes, their frames, and which modules are active where.
 
-Each device has steps of its own. A pass (a micro-batch of a device on its way through the blocks) has a thread of its
-own, which waits where the device is asked. Nothing that a step changes is here, so a device that goes away in the
-middle of an exchange takes nothing with it: it does the step anew. Only with `aggregate` do devices wait for one
-another.
+Each device has steps of its own. A pass, which is a micro-batch of a device on its way through the blocks, has its own
+thread, and the thread waits where the device is asked. Nothing that a step changes is here, so a device that goes away
+in the midst of an exchange takes nothing with it, and does the step anew. Only with `aggregate` do devices wait for
+each other.
 """
 
 from __future__ import annotations
@@ -39,19 +39,25 @@ from isthmus.split.training.steps import HostSteps
 
 @dataclass
 class _OpenPasses:
-    """What a device has under way. order: what its next frames have to be, but for those of a pass."""
+    """What a device has under way.
+
+    order: which of its frames are due, except those of a pass.
+    passes: the passes under way, by (whether it evaluates, its number).
+    merged: A and B of the modules that the stage applies, by number.
+    trained: the modules that train in the step under way.
+    """
 
     order: Order
-    passes: dict[tuple[bool, int], Passing] = field(default_factory=dict)  # evaluating, number
-    merged: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # A and B, by module
-    trained: frozenset[int] = frozenset()  # in the step under way
+    passes: dict[tuple[bool, int], Passing] = field(default_factory=dict)
+    merged: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    trained: frozenset[int] = frozenset()
 
     @property
     def is_between_steps(self) -> bool:
         return self.order.between_steps and all(evaluating for evaluating, _ in self.passes)
 
     def takes(self, frame: Frame) -> bool:
-        """Whether a frame that is of no pass may come while these are under way."""
+        """Whether a frame that belongs to no pass may come while these passes are under way."""
         if frame.phase == Phase.FORWARD:
             return not any(evaluating for evaluating, _ in self.passes)
         if frame.phase == Phase.EVALUATE:
@@ -62,15 +68,19 @@ class _OpenPasses:
         return not self.passes
 
     def end(self) -> None:
-        """The device has gone."""
+        """Ends all passes of a device that has gone."""
         for passing in self.passes.values():
             passing.end()
         self.passes.clear()
 
 
 class DloraHost(HostSteps):
-    """layouts: of the job's devices, by name. initial: the adapter that an average begins with, by name, where one is
-    asked for. digests: of the model files that a device holds, by cut; empty: not known."""
+    """DLoRA's steps at the coordinator.
+
+    layouts: where the modules are, by device.
+    initial: the adapter that an average begins with, by name.
+    digests: digests of the model files that a device holds, by cut; empty if not known.
+    """
 
     keeps_own = True
 
@@ -88,7 +98,7 @@ class DloraHost(HostSteps):
         self.digest = digest_of_all(digests)
         self._adapters = {device: shapes_of(adapter_of(layout)) for device, layout in layouts.items()}
         self._averages = Averages(config, initial)
-        self._trained = {name: frozenset(range(len(one.modules))) for name, one in layouts.items()}  # as was told last
+        self._trained = {name: frozenset(range(len(one.modules))) for name, one in layouts.items()}  # as told last
         self._exchanges: dict[str, _OpenPasses] = {}
 
     # ---- devices ----
@@ -195,7 +205,10 @@ class DloraHost(HostSteps):
         return Active(trained, applied, dict(exchange.merged))
 
     def _merge(self, device: str, exchange: _OpenPasses, frame: Frame) -> None:
-        """The stage is to apply these modules itself from here on."""
+        """Takes the modules that the stage has to apply itself from here on.
+
+        Raises BadFrame for modules in the device's own blocks, and BadTensor for values that cannot be used.
+        """
         layout = self._layouts[device]
         numbers = layout.unpack(frame.trained)
         if not numbers or not numbers <= layout.remote:

@@ -1,4 +1,4 @@
-"""The device's LoRA modules: those of the server's blocks, of which only A and B are here, and who of all is active."""
+"""The device's LoRA modules: A and B of those in the server's blocks, and which of all modules are active."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Place = tuple[int, int]  # micro-batch, site
 
 
 class RemoteModules:
-    """The LoRA modules of the server's blocks: computes what the server asks for.
+    """The LoRA modules of the server's blocks, which compute what the server asks for.
 
     The inputs of a forward pass stay here until their backward pass.
     """
@@ -39,9 +39,10 @@ class RemoteModules:
         return tuple(self.parameters[name] for name in module.shapes(0))  # type: ignore[return-value]
 
     def outputs(self, site: Site, applied: frozenset[int], inputs: Tensor, *, keep_as: int | None = None) -> Tensor:
-        """Compute what the applied modules of a site add, side by side: (rows, outputs).
+        """Computes what the applied modules of a site add, side by side: (rows, outputs).
 
-        inputs: (rows, inputs). keep_as: the micro-batch whose backward pass will come; None: none will.
+        inputs: (rows, inputs).
+        keep_as: the micro-batch whose backward pass will come; None if none will.
         """
         inputs = inputs.to(self._device)
         if keep_as is not None:
@@ -58,10 +59,12 @@ class RemoteModules:
             yield F.linear(F.linear(inputs, a), b) * self.layout.scale
 
     def backward(self, site: Site, micro_batch: int, gradients: Tensor, *, wanted: bool) -> Tensor | None:
-        """Add to the trained modules' gradients. gradients: (rows, outputs), by what `outputs` gave.
+        """Adds to the trained modules' gradients.
 
-        Returns the gradient by the inputs, (rows, inputs), if it is wanted. Raises BadTensor for gradients that are not
-        due.
+        gradients: by what `outputs` returned, (rows, outputs).
+        wanted: whether the gradient by the inputs is wanted.
+
+        Returns the gradient by the inputs, (rows, inputs), or None. Raises BadTensor for gradients that are not due.
         """
         inputs, outputs = self._under_way.pop((micro_batch, site.number), (None, None))
         if inputs is None or outputs is None or outputs.shape != gradients.shape:
@@ -74,17 +77,19 @@ class RemoteModules:
         return inputs.grad if wanted else None
 
     def drop(self) -> None:
-        """Forget what a step that was cut off had under way."""
+        """Forgets what a step that was cut off had under way."""
         self._under_way.clear()
 
 
 class ActiveSet:
-    """Which modules train, which the server asks for, and which it has merged."""
+    """Which modules train, which ones the server asks for, and which ones it has merged."""
 
     def __init__(self, layout: Layout, parameters: Mapping[str, nn.Parameter], front: Stage, killed: str) -> None:
-        """Begin with all modules active.
+        """Begins with all modules active.
 
-        parameters: of all modules, by their names in the whole model. killed: what becomes of killed modules.
+        parameters: the parameters of all modules, by names in the whole model.
+        front: the device's first stage.
+        killed: what becomes of killed modules: keep, merge or drop.
         """
         self.layout, self._killed = layout, killed
         self._pairs = {module.number: tuple(parameters[name] for name in module.shapes(0)) for module in layout.modules}
@@ -95,18 +100,19 @@ class ActiveSet:
             if isinstance(layer := names[layout.modules[number].name], LoraLayer)
         }
         self.trained = frozenset(self._pairs)
-        self.applied = layout.remote  # that the server has to ask for
-        self._sent: set[int] = set()  # that the server has merged, in this session
+        self.applied = layout.remote  # modules that the server has to ask for
+        self._sent: set[int] = set()  # modules that the server has merged in this session
 
     def train(self, numbers: frozenset[int]) -> None:
-        """Make these modules active and kill all others. A killed module's values and moments stay."""
+        """Makes these modules active and kills all others. A killed module keeps its values and moments."""
         self.trained = numbers
         self._sent -= numbers
         for number, pair in self._pairs.items():
             for value in pair:
                 value.requires_grad_(number in numbers)
                 value.grad = None
-        # A killed module that has not learnt anything (B is zero) adds nothing, and learns nothing until it is revived.
+        # A killed module that has learnt nothing (its B is zero) adds nothing until it is revived, so it is not
+        # exchanged.
         kept = filter(self._adds, self.layout.remote - numbers) if self._killed == KEEP else ()
         self.applied = (numbers & self.layout.remote).union(kept)
         if self._killed == DROP:
@@ -114,11 +120,11 @@ class ActiveSet:
                 layer._disable_adapters = number not in numbers
 
     def began(self) -> None:
-        """Begin a session: the server knows of no merged module."""
+        """Begins a session: the server knows of no merged module."""
         self._sent.clear()
 
     def to_merge(self) -> list[tuple[int, Tensor]]:
-        """Numbers and values (A then B, flat) of killed modules that the server shall apply and does not have yet."""
+        """Numbers and values (A then B, flat) of killed modules that the server has to apply and does not have yet."""
         if self._killed != MERGE:
             return []
         due = [number for number in sorted(self.layout.remote - self.trained - self._sent) if self._adds(number)]
@@ -137,9 +143,11 @@ class ActiveSet:
 
 
 def asked_site(layout: Layout, frame: Frame, rows: int, width: int | None = None) -> tuple[Site, Tensor]:
-    """The site of a frame from the server, and its tensor, (rows, width); width None: of the site's inputs.
+    """The site of a frame from the server, and the frame's tensor, (rows, width).
 
-    Raises BadFrame or BadTensor for another site or shape.
+    width: None for the width of the site's inputs.
+
+    Raises BadFrame for an unknown site, and BadTensor for a tensor of another shape.
     """
     site = layout.site(frame.site)
     shape = (rows, site.inputs if width is None else width)

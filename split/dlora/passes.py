@@ -23,7 +23,11 @@ log = logging.getLogger(__name__)
 
 
 class Passing:
-    """A micro-batch forward and backward, or a held-out batch forward. `ended` is called once, in the pass's thread."""
+    """One pass: a micro-batch forward and backward, or a held-out batch forward.
+
+    `ended` is called once, in the pass's thread, with the error that ended it or None. It is not called if the device
+    has gone.
+    """
 
     def __init__(
         self,
@@ -36,7 +40,7 @@ class Passing:
     ) -> None:
         self.evaluating = frame.phase == Phase.EVALUATE
         self.number = frame.micro_batch
-        self.result = frame  # at the end: the answer that ends the pass
+        self.result = frame  # at the end it is the answer that ends the pass
         self._layout = layout
         self._backbone, self._frame, self._deliver, self._ended = backbone, frame, deliver, ended
         seen = None if frame.wanted is None else seen_positions(frame.wanted)
@@ -44,14 +48,14 @@ class Passing:
         shape = tensor_of(frame).shape
         self._rows = shape[0] * shape[1] if self._pass.row_count is None else self._pass.row_count
         self._inbox: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
-        self._due: tuple[int, int, tuple[int, ...]] | None = None  # phase, site, shape of the frame that may come
+        self._due: tuple[int, int, tuple[int, ...]] | None = None  # phase, site and shape of the frame that may come
         self._since = 0.0
 
     def start(self) -> None:
         threading.Thread(target=self._run, name=f"pass-{self.number}", daemon=True).start()
 
     def offer(self, frame: Frame) -> None:
-        """A frame for this pass. Raises BadFrame for one that it does not wait for."""
+        """Gives the pass a frame. Raises BadFrame for one that it does not wait for."""
         due = self._due
         if due is None or (frame.phase, frame.site) != due[:2] or tensor_of(frame).shape != due[2]:
             waits = "nothing" if due is None else f"{Phase.Name(due[0])} of site {due[1]}, {due[2]}"
@@ -60,12 +64,12 @@ class Passing:
         self._inbox.put(frame)
 
     def end(self) -> None:
-        """The device has gone."""
+        """Ends the pass of a device that has gone."""
         self._inbox.put(None)
 
     @property
     def waits_for(self) -> float:
-        """Seconds that the device has owed a frame."""
+        """Seconds for which the device has owed a frame; 0 if the pass waits for none."""
         return time.monotonic() - self._since if self._due is not None else 0.0
 
     def _run(self) -> None:
@@ -75,7 +79,7 @@ class Passing:
             return  # whoever has ended the pass knows
         except IsthmusError as error:
             self._ended(error)
-        except Exception as error:  # a bug or no memory: the device is told, and the others go on
+        except Exception as error:  # a bug, or no memory left: the device is told, and the others go on
             log.exception("a pass failed")
             self._ended(IsthmusError(f"the stage failed: {type(error).__name__}: {error}"))
         else:
@@ -107,7 +111,7 @@ class Passing:
         return tensor_of(self._wait(asked, site.number, (self._rows, width), phase))
 
     def _wait(self, asked: Frame, site: int, shape: tuple[int, ...], phase: Phase) -> Frame:
-        """Sends a frame and waits for what the device says to it."""
+        """Sends a frame and waits for the device's answer. Raises LinkLost if the device has gone."""
         self._since, self._due = time.monotonic(), (phase, site, shape)
         self._deliver(asked)
         frame = self._inbox.get()
@@ -117,7 +121,7 @@ class Passing:
 
 
 def _checked(values: Tensor, what: str) -> Tensor:
-    """Raises BadTensor, to the pass's device alone, for what it has made overflow."""
+    """Raises BadTensor, which only the pass's device gets, for values that the device has made overflow."""
     if not is_finite(values):
         raise BadTensor(f"the {what} are not finite: {DIVERGED}")
     return values

@@ -29,9 +29,10 @@ _LAST_ANSWER = 10.0  # seconds that a holder which leaves has for what is under 
 
 
 class Holding:
-    """One stream to the gateway. `run` returns when this side has left, and raises LinkLost when the stream broke.
+    """One stream of a holder to the gateway.
 
-    A new stream begins with empty caches: the gateway sends again what is needed.
+    `run` returns when this side has left, and raises LinkLost when the stream broke. A new stream begins with empty
+    caches, and the gateway sends again what is needed.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Holding:
         hidden_size: int,
         ledger: Ledger | None = None,
     ) -> None:
-        """ledger: of this process's work for the job, over all of its streams; None: it begins with this one."""
+        """ledger: counts this process's work for the job, over all of its streams; None to begin with this one."""
         self._runtime, self._hidden_size = runtime, hidden_size
         self._ledger = ledger or Ledger()
         hello = pb.Hello(
@@ -65,7 +66,7 @@ class Holding:
         self._outbox: queue.SimpleQueue[pb.FromHolder | None] = queue.SimpleQueue()
         self._outbox.put(pb.FromHolder(hello=hello))
         self._leaving = threading.Event()
-        self.batches = 0  # that were computed
+        self.batches = 0  # number of batches that were computed
         self._transport: GrpcTransport[pb.FromHolder, pb.ToHolder] = GrpcTransport(
             ChainStub(channel).Hold, "this job's gateway"
         )
@@ -89,12 +90,12 @@ class Holding:
         if not self._leaving.is_set():
             self._leaving.set()
             self._outbox.put(pb.FromHolder(leaving=pb.Leaving()))
-            timer = threading.Timer(_LAST_ANSWER, self._transport.close)  # of a gateway that does not answer
+            timer = threading.Timer(_LAST_ANSWER, self._transport.close)  # for a gateway that does not answer
             timer.daemon = True
             timer.start()
 
     def _take(self, message: pb.ToHolder) -> None:
-        """What is wrong with one batch ends that batch alone."""
+        """Answers one message. What is wrong with one batch ends only that batch."""
         if message.HasField("ask_spent"):
             self._outbox.put(pb.FromHolder(spent=self._spent()))
             return
@@ -107,7 +108,7 @@ class Holding:
             result = self._compute(message)
         except IsthmusError as error:
             result = self._end.failure(message.batch.id, error)
-        except Exception as error:  # no memory, a bug: the gateway goes to another holder
+        except Exception as error:  # no memory left, or a bug: the gateway goes to another holder
             log.exception("a batch could not be computed")
             result = self._end.failure(message.batch.id, error, f"{type(error).__name__}: {error}")
         self._outbox.put(pb.FromHolder(result=result))

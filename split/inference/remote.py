@@ -1,5 +1,7 @@
-"""The side of a holder's stream that has the batches: they go out, results come in. At a gateway, or at a device that
-uses the chain, to which the gateway is the holder."""
+"""The side of a holder's stream that has the batches, which go out as results come in.
+
+It is at a gateway, or at a guest, to which the gateway is the holder.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +22,25 @@ from isthmus.split.runtime.base import BadPosition, Row
 
 
 class RemoteHolder:
-    """A Holder across the network. Whoever serves its stream sends what `messages` gives and calls `heard`.
+    """A Holder across the network. Whoever serves its stream sends what `messages` yields and calls `heard`.
 
-    timeout: seconds for one batch, after which the holder counts as gone.
+    seed: seed of what the codec draws.
+    timeout: seconds without an answer, while one is due, after which the holder counts as gone.
     """
 
     def __init__(self, name: str, codec: str, seed: int, hidden_size: int, *, timeout: float = 60.0) -> None:
         self.name, self.cost = name, Cost()
         self.gone = False
-        self.tells_spent = False  # whether it answers AskSpent, by its hello
+        self.tells_spent = False  # whether it answers AskSpent, as its hello says
         self.spent: pb.Spent | None = None  # what it has told last of its process
         self._told_spent = asyncio.Event()
         self._coder = HiddenCoder(codec, seed, hidden_size)
         self._timeout = timeout
         self._outbox: asyncio.Queue[pb.ToHolder | None] = asyncio.Queue()
         self._outbox.put_nowait(pb.ToHolder(agreed=pb.Agreed(codec=codec, seed=seed)))
-        # By batch: its tokens, who waits.
+        # By batch: its number of tokens, and the future of whoever waits for it.
         self._due: Turns[int, tuple[int, asyncio.Future[tuple[Tensor, float]]]] = Turns()
-        self._last = self._answered = 0  # batches
+        self._last = self._answered = 0  # numbers of batches
         self._ended: IsthmusError | None = None
         self._watch: asyncio.TimerHandle | None = None
 
@@ -61,7 +64,10 @@ class RemoteHolder:
         return output
 
     def _look(self, answered: int) -> None:
-        """Since a timeout ago so many had been answered: if none has been since, and one is due, nobody is there."""
+        """Ends the stream if a result is due and none has come for one timeout.
+
+        answered: number of batches answered when the timeout began.
+        """
         self._watch = None
         if self._due and self._answered == answered:
             self.end(LinkLost(f"it did not answer for {self._timeout:.0f} s"))
@@ -73,7 +79,7 @@ class RemoteHolder:
             self._outbox.put_nowait(pb.ToHolder(forget=pb.Forget(sequences=sequences)))
 
     async def ask_spent(self, patience: float) -> None:
-        """Brings `spent` up to date, if the holder answers within so many seconds."""
+        """Brings `spent` up to date, if the holder answers within `patience` seconds."""
         if not self.tells_spent or self.gone:
             return
         self._told_spent.clear()
@@ -83,12 +89,15 @@ class RemoteHolder:
                 await self._told_spent.wait()
 
     async def messages(self) -> AsyncIterator[pb.ToHolder]:
-        """Until the end."""
+        """Messages to send, until the end."""
         while (message := await self._outbox.get()) is not None:
             yield message
 
     def heard(self, message: pb.FromHolder) -> None:
-        """Raises BadFrame or BadTensor for what was not agreed: the stream has to end with it."""
+        """Takes a message from the holder.
+
+        Raises BadFrame or BadTensor for what was not agreed, with which the stream has to end.
+        """
         kind = message.WhichOneof("kind")
         if kind == "leaving":
             self.gone = True
@@ -108,7 +117,7 @@ class RemoteHolder:
             coding = self._coder.seconds
             output = self._coder.decode(result.hidden, tokens)
             self.cost.coding += self._coder.seconds - coding + _seconds(result.coding_seconds)
-            self._due.done()  # not before: what cannot be decoded is lost with the stream
+            self._due.done()  # not before, for what cannot be decoded is lost with the stream
             if not waiting.done():
                 waiting.set_result((output, _seconds(result.computing_seconds)))
         else:
@@ -119,7 +128,7 @@ class RemoteHolder:
         self._close_if_done()
 
     def end(self, error: IsthmusError) -> None:
-        """The stream has ended: what is under way is lost."""
+        """Notes that the stream has ended: what is under way is lost."""
         self.gone, self._ended = True, error
         while self._due:
             _, waiting = self._due.done()
@@ -133,5 +142,5 @@ class RemoteHolder:
 
 
 def _seconds(told: float) -> float:
-    """What a holder says of itself; 0 for what cannot be."""
+    """Seconds that a holder tells of itself; 0 for an impossible value."""
     return told if 0 <= told < 1e6 else 0.0

@@ -1,5 +1,7 @@
-"""The side of a chain that has the text: embedding, head, sampling and perhaps the first blocks are here, the others
-behind a gateway. Only hidden states leave."""
+"""The side of a chain that has the text: embedding, head, sampling and perhaps the first blocks are here.
+
+The other blocks are behind a gateway, and only hidden states leave.
+"""
 
 from __future__ import annotations
 
@@ -33,17 +35,17 @@ from isthmus.split.tls import Credentials, aio_channel, error_of
 log = logging.getLogger(__name__)
 
 GATEWAY = "gateway"
-_FIRST_RETRY, _LAST_RETRY = 0.3, 6.0  # seconds up to which the first wait for the gateway, and any, is drawn
-_ANSWER = 60.0  # seconds for a batch, beside those that the gateway itself may wait for holders
+_FIRST_RETRY, _LAST_RETRY = 0.3, 6.0  # seconds up to which the first wait for the gateway, and any wait, is drawn
+_ANSWER = 60.0  # seconds for a batch, beside those for which the gateway itself may wait for holders
 
 
 def user_parts(layers: int, blocks: int) -> tuple[StageSpec, StageSpec]:
-    """What a device has of a model of so many layers: embedding and first blocks (0: none), and norm with head."""
+    """A guest's parts of a model of so many layers: embedding with the first `blocks` blocks, and norm with head."""
     return StageSpec(0, blocks, embeds=True, head=False), StageSpec(layers, layers, embeds=False, head=True)
 
 
 def blocks_of(serving: ServingConfig, device: str, asked: int | None) -> int:
-    """How many blocks the device computes itself: by default those of the first span if it holds them, else none.
+    """Number of blocks that the device computes itself: by default those of the first span if it holds them, else none.
 
     Raises BadRequest for a number at which no span begins.
     """
@@ -67,14 +69,17 @@ async def user_engine(
     exits: ExitRule | None = None,
     adapters: Sequence[LoraAdapter] = (),
 ) -> tuple[Engine, Span]:
-    """Not yet started, and the span that the gateway shall hold. source: of the tensors of `user_parts`.
+    """Makes an engine that is not yet started, and the span that the gateway has to hold.
 
-    draft: as `make_drafter`, or AUTO: by the blocks that are here, or by lookup if there are none; with `exits` nobody.
+    source: the tensors of `user_parts`.
+    blocks: number of blocks that are computed here.
+    sequences: number of texts that are answered at the same time.
+    draft: as in `make_drafter`, or AUTO: by the blocks that are here, by lookup without any, by nobody with `exits`.
     """
     if draft == AUTO:
         draft = NONE if exits is not None else EARLY if blocks else LOOKUP
     config = source.config
-    if choice.runtime == AUTO and not blocks:  # there is no block here to measure with
+    if choice.runtime == AUTO and not blocks:  # no block is here to measure with
         choice = replace(choice, runtime=TORCH if choice.weights == "float32" else ONNX)
     else:
         choice = replace(choice, runtime=pick_runtime(source, 0, choice))
@@ -110,10 +115,11 @@ async def user_engine(
 
 
 class Using:
-    """Keeps a stream of Chain.Use up, as a span's holder: one that breaks is dialled again, and the span sends what the
-    gateway has lost with it. Start it with `async with`, which raises what the first attempt ends with.
+    """Keeps a stream of Chain.Use up, as a span's holder.
 
-    Once the gateway does not let this device in any more, every batch of the span ends with its reason.
+    Start it with `async with`, which raises what the first attempt ends with. A stream that breaks is dialled again,
+    and the span sends what the gateway has lost with it. Once the gateway does not let this device in any more, every
+    batch of the span ends with its reason.
     """
 
     def __init__(
@@ -128,15 +134,16 @@ class Using:
         hidden_size: int,
         sequences: int = 1,
     ) -> None:
-        """address: HOST:PORT. digest: of the tensors of `user_parts`."""
+        """address: HOST:PORT of the gateway.
+        digest: digest of the tensors of `user_parts`."""
         self._address, self._credentials, self._span, self._serving = address, credentials, span, serving
         self._hidden_size = hidden_size
         self._timeout = _ANSWER + serving.chain.patience * len(serving.spans)
         self._hello = pb.UserHello(
             job=job, first=span.first, digest=digest, sequences=sequences, session=secrets.token_hex(8)
         )
-        self.streams = 0  # that the gateway has taken
-        self._cost = Cost()  # of all streams
+        self.streams = 0  # number of streams that the gateway has taken
+        self._cost = Cost()  # the cost of all streams
         self._taken: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -178,7 +185,7 @@ class Using:
                 await asyncio.sleep(seconds)
 
     async def _stream(self, taken: asyncio.Future[None]) -> None:
-        """One stream, from hello to end, which is an error in any case."""
+        """Runs one stream, from hello to end, which is an error in any case."""
         agreed: asyncio.Future[RemoteHolder | None] = asyncio.get_running_loop().create_future()
         holder: RemoteHolder | None = None
         async with aio_channel(self._address, self._credentials) as channel:
@@ -201,7 +208,8 @@ class Using:
                 raise LinkLost("the gateway closed the stream")
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and taken.done():
-                    # Somebody has the sequence that this stream had: one may be free before the span's patience ends.
+                    # Somebody has the sequence that this stream had: one may become free before the span's patience
+                    # ends.
                     raise LinkLost(error.details() or "the gateway has no sequence free") from None
                 raise error_of(error, f"{self._address} (the model's gateway)") from None
             finally:
@@ -235,7 +243,7 @@ async def _messages(hello: pb.UserHello, agreed: asyncio.Future[RemoteHolder | N
 
 
 class _Refusal(Holder):
-    """In the place of a gateway that does not let this device in any more."""
+    """Stands in place of a gateway that does not let this device in any more."""
 
     def __init__(self, error: IsthmusError) -> None:
         self.name, self.cost, self._error = GATEWAY, Cost(), error

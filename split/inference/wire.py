@@ -1,4 +1,4 @@
-"""Batches to messages and back. Every size is checked before anything is allocated."""
+"""Turns batches of a chain into messages and back. Every size is checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from isthmus.split.errors import BadFrame
 from isthmus.split.link.coding import StreamCoder
 from isthmus.split.runtime.base import BadPosition, Row
 
-MAX_TOKENS = 8192  # in one batch
+MAX_TOKENS = 8192  # most tokens in one batch
 _NOT_FINITE = "hidden states with NaN or infinity"  # they would stay in a cache
 
 
@@ -24,10 +24,10 @@ class HiddenCoder:
     """One end's coding of hidden states on one stream, with what its codec remembers of each direction."""
 
     def __init__(self, codec: str, seed: int, hidden_size: int) -> None:
-        """codec: canonical name. Raises CodecError for one that there is not."""
+        """codec: canonical name. Raises CodecError for an unknown one."""
         self._hidden_size = hidden_size
         self._out, self._in = (StreamCoder(parse(codec), CodecState(seed), _NOT_FINITE) for _ in range(2))
-        self.seconds = 0.0  # of encoding and decoding so far
+        self.seconds = 0.0  # seconds of encoding and decoding so far
 
     def encode(self, hidden: Tensor) -> stage_pb2.Tensor:
         started = time.perf_counter()
@@ -36,7 +36,7 @@ class HiddenCoder:
         return message
 
     def decode(self, message: stage_pb2.Tensor, tokens: int) -> Tensor:
-        """(tokens, hidden). Raises BadTensor or CodecError for what is not that, NaN and infinity included."""
+        """Decodes hidden states, (tokens, hidden). Raises BadTensor or CodecError for others, such as with NaN."""
         shape = (tokens, self._hidden_size)
         expected = Expected("float32", shape, tokens * self._hidden_size, self._in.codec)
         started = time.perf_counter()
@@ -47,8 +47,14 @@ class HiddenCoder:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the computing end of a stream takes: sequences, numbered from 0; tokens of a batch, and of a sequence;
-    adapters. codec: canonical name, if it has to be that one."""
+    """What the computing end of a stream takes.
+
+    sequences: number of sequences, which are numbered from 0.
+    batch: most tokens of a batch.
+    context: most tokens of a sequence.
+    adapters: number of adapters, which are numbered from 1.
+    codec: canonical name of the only codec allowed; empty for any.
+    """
 
     sequences: int
     batch: int
@@ -59,7 +65,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class HiddenBatch:
-    """The next tokens of some sequences. hidden: (tokens of all rows in order, hidden size)."""
+    """The next tokens of some sequences.
+
+    hidden: (tokens of all rows in order, hidden size).
+    """
 
     id: int
     rows: tuple[Row, ...]
@@ -74,19 +83,21 @@ class Forget:
 
 
 class ComputingEnd:
-    """The end of a chain's stream that computes: a holder's, or the gateway's for a device that has the text.
+    """The end of a chain's stream that computes: a holder's, or the gateway's for a guest.
 
-    Checks and decodes what comes; encodes what goes back.
+    It checks and decodes what comes, and encodes what goes back.
     """
 
     def __init__(self, hidden_size: int, limits: Limits) -> None:
         self._hidden_size, self._limits = hidden_size, limits
         self._coder: HiddenCoder | None = None
-        self._last = 0  # batch
+        self._last = 0  # number of the last batch
 
     def take(self, message: pb.ToHolder) -> HiddenBatch | Forget | None:
-        """None: the other end has said how hidden states are coded. Raises BadFrame, BadTensor or CodecError for what
-        was not agreed."""
+        """Checks and decodes a message; returns None if it only says how hidden states are coded.
+
+        Raises BadFrame, BadTensor or CodecError for what was not agreed.
+        """
         kind = message.WhichOneof("kind")
         if kind == "agreed" and self._coder is None:
             self._agree(message.agreed)
@@ -98,7 +109,12 @@ class ComputingEnd:
         raise BadFrame(f"{kind} out of turn")
 
     def result(self, batch: int, output: Tensor, computing: float) -> pb.Result:
-        """computing: seconds that it took. Results are made in the order in which they are sent."""
+        """Encodes a result. Results have to be made in the order in which they are sent.
+
+        batch: number of the batch.
+        output: hidden states, (tokens, hidden).
+        computing: seconds that it took.
+        """
         assert self._coder is not None
         coding = self._coder.seconds
         hidden = self._coder.encode(output)
@@ -108,7 +124,7 @@ class ComputingEnd:
 
     @staticmethod
     def failure(batch: int, error: Exception, line: str = "") -> pb.Result:
-        """What ended one batch, and no other."""
+        """The result of a batch that failed, which ends no other batch."""
         return pb.Result(id=batch, error=line or str(error), bad_position=isinstance(error, BadPosition))
 
     def _agree(self, agreed: pb.Agreed) -> None:
@@ -154,7 +170,7 @@ def rows_to_proto(rows: Sequence[Row]) -> list[pb.Row]:
 
 
 def rows_of(message: pb.Batch) -> list[Row]:
-    """Raises BadFrame for none, or for more tokens than a batch may have."""
+    """The rows of a batch. Raises BadFrame for none, or for more tokens than a batch may have."""
     rows = [Row(row.sequence, row.position, row.count, row.adapter, row.long) for row in message.rows]
     tokens = sum(row.count for row in rows)
     if not 0 < tokens <= MAX_TOKENS:
@@ -163,7 +179,10 @@ def rows_of(message: pb.Batch) -> list[Row]:
 
 
 def codec_for_hidden_states(name: str) -> str:
-    """The canonical name of a codec for hidden states of a chain. Raises CodecError, BadFrame for one with a memory."""
+    """The canonical name of a codec for a chain's hidden states.
+
+    Raises CodecError for an unknown codec, and BadFrame for one with a memory.
+    """
     codec = parse(name)
     if codec.memory is not None:
         raise BadFrame(f"{name}: hidden states of a chain are not remembered; choose a codec without ef and delta")

@@ -1,4 +1,4 @@
-"""What a training job is: every choice of the user that both sides must agree on, checked once, here."""
+"""What a training job is: every choice of its submitter that both sides must agree on, checked once, here."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class TrainingConfig(Grouped):
                 "coordinator gets their values and applies them) or drop (the model goes on without them)"
             )
         if self.link.codec != "auto":
-            from isthmus.split.job.streams import remembers_samples  # torch comes with it: not for every command
+            from isthmus.split.job.streams import remembers_samples  # this imports torch, which not every command needs
 
             if remembers_samples(self.link.codec):
                 raise BadRequest("ef and delta remember samples, which modules' rows are not: choose a codec without")
@@ -102,7 +102,10 @@ class TrainingConfig(Grouped):
 
     @property
     def kill_times(self) -> tuple[int, int, int]:
-        """Steps of warm-up, of the share's way down, and between decisions. What was not chosen follows the steps."""
+        """Steps of warm-up, of the share's way down, and between decisions.
+
+        What was not chosen follows the number of steps.
+        """
         dlora = self.dlora
         warmup = max(1, min(30, self.steps * 15 // 100)) if dlora.kill_warmup is None else dlora.kill_warmup
         anneal = min(100, self.steps * 35 // 100) if dlora.kill_anneal is None else dlora.kill_anneal
@@ -124,7 +127,7 @@ class TrainingConfig(Grouped):
         return self.devices.aggregation == STACKING
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of step 0..steps-1: linear warm-up, then the schedule down to 0."""
+        """The learning rate of step 0 to steps - 1: linear warm-up, then the schedule down to 0."""
         chosen = self.optimizer
         if step < chosen.warmup_steps:
             return chosen.learning_rate * (step + 1) / chosen.warmup_steps
@@ -135,15 +138,15 @@ class TrainingConfig(Grouped):
             return chosen.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
         return chosen.learning_rate
 
-    # What happens once `done` steps are done. Both sides know it from here, so no message has to say it.
+    # These methods say what happens after `done` steps. Both sides know it from here, so no message has to say it.
 
     def aggregates_after(self, done: int) -> bool:
-        """Whether adapters are averaged then."""
+        """Whether the adapters are aggregated after `done` steps."""
         return self._rests_after(done) and done > 0 and self.averages
 
     @property
     def _rests_every(self) -> int:
-        """Steps between places at which a checkpoint or an evaluation may be."""
+        """Number of steps between the places at which a checkpoint or an evaluation may be."""
         return self.devices.aggregate_every if self.averages else 1
 
     def _rests_after(self, done: int) -> bool:
@@ -156,7 +159,7 @@ class TrainingConfig(Grouped):
         return self._rests_after(done) and (passed or done == self.steps)
 
     def evaluates_after(self, done: int) -> bool:
-        """Evaluation is of the averaged adapter, so it falls on aggregations, like checkpoints."""
+        """Whether an evaluation follows `done` steps. It is of the aggregated adapter, so it falls on aggregations."""
         if self.text.validation_fraction == 0:
             return False
         if done in (0, self.steps):
@@ -172,6 +175,6 @@ class TrainingConfig(Grouped):
         if isinstance(values.get("dlora"), bool):
             values["method"] = DLORA if values.pop("dlora") else SPLITLORA
         if values.get("active_fraction", 1) == 1 and not values.get("bytes_per_step"):
-            for name in ("kill_warmup", "kill_anneal", "kill_interval"):  # version 0.1 told them of every job
+            for name in ("kill_warmup", "kill_anneal", "kill_interval"):  # version 0.1 wrote them down for every job
                 values.pop(name, None)
         return values

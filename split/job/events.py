@@ -1,4 +1,4 @@
-"""What happened in a job, as `Event` of events.proto: who tells of it, and its one translation to JSON.
+"""What happened in a job, as `Event` of events.proto: makers of events, and their one translation to JSON.
 
 Everything inside reads the messages themselves. JSON is for programs that watch a job with --json.
 """
@@ -25,14 +25,14 @@ JSON_KINDS = {
 """Kinds of event that JSON calls by another name than events.proto does."""
 
 _LEFT_OUT = {"device_step", "step_seconds", "deadline_seconds", "memory_bytes"}
-"""Optional fields that JSON leaves out where they are not set; others are null there."""
+"""Optional fields that JSON leaves out where they are not set; the others are null there."""
 
 _CONSTANT = {"holder_left": {"done": False, "step": 0}}
-"""What JSON says beside the message's fields, for all kinds of `left` are read alike."""
+"""What JSON says beside the message's fields, so that all kinds of `left` read alike."""
 
 
 def tell_nobody(event: Event) -> None:
-    """For a job that nobody watches."""
+    """Drops the event, in a job that nobody watches."""
 
 
 def log_line(message: str, device: str = "") -> Event:
@@ -41,8 +41,11 @@ def log_line(message: str, device: str = "") -> Event:
 
 
 def event_as_json(event: Event) -> dict[str, Any]:
-    """JSON-ready. The number is text, as in protobuf's own JSON; data has the fields of the kind's message."""
-    name = event.WhichOneof("kind") or ""  # empty: of a newer version
+    """An event as JSON has it.
+
+    The number is text, as in protobuf's own JSON; data has the fields of the kind's message.
+    """
+    name = event.WhichOneof("kind") or ""  # empty for a kind of a newer version
     kind = JSON_KINDS.get(name, name)
     return {
         "number": str(event.number),
@@ -54,7 +57,7 @@ def event_as_json(event: Event) -> dict[str, Any]:
 
 
 def fields_of(message: Message) -> dict[str, Any]:
-    """JSON-ready: all fields of a kind's message, by name; enumerations in lower case."""
+    """All fields of a kind's message as JSON has them, by name; enumerations in lower case."""
     found: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
@@ -73,7 +76,7 @@ def fields_of(message: Message) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: a loss that is either is shown as null."""
+    """Replaces NaN and infinity, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {key: finite(one) for key, one in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Fields of a configuration that carry their own help, and what is checked of many of them."""
+"""Fields of a configuration that carry their own help, and checks that many of them share."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ def setting(
     by_name: str = "",
     read: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """A dataclass field with its help. option: another name for the option than the field's, or False for none.
+    """Makes a dataclass field with its help.
 
-    by_name: the text field beside this number that has other values for single devices, by name; one option gives both.
-    read: makes the field's value from what JSON has, where the two are not of one type.
+    option: another name for the option than the field's, or False for no option.
+    by_name: the text field beside this number that has other values for single devices by name; one option sets both.
+    read: makes the field's value from what JSON has, where the two differ in type.
     """
     metadata = {"help": help, "option": option, "by_name": by_name, "read": read}
     return dataclasses.field(default=default, metadata=metadata)
@@ -28,7 +29,11 @@ def setting(
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One choice of a configuration. name: its own over all groups. group: the group's name; empty: in none."""
+    """One choice of a configuration.
+
+    name: its name, which is unique over all groups.
+    group: the group's name; empty for a setting in no group.
+    """
 
     name: str
     group: str
@@ -40,18 +45,18 @@ class Setting:
 
     @property
     def option(self) -> str:
-        """The name of its option on the command line, with underscores; empty: it has none."""
+        """The name of its option on the command line, with underscores; empty if it has none."""
         option = self.field.metadata["option"]
         return (self.name if option else "") if isinstance(option, bool) else str(option)
 
     @property
     def listed(self) -> bool:
-        """Whether it is several texts, which an option has as NAME,NAME,..."""
+        """Whether its value is several texts, which the option takes as NAME,NAME,..."""
         return bool(self.field.type == "tuple[str, ...]")
 
     @property
     def by_name(self) -> str:
-        """The text field beside this number that has other values for single devices; empty: there is none."""
+        """The text field beside this number that has other values for single devices; empty if there is none."""
         return str(self.field.metadata["by_name"])
 
 

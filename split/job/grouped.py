@@ -1,4 +1,4 @@
-"""A configuration as groups of settings: made and changed by the settings' names, and written as JSON.
+"""A configuration as groups of settings, made and changed by the settings' names, and written as JSON.
 
 The field of a group is a dataclass of fields that `setting` made. Names are unique over all groups, so a name alone
 says which setting is meant: on the command line, in Python, and in the flat JSON of version 0.1.
@@ -26,7 +26,10 @@ _TYPES: Mapping[object, tuple[type, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Grouped:
-    """Base of configurations. kind: what messages call it."""
+    """Base of configurations.
+
+    kind: what messages call the configuration.
+    """
 
     kind: ClassVar[str]
 
@@ -45,11 +48,17 @@ class Grouped:
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        """A configuration with these values of settings, by their names; the others are the defaults."""
+        """A configuration with these values of settings, by their names, and defaults for all others.
+
+        Raises BadRequest for an unknown name, and for a value that cannot be.
+        """
         return cls().but(**values)
 
     def but(self, **values: Any) -> Self:
-        """This configuration with other values of some settings. Raises BadRequest for a name that there is not."""
+        """This configuration with other values of some settings.
+
+        Raises BadRequest for an unknown name, and for a value that cannot be.
+        """
         known = {one.name: one for one in self.settings()}
         _check_names(self.kind, values, known)
         groups: dict[str, dict[str, Any]] = {}
@@ -68,12 +77,12 @@ class Grouped:
         }
 
     def to_json(self) -> str:
-        """All settings, in their groups."""
+        """All settings in their groups, as JSON."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """What `to_json` wrote, or version 0.1, which had no groups.
+        """Reads what `to_json` wrote, or version 0.1, which had no groups.
 
         Raises BadRequest for text that is not a JSON object of known fields with values of their types.
         """
@@ -94,8 +103,10 @@ class Grouped:
 
     @classmethod
     def _flat(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Values by the settings' names, whether they came in groups or not. Raises BadRequest for one that is there
-        twice."""
+        """Values by the settings' names, whether they came in groups or not.
+
+        Raises BadRequest for a setting that is there twice.
+        """
         groups = {one.group for one in cls.settings()} - {""}
         names = {(one.group, one.field.name): one.name for one in cls.settings()}
         pairs: list[tuple[str, Any]] = []
@@ -124,7 +135,7 @@ def _check_names(kind: str, values: Mapping[str, Any], known: Mapping[str, Any])
 
 
 def _typed(kind: str, name: str, field: dataclasses.Field[Any], value: Any) -> Any:
-    """The field's value, from JSON. Raises BadRequest."""
+    """The field's value, from JSON. Raises BadRequest for a value of another type."""
     read = field.metadata["read"]
     try:
         if read is not None:

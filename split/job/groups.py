@@ -1,4 +1,4 @@
-"""The groups of a job's configuration. What follows a field is its help, on the command line and in the documents.
+"""The groups of a job's configuration. The text beside a field is its help, on the command line and in the documents.
 
 A field's name is unique over all groups, so that it is also the name of the option: `learning_rate` is
 `--learning-rate`, and `optimizer: {learning_rate: …}` in a file.
@@ -20,8 +20,11 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 OVERLAPS = ("exact", "stale")
 KEEP, MERGE, DROP = "keep", "merge", "drop"
 KILLED = (KEEP, MERGE, DROP)
-"""What becomes of a killed module: its branch stays at the device, frozen; the cloud applies it (it has to be given A
-and B for that); or the model goes on without it. Only the last two exchange nothing."""
+"""What becomes of a killed module.
+
+Its branch stays at the device, frozen (keep); the coordinator applies it, for which it is given A and B (merge); or the
+model goes on without it (drop). Only merge and drop exchange nothing for it.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class LoraSettings:
 
     @property
     def scale(self) -> float:
-        """What a module's product B A is multiplied by, whatever the rank of a device's own adapter is."""
+        """What a module's product B A is multiplied by, whatever the rank of a device's own adapter."""
         return self.alpha / self.rank
 
 
@@ -132,9 +135,9 @@ class LinkSettings:
                 f"error_budget is {self.error_budget}; choose from 0.0005 to 0.1, a share of the perplexity"
             )
         if self.codec != "auto":
-            from isthmus.split.job.streams import choices  # torch comes with it: not for every command's start
+            from isthmus.split.job.streams import choices  # this imports torch, which not every command's start needs
 
-            choices(self.codec)  # raises for a codec that there is not
+            choices(self.codec)  # raises for an unknown codec
 
     @property
     def stale(self) -> bool:

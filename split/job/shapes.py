@@ -1,8 +1,7 @@
-"""What each device has of a job: its cut and its rank, as the user asks for them by name and as they are then.
+"""What each device has of a job: its cut and its rank, as they are asked for by name and as they then are.
 
-A device of cut c holds blocks 0..c-1. Its adapter has its own rank, and the scale of the whole job, alpha / rank of
-the configuration, whatever its own rank is: so products B A of different devices can be added up. A device of rank 0
-trains nothing but takes part.
+A device of cut c holds blocks 0..c-1. Its adapter has its own rank, but the scale of the whole job, alpha / rank of the
+configuration, so that products B A of different devices can be added. A device of rank 0 trains nothing but takes part.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ AGGREGATIONS = (AVERAGE, PADDING, STACKING, SVD)
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """cut: blocks that a device holds; rank: of its adapter."""
+    """A device's cut, in blocks, and the rank of its adapter."""
 
     cut: int
     rank: int
@@ -34,7 +33,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class ByName:
-    """A number for each device, None for `auto`. rest: of the devices that are not named."""
+    """A number for each device, or None for `auto`.
+
+    rest: the number for all devices that are not named.
+    """
 
     rest: int | None
     named: Mapping[str, int | None] = field(default_factory=dict)
@@ -43,7 +45,7 @@ class ByName:
         return self.named.get(device, self.rest)
 
     def but(self, device: str, number: int) -> ByName:
-        """With this number for this device."""
+        """The same, with this number for this device."""
         return ByName(self.rest, {**self.named, device: number})
 
     @property
@@ -56,9 +58,12 @@ class ByName:
 
 
 def parse_by_name(option: str, text: str, rest: int) -> ByName:
-    """`auto`, `N` or `NAME=N,NAME=auto,N`, where the last without a name is for the rest; rest: what it is without one.
+    """Reads `auto`, `N` or `NAME=N,NAME=auto,N`, whose last part without a name is for the rest.
 
-    Raises BadRequest, with the option's name.
+    option: the option's name in errors.
+    rest: the number for the rest where the text has none.
+
+    Raises BadRequest for other text.
     """
     named: dict[str, int | None] = {}
     others: list[int | None] = []
@@ -78,12 +83,15 @@ def parse_by_name(option: str, text: str, rest: int) -> ByName:
 
 
 def options_of(cut: str, rank: str, default: TrainingConfig) -> dict[str, Any]:
-    """The fields of TrainingConfig for the command's `--cut` and `--rank`. The job's own rank, which gives the scale,
-    is the largest number that `rank` names, the default without one."""
+    """The fields of TrainingConfig for the command's `--cut` and `--rank`.
+
+    The job's own rank, which gives the scale, is the largest number that `rank` names, or the default if it names none.
+    Raises BadRequest for text that cannot be read.
+    """
     cuts = parse_by_name("--cut", cut, default.devices.cut_layer)
     ranks = parse_by_name("--rank", rank, 0)
     own = max(ranks.numbers, default=0)
-    if ranks.named or ranks.rest is None:  # without a name, a 0 is for all of the job, and refused there
+    if ranks.named or ranks.rest is None:  # a 0 without a name is for the whole job, and is refused there
         own = own or default.lora.rank
     return {
         "cut_layer": default.devices.cut_layer if cuts.rest is None else cuts.rest,
@@ -94,7 +102,7 @@ def options_of(cut: str, rank: str, default: TrainingConfig) -> dict[str, Any]:
 
 
 def asked(config: TrainingConfig) -> tuple[ByName, ByName]:
-    """What a job's user wants of cuts and ranks."""
+    """The cuts and the ranks that a job's submitter asked for."""
     cut, cuts, rank, ranks = config.devices.cut_layer, config.devices.cuts, config.lora.rank, config.lora.ranks
     by_cut = parse_by_name("cut", cuts, cut) if cuts else ByName(cut)
     return by_cut, parse_by_name("rank", ranks, rank) if ranks else ByName(rank)
@@ -110,7 +118,7 @@ def check_named(config: TrainingConfig, devices: Iterable[str]) -> None:
 
 
 def fixed_shapes(config: TrainingConfig, devices: Iterable[str]) -> dict[str, Shape]:
-    """Of a job without `auto`."""
+    """The shapes in a job without `auto`, by device. Raises BadRequest where one is `auto`."""
     cuts, ranks = asked(config)
     shapes = {}
     for device in sorted(devices):
@@ -130,7 +138,7 @@ def aggregation_of(config: TrainingConfig, shapes: Mapping[str, Shape]) -> str:
 
 
 def as_plain(shapes: Mapping[str, Shape]) -> dict[str, list[int]]:
-    """For JSON and for Ray."""
+    """Shapes as plain lists of cut and rank, for JSON and for Ray."""
     return {device: [shape.cut, shape.rank] for device, shape in sorted(shapes.items())}
 
 

@@ -23,7 +23,7 @@ ADAPTERS = ("adapters_up", "adapters_down")
 EVALUATION = ("evaluation_up", "evaluation_down")
 STREAMS = (*TRAINING, *ADAPTERS, *EVALUATION)
 AUTO = "auto"
-ADAPTERS_CODEC = "hadamard,uniform:step=0.2,zstd"  # of differences: what is lost is a third of a per cent of a gain
+ADAPTERS_CODEC = "hadamard,uniform:step=0.2,zstd"  # for differences: what is lost is a third of a per cent of a gain
 EVALUATION_CODEC = "hadamard,uniform:step=0.03,zstd"  # 42 dB: perplexity is the same to some 1e-4
 _GROUPS = {
     "up": ("hidden_up", "gradients_up"),
@@ -37,7 +37,7 @@ _GROUPS = {
 
 
 def stream_of(phase: Phase, upward: bool, labels: str) -> str:
-    """The stream of a frame's tensor; empty for a phase whose tensor, if it has one, always crosses as it is (OPEN)."""
+    """The stream of a frame's tensor; empty for a phase whose tensor, if any, is never encoded (OPEN)."""
     way = "up" if upward else "down"
     if phase == Phase.FORWARD:
         return "gradients_down" if labels == "server" and not upward else f"hidden_{way}"
@@ -51,13 +51,17 @@ def stream_of(phase: Phase, upward: bool, labels: str) -> str:
 
 
 def choices(text: str) -> dict[str, str]:
-    """`--codec` -> the canonical name of a codec, or `auto`, for every stream. Raises BadRequest.
+    """Reads `--codec`: the canonical name of a codec, or `auto`, for every stream.
 
-    text: `auto`; or a codec, for hidden states and gradients; or `KEY=CODEC;KEY=CODEC`, where KEY is up, down, hidden,
-    gradients, adapters, evaluation or one stream, a later one overrides an earlier one, and `auto` is the rest. The
-    first may be without a KEY: for hidden states and gradients, if nothing else is said.
-    Adapters and evaluation do not depend on the link: in `auto` they are exact where all of the training streams are,
-    else they take ADAPTERS_CODEC and EVALUATION_CODEC.
+    text: `auto`; or a codec for hidden states and gradients; or `KEY=CODEC;KEY=CODEC`.
+
+    KEY is up, down, hidden, gradients, adapters, evaluation or one stream. A later KEY overrides an earlier one, and
+    all that is not named is `auto`. The first part may be without a KEY, and is then for hidden states and gradients,
+    unless a later one overrides it.
+
+    Adapters and evaluation do not depend on the link: with `auto` they are exact where all training streams are, else
+    they take ADAPTERS_CODEC and EVALUATION_CODEC. Raises BadRequest for text that cannot be read, or a codec that its
+    stream cannot have.
     """
     chosen: dict[str, str] = {}
     parts = [part.strip() for part in text.split(";") if part.strip()]
@@ -67,7 +71,7 @@ def choices(text: str) -> dict[str, str]:
         key, equals, name = part.partition("=")
         if equals and key.strip().isidentifier() and key.strip() not in _GROUPS:
             raise BadRequest(f"--codec has no KEY called {key.strip()!r}; keys are {', '.join(_GROUPS)}")
-        if key.strip() not in _GROUPS:  # `int4:block=64`: the equals sign is the codec's
+        if key.strip() not in _GROUPS:  # in `int4:block=64` the equals sign is the codec's
             key, equals, name = "", "", part
         codec = _canonical(name.strip())
         if not equals:
@@ -97,7 +101,7 @@ def choices(text: str) -> dict[str, str]:
 
 
 def missing_families(text: str, known: Iterable[str]) -> list[str]:
-    """What a side with these families of codecs lacks of what `--codec` names."""
+    """The families of codecs that `--codec` names and that are not among the known ones."""
     named = (parse(name).families for name in choices(text).values() if name != AUTO)
     return sorted(frozenset().union(*named, {"none"}) - set(known))
 

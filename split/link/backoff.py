@@ -1,4 +1,4 @@
-"""How long to wait before the next attempt: waits that grow, differ between callers, and have a bound."""
+"""Waits before the next attempt: they grow, differ between callers, and have a bound."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import random
 
 
 class Backoff:
-    """Exponential back-off with full jitter: each wait is drawn from 0 to a ceiling, which doubles up to `most`.
+    """Exponential back-off with full jitter: each wait is drawn from 0 to a ceiling that doubles up to `most`.
 
-    Callers that lost the same peer at the same time come back spread over the whole interval (Brooker 2015,
-    Exponential Backoff And Jitter). first, most: seconds.
+    Callers that lost the same peer at the same time come back spread over the whole interval (Brooker 2015, Exponential
+    Backoff And Jitter).
+
+    first: ceiling of the first wait, in seconds.
+    most: ceiling of all waits, in seconds.
     """
 
     def __init__(self, first: float, most: float) -> None:
@@ -17,11 +20,11 @@ class Backoff:
         self._ceiling = first
 
     def reset(self) -> None:
-        """After an attempt that was of use: the next wait is short again."""
+        """Makes the next wait short again, after an attempt that succeeded."""
         self._ceiling = self._first
 
     def wait(self) -> float:
-        """Seconds to wait now."""
+        """Draws the next wait, in seconds."""
         seconds = random.uniform(0.0, self._ceiling)
         self._ceiling = min(2 * self._ceiling, self._most)
         return seconds

@@ -26,11 +26,11 @@ from isthmus.split.tls import check_name
 
 _MAX_VALUES = 64  # scalars in a frame
 _MAX_NAME = 64  # characters of a scalar's name
-_MAX_TIMES = 64  # in a Measured, and families in an Open
-_MOST_TOKENS = 2**53  # that a device can have evaluated: a float counts no further
+_MAX_TIMES = 64  # entries of each table of times in a Measured, and codec families in an Open
+_MOST_TOKENS = 2**53  # most tokens that a device can have evaluated: a float does not count further
 _EVALUATION = ("evaluation_nll", "evaluation_tokens")  # in a REPORT: both or neither
-_PLACE = frozenset({"job", "session", "step", "micro_batch", "phase", "values"})  # checked by themselves
-_WORDS = {  # of fields, where "a" and the name would not be English
+_PLACE = frozenset({"job", "session", "step", "micro_batch", "phase", "values"})  # checked by functions of their own
+_WORDS = {  # how an error names a field, where "a" and the field's name would not be English
     "wanted": "positions that are wanted",
     "trained": "modules that train",
     "applied": "modules to ask for",
@@ -45,8 +45,12 @@ _WORDS = {  # of fields, where "a" and the name would not be English
 
 @dataclass(frozen=True)
 class Envelope:
-    """Whose frames these are. session: empty before the first one. opened: OPEN has come, or this end has sent it.
-    upward: they come from the device."""
+    """Whose frames these are.
+
+    session: the session's id; empty before the first frame.
+    opened: whether OPEN has come, or this end has sent it.
+    upward: whether the frames come from the device.
+    """
 
     job: str
     session: str
@@ -55,7 +59,10 @@ class Envelope:
 
 
 def check(message: stage_pb2.Frame, envelope: Envelope, coder: Coder) -> Rule:
-    """The row of a message's phase. Raises BadFrame for what that does not allow. Looks at no tensor's contents."""
+    """Checks a message against the row of its phase and returns that row, without a look into any tensor's contents.
+
+    Raises BadFrame for what the row, the job or the session does not allow.
+    """
     terms = coder.terms
     if message.phase not in Phase.values() or not message.phase:
         sender = "a device" if envelope.upward else "the coordinator"
@@ -78,7 +85,11 @@ def check(message: stage_pb2.Frame, envelope: Envelope, coder: Coder) -> Rule:
 def decode(
     message: stage_pb2.Frame, rule: Rule, coder: Coder, *, upward: bool = True, question: Question | None = None
 ) -> Frame:
-    """The frame of a message that `check` let through. question: that it answers, or that began the pass of its site.
+    """Decodes a message that `check` let through.
+
+    rule: the row that `check` returned.
+    upward: whether the message comes from the device.
+    question: the question that the message answers or, for a frame of a site, the one that began the site's pass.
 
     Raises BadFrame, BadTensor or CodecError.
     """
@@ -136,7 +147,7 @@ def _check_place(message: stage_pb2.Frame, rule: Rule, coder: Coder) -> None:
         have = "one" if coder.plan.micro_batches == 1 else str(coder.plan.micro_batches)
         raise BadFrame(f"micro_batch {message.micro_batch}; this job's steps have {have}")
     if message.site and coder.terms.layout is not None:
-        coder.terms.layout.site(message.site)  # raises BadFrame for one that there is not
+        coder.terms.layout.site(message.site)  # raises BadFrame for a site that does not exist
 
 
 def _check_sizes(message: stage_pb2.Frame) -> None:
@@ -150,7 +161,7 @@ def _check_sizes(message: stage_pb2.Frame) -> None:
 
 
 def _check_fields(message: stage_pb2.Frame, rule: Rule, terms: Terms) -> None:
-    """That it has all fields that it has to have, and no other than it can have."""
+    """Checks that a message has all the fields it must have, and no others than it may have."""
     must = rule.must
     if rule.where_trained and terms.adapter_values:
         must = must | {"tensor"}
@@ -164,7 +175,7 @@ def _check_fields(message: stage_pb2.Frame, rule: Rule, terms: Terms) -> None:
 
 
 def _possible(rule: Rule, terms: Terms) -> frozenset[str]:
-    """Fields that the row allows, without those that a job of these options never has."""
+    """Fields that the row allows, without those that a job of this configuration never has."""
     never = set()
     if rule.where_trained and not terms.adapter_values:
         never.add("tensor")
@@ -196,13 +207,13 @@ def _check_values(message: stage_pb2.Frame, rule: Rule, terms: Terms) -> None:
 
 
 def _expected(message: stage_pb2.Frame, rule: Rule, coder: Coder, upward: bool, question: Question | None) -> Expected:
-    """What the tensor has to be."""
+    """What the message's tensor has to be: its codec, its shape and the most values it may have."""
     terms = coder.terms
     length, hidden = terms.config.text.sequence_length, terms.hidden_size
     stream, shape, at_most = rule.stream, tuple[int | None, ...](), 0
     if message.HasField(
         "shape"
-    ):  # of an adapter that the device has yet to make room for; gRPC has bounded the message
+    ):  # the adapter after a change of shape, for which the device has yet to make room; gRPC has bounded the message
         stream, shape = "", tuple(message.tensor.shape[:1])
     elif rule.size is Size.CUT:
         shape = (coder.rows(message.micro_batch), length, hidden)
@@ -215,7 +226,7 @@ def _expected(message: stage_pb2.Frame, rule: Rule, coder: Coder, upward: bool, 
         shape = (sum(math.prod(one) for number in modules for one in terms.layout.shapes(number).values()),)
     elif rule.size is Size.SITE and question is not None and terms.layout is not None:
         site = terms.layout.site(message.site)
-        inputs = (message.phase == Phase.BACKWARD) == upward  # they go down, and the gradient by them goes up
+        inputs = (message.phase == Phase.BACKWARD) == upward  # a site's inputs go down, the gradient by them goes up
         shape = (question.rows, site.inputs if inputs else site.outputs(question.applied))
     elif rule.size is Size.QUESTION and question is not None:
         shape = question.shape

@@ -1,7 +1,7 @@
-"""How the tensors of one session cross: the plan that its stage has made, and each end's codecs with their memory.
+"""Coding of a session's tensors: the plan that the stage has made, and each end's codecs with their memory.
 
 Both ends switch to a new plan at the same frame: the stage's answer to OPEN or AGGREGATE, when nothing else of this
-device is under way. A codec that stays keeps its state, on both ends.
+device is under way. A codec that the new plan keeps also keeps its state, on both ends.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ _NOT_FINITE = f"a tensor with NaN or infinity: {DIVERGED}"
 
 @dataclass(frozen=True)
 class Terms:
-    """What both ends of a session know before its first plan, and code by.
+    """What both ends of a session know before its first plan and need for coding.
 
-    samples: training sequences of the device, from which follows which are in a batch. adapter: the shapes of the
-    matrices that make up the device's adapter. layout: of the modules, as this device has them (DLoRA).
+    samples: training sequences of the device, which determine the ones in each batch.
+    adapter: shapes of the matrices that make up the device's adapter.
+    layout: where the device's modules are (DLoRA).
     """
 
     config: TrainingConfig
@@ -50,9 +51,12 @@ class Terms:
 
 @dataclass(frozen=True)
 class Plan:
-    """How things cross from a frame on. codecs: by stream, canonical names; other streams cross as they are.
+    """How frames cross from one frame on: codecs, micro-batches, and how many of these are under way.
 
-    micro_batches: that a step's batch is cut into; depth: that a device may have under way, from 1 to micro_batches.
+    micro_batches: number of parts that a step's batch is cut into.
+    depth: most micro-batches that a device may have under way, from 1 to micro_batches.
+    codecs: canonical names by stream; the tensors of all other streams are not encoded.
+    seed: seed of all random numbers that the codecs draw.
     """
 
     micro_batches: int = 1
@@ -74,7 +78,10 @@ class Plan:
 
     @classmethod
     def from_proto(cls, message: stage_pb2.Plan, batch_size: int) -> Plan:
-        """Raises BadFrame or CodecError for what this side cannot follow."""
+        """Reads a plan; batch_size is the number of sequences in a step.
+
+        Raises BadFrame or CodecError for a plan that this side cannot follow.
+        """
         if not 1 <= message.depth <= message.micro_batches <= batch_size:
             raise BadFrame(f"a plan of {message.micro_batches} micro-batches, {message.depth} under way")
         unknown = sorted(set(message.codecs) - set(STREAMS))
@@ -85,31 +92,37 @@ class Plan:
 
 
 def stream_seed(seed: int, stream: str) -> int:
-    """Of what a stream's codec draws: the same on both ends."""
+    """Seed of the random numbers that a stream's codec draws, which is the same on both ends."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:6], "big")
 
 
 class StreamCoder:
-    """One end of one stream of tensors: its codec, and what that remembers.
+    """One end of one stream of tensors: a codec, and what it remembers.
 
-    not_finite: what is said of a tensor with NaN or infinity from the other end.
+    not_finite: the error's text for a tensor from the other end that has NaN or infinity.
     """
 
     def __init__(self, codec: AnyCodec, state: CodecState, not_finite: str = _NOT_FINITE) -> None:
         self.codec, self.state, self._not_finite = codec, state, not_finite
 
     def encode(self, tensor: Tensor, keys: Sequence[int] | None = None) -> stage_pb2.Tensor:
-        """keys: of the samples in the tensor's first dimension, for codecs that remember samples.
+        """Encodes a tensor.
 
-        Raises CodecError for NaN and infinity, where the codec is not exact."""
+        keys: numbers of the samples in the tensor's first dimension, for codecs that remember samples.
+
+        Raises CodecError for NaN and infinity, unless the codec is exact.
+        """
         if self.codec.name == "none":
             return encode_tensor(tensor)
         payload = self.codec.encode(tensor, self.state, keys)
         return stage_pb2.Tensor(codec=self.codec.name, dtype="float32", shape=list(tensor.shape), payload=payload)
 
     def decode(self, message: stage_pb2.Tensor, expected: Expected, keys: Sequence[int] | None = None) -> Tensor:
-        """float32 on the CPU. Raises BadTensor or CodecError when it is not what was agreed, NaN or infinity included:
-        what has come from the other side goes into gradients and caches, and would stay there."""
+        """Decodes a tensor to float32 on the CPU.
+
+        Raises BadTensor or CodecError for one that is not what was agreed, NaN and infinity included: what comes from
+        the other side goes into gradients and caches, and would stay there.
+        """
         tensor = decode_tensor(message, expected, self.state, keys)
         if not is_finite(tensor):
             raise BadTensor(self._not_finite)
@@ -117,16 +130,16 @@ class StreamCoder:
 
 
 class Coder:
-    """One end of one training session: a codec and its memory for each stream, and each site of it."""
+    """One end of one training session: a codec with its memory for each stream, and for each site of a stream."""
 
     def __init__(self, terms: Terms, ledger: Ledger) -> None:
         self.plan = Plan()
         self.terms, self._ledger = terms, ledger
         self._streams: dict[tuple[str, int], StreamCoder] = {}  # by stream and site
-        self._memory: dict[tuple[str, int], int] = {}  # bytes that each one's codec remembers
+        self._memory: dict[tuple[str, int], int] = {}  # bytes that the codec of each one remembers
 
     def use(self, plan: Plan) -> None:
-        """From the next frame on."""
+        """Follows a plan from the next frame on."""
         for stream in STREAMS:
             known = self._streams.get((stream, 0))
             if known is None or known.codec.name != plan.codec_of(stream) or plan.seed != self.plan.seed:
@@ -135,15 +148,19 @@ class Coder:
         self.plan = plan
 
     def reshape(self, adapter: tuple[tuple[int, ...], ...]) -> None:
-        """The device's cut has moved and its adapter has matrices of these shapes from now on: what codecs remember is
-        of other tensors, so they begin anew, on both ends."""
+        """Makes all codecs begin anew because the device's cut has moved.
+
+        What the codecs remember belongs to other tensors. Both ends call this at the same frame.
+
+        adapter: shapes of the adapter's matrices from now on.
+        """
         self.terms = replace(self.terms, adapter=adapter)
         for stream in STREAMS:
             if (stream, 0) in self._streams:
                 self._streams[stream, 0] = self._begun(stream, self.plan)
 
     def adapters_differ(self, stream: str) -> bool:
-        """Whether an adapter crosses as its difference from the last average: where its codec is not exact."""
+        """Whether an adapter crosses as its difference from the last average, as it does unless its codec is exact."""
         assert stream in ADAPTERS
         return not parse(self.plan.codec_of(stream)).exact
 
@@ -157,16 +174,24 @@ class Coder:
         return int(part.stop - part.start)
 
     def expected(self, stream: str, shape: tuple[int | None, ...], at_most: int) -> Expected:
-        """Of a tensor of a stream; of none (empty): it crosses as it is."""
+        """What a tensor has to be.
+
+        stream: the tensor's stream; empty for a tensor that is not encoded.
+        shape: the agreed sizes; None where a size may be any.
+        at_most: most values that the tensor may have.
+        """
         known = self._streams.get((stream, 0))
         return Expected("float32", shape, at_most, known.codec if known else AS_IT_IS)
 
     def encode(
         self, stream: str, tensor: Tensor, step: int = 0, micro_batch: int = 0, site: int = 0
     ) -> stage_pb2.Tensor:
-        """site: of the modules whose tensor this is, (rows, width); each has a state of its own; 0: of none.
+        """Encodes a tensor of a stream by the plan's codec.
 
-        Raises CodecError for NaN and infinity, where the codec is not exact."""
+        site: the site that a tensor of shape (rows, width) belongs to, or 0; each site has its own codec state.
+
+        Raises CodecError for NaN and infinity, unless the codec is exact.
+        """
         if self.plan.codec_of(stream) == "none":
             return encode_tensor(tensor)
         coder = self._at(stream, site)
@@ -184,7 +209,10 @@ class Coder:
         micro_batch: int = 0,
         site: int = 0,
     ) -> Tensor:
-        """float32 on the CPU. Raises BadTensor or CodecError when it is not what was agreed, or not finite."""
+        """Decodes a tensor of a stream to float32 on the CPU.
+
+        Raises BadTensor or CodecError for one that is not what was agreed, or not finite.
+        """
         if expected.codec.name == "none":
             return StreamCoder(expected.codec, CodecState(0)).decode(message, expected)
         coder = self._at(stream, site)
@@ -199,7 +227,10 @@ class Coder:
         return None if known is None else known.state
 
     def to_proto(self) -> codec_pb2.SessionState:
-        """What this end remembers, between steps: another coder of the same terms goes on with it by `restore`."""
+        """What this end remembers between two steps, as a message that `restore` of another coder reads.
+
+        The other coder needs the same terms.
+        """
         streams = [
             codec_pb2.StreamState(stream=stream, site=site, state=coder.state.to_proto())
             for (stream, site), coder in self._streams.items()
@@ -207,7 +238,10 @@ class Coder:
         return codec_pb2.SessionState(plan=self.plan.to_proto(), streams=streams)
 
     def restore(self, message: codec_pb2.SessionState) -> None:
-        """Raises BadFrame or CodecError for what a coder of these terms cannot have written."""
+        """Takes over the plan and the codecs' states from a message that `to_proto` made.
+
+        Raises BadFrame or CodecError for a message that a coder of these terms cannot have written.
+        """
         self._streams.clear()
         self._memory.clear()
         self.use(Plan.from_proto(message.plan, self.batch_size))
@@ -239,16 +273,16 @@ class Coder:
         return StreamCoder(for_matrices(codec, self.terms.adapter) if stream in ADAPTERS else codec, state)
 
     def _note(self, what: str, place: tuple[str, int], values: int, seconds: float, coder: StreamCoder) -> None:
-        # Each stream is coded by one thread at a time, so only its own state may be looked at.
+        # One thread at a time codes each stream, so this looks at no other stream's state.
         self._memory[place] = coder.state.memory_bytes
         self._ledger.coded(coder.codec.name, what, values, seconds, sum(list(self._memory.values())))
 
     def _took(self, started: float, own: float) -> float:
-        """Seconds since then; waits where the ledger emulates a slower machine."""
+        """Seconds since the two readings of the clock; waits first if the ledger emulates a slower machine."""
         return self._ledger.slowed(time.perf_counter() - started, time.thread_time() - own)
 
     def _keys(self, stream: str, step: int, micro_batch: int, site: int) -> Sequence[int] | None:
-        """Of the samples in a tensor; None for a codec that does not remember any, and for sites."""
+        """Numbers of the samples in a tensor; None for sites, and for a codec that remembers no samples."""
         if site or stream in ADAPTERS or parse(self.plan.codec_of(stream)).memory is None:
             return None
         config = self.terms.config

@@ -23,11 +23,14 @@ from isthmus.split.link.transport import GrpcTransport, MemoryTransport, Transpo
 from isthmus.split.resources.ledger import Ledger
 from isthmus.split.resources.tcp import Watch
 
-_QUEUED = 4  # frames that wait to be sent
+_QUEUED = 4  # most frames that wait to be sent
 
 
 class Link(Protocol):
-    """Frames out and frames in, in order. Errors of the other side are raised by `receive`; `send` may wait."""
+    """A device's connection to its stage: frames out and frames in, in order.
+
+    `receive` raises the other side's errors; `send` may wait.
+    """
 
     coder: Coder
 
@@ -36,15 +39,15 @@ class Link(Protocol):
     def close(self) -> None: ...
 
     def measure(self) -> LinkProfile:
-        """What the link can do now. Only when nothing is under way."""
+        """Measures what the link can do now; call it only when nothing is under way."""
 
 
 class SessionLink:
     """A link over a transport.
 
-    Frames are encoded as the transport takes them, in its thread, and decoded as they come, in another, so that both go
-    on while the trainer computes. No more than _QUEUED wait to be sent: then a slow link stops the trainer. What has
-    come and was not taken yet is bounded by what the trainer has asked for, the plan's depth.
+    Frames are encoded in one thread as the transport takes them, and decoded in another as they come, so that both go
+    on while the trainer computes. At most _QUEUED frames wait to be sent; then a slow link stops the trainer. The
+    received frames that wait to be taken are bounded by the plan's depth, because the trainer asks for no more.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class SessionLink:
         wire: Watch,
         timeout: float | None = None,
     ) -> None:
-        """wire: counts the bytes on the network. timeout: seconds without an answer after which the stage is lost."""
+        """wire: counts the bytes on the network."""
         self.coder = session.coder
         self._transport, self._session, self._ledger, self._wire = transport, session, ledger, wire
         self._timeout = timeout
@@ -68,7 +71,7 @@ class SessionLink:
     def send(self, frame: Frame) -> None:
         if frame.phase == Phase.REPORT:
             self._wire.look(now=True)
-        while not self._over.is_set():  # else `receive` says why
+        while not self._over.is_set():  # once it is over, `receive` tells why
             try:
                 self._outbox.put(frame, timeout=0.2)
                 return
@@ -92,18 +95,18 @@ class SessionLink:
     def close(self) -> None:
         self._over.set()
         self._transport.close()
-        with contextlib.suppress(queue.Empty):  # what waits is not sent any more
+        with contextlib.suppress(queue.Empty):  # what still waits is not sent any more
             while True:
                 self._outbox.get_nowait()
-        with contextlib.suppress(queue.Full):  # a frame that came meanwhile ends the transport's thread as well
+        with contextlib.suppress(queue.Full):  # if it is full again, what is in it ends the transport's thread too
             self._outbox.put_nowait(None)
 
     def measure(self) -> LinkProfile:
         return probe(self._exchange_probe)
 
     def _exchange_probe(self, up: int, down: int) -> float:
-        """Seconds until `down` bytes have come for `up` bytes."""
-        filling = torch.randint(0, 256, (up,), dtype=torch.uint8).numpy().tobytes()  # nobody on the way can shrink it
+        """Measures the seconds from sending `up` bytes until `down` bytes have come."""
+        filling = torch.randint(0, 256, (up,), dtype=torch.uint8).numpy().tobytes()  # random: it cannot shrink
         start = time.perf_counter()
         self.send(Frame(Phase.PROBE, probe=stage_pb2.Probe(filling=filling, answer_bytes=down)))
         answer = self.receive()
@@ -112,11 +115,11 @@ class SessionLink:
         return time.perf_counter() - start
 
     def _messages(self) -> Iterator[stage_pb2.Frame]:
-        """What the transport sends; it asks for the next one when the last is on its way."""
+        """Messages for the transport, which asks for the next one when the last is on its way."""
         while (frame := self._outbox.get()) is not None and not self._over.is_set():
             try:
                 message = self._session.encode(frame)
-            except Exception as error:  # noqa: BLE001  # it has to reach the trainer, which waits for an answer
+            except Exception as error:  # noqa: BLE001  # the error has to reach the trainer, which waits for an answer
                 self._inbox.put(as_known(error, "encoding"))
                 return
             yield message
@@ -126,7 +129,7 @@ class SessionLink:
             for message in self._transport.exchange(self._messages()):
                 self._inbox.put(self._session.decode(message))
             ended: IsthmusError = LinkLost("the coordinator closed the stream of this job")
-        except Exception as error:  # noqa: BLE001  # whatever it is, the trainer has to learn of it
+        except Exception as error:  # noqa: BLE001  # the trainer has to learn of it, whatever it is
             ended = as_known(error, "decoding")
         self.close()
         self._inbox.put(ended)
@@ -145,7 +148,7 @@ class LocalLink(SessionLink):
         profile: LinkProfile = LinkProfile(),
         timeout: float = 600.0,
     ) -> None:
-        """profile: what `measure` says: of the network that this link stands for."""
+        """profile: the link that this one stands for, which `measure` returns."""
         self._profile = profile
         session = SessionEnd("local", device, terms, ledger, ledger.traffic, device=True)
         transport = MemoryTransport(host, device, session.job, terms)
@@ -156,12 +159,12 @@ class LocalLink(SessionLink):
 
 
 class GrpcLink(SessionLink):
-    """A link over one stream of Stage.Exchange. `channel` has the credentials; `session` names this run."""
+    """A link over one stream of Stage.Exchange, opened by the device."""
 
     def __init__(
         self, channel: grpc.Channel, job: str, session: str, terms: Terms, ledger: Ledger, *, port: int = 0
     ) -> None:
-        """port: of the stage, for the kernel's count of bytes; 0: they are not counted."""
+        """channel: a channel with the device's credentials."""
         method = stage_pb2_grpc.StageStub(channel).Exchange
         super().__init__(
             GrpcTransport(method, "this job's stage"),

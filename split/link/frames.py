@@ -15,19 +15,19 @@ from isthmus.split.link.coding import Plan
 log = logging.getLogger(__name__)
 
 Phase = stage_pb2.Phase
-HELD = "held_seconds"  # in an answer: how long the stage had the question
-UNDER_WAY = "under_way_seconds"  # beside it, on the device: since the question was sent
-ENDS = "ends"  # in STEP: no step of the device follows
+HELD = "held_seconds"  # in an answer: seconds for which the stage had the question
+UNDER_WAY = "under_way_seconds"  # beside it, on the device: seconds since the question was sent
+ENDS = "ends"  # in STEP: the device does no further step
 INPUT_GRADIENT = "input_gradient"  # in BACKWARD of a site, from the stage: 1 where the device has to answer
 EVALUATIONS_AHEAD = 2  # held-out batches that a device sends before the first one's answer has come
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A stage_pb2.Frame with its tensors decoded. On the wire it is a message.
+    """A stage_pb2.Frame with its tensors decoded; on the wire it is a message.
 
-    encoded: in the place of `tensor` where the stage sends all devices the same bytes. wanted: (rows, sequence) bool,
-    the positions whose last hidden states are of use; None: all.
+    encoded: stands in place of `tensor` where the stage sends the same bytes to all devices.
+    wanted: (rows, sequence) bool, the positions whose last hidden states are used; None for all.
     """
 
     phase: stage_pb2.Phase
@@ -51,13 +51,16 @@ class Frame:
 
 
 def is_answer(frame: stage_pb2.Frame | Frame) -> bool:
-    """Whether a frame from the stage answers the device's last one; the gradient of a site's outputs for which none
-    by its inputs is wanted goes before the answer."""
+    """Whether a frame from the stage answers a question of the device.
+
+    One does not: the gradient by a site's outputs goes before the answer where the gradient by its inputs is not
+    wanted.
+    """
     return not (frame.site and frame.phase == Phase.BACKWARD and not frame.values.get(INPUT_GRADIENT))
 
 
 def kind_and_sizes(message: stage_pb2.Frame) -> tuple[str, str, int, int]:
-    """Of a message: its kind, the codec of its tensor, the bytes of its tensors' payloads and of all of it."""
+    """Kind of a message, codec of its tensor, bytes of its tensors' payloads, and bytes of the whole message."""
     payload = len(message.tensor.payload) + len(message.labels.payload) + len(message.probe.filling)
     codec = message.tensor.codec if message.HasField("tensor") else ""
     kind = Phase.Name(message.phase).lower() if message.phase in Phase.values() else "unknown"
@@ -65,7 +68,7 @@ def kind_and_sizes(message: stage_pb2.Frame) -> tuple[str, str, int, int]:
 
 
 def as_known(error: Exception, what: str) -> IsthmusError:
-    """An error for whoever waits for a frame: itself, or a line on what nobody expected."""
+    """Turns an exception into the error to give to whoever waits for a frame; logs one that nobody expected."""
     if isinstance(error, IsthmusError):
         return error
     log.error("%s a frame failed", what, exc_info=error)

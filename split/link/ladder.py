@@ -1,8 +1,8 @@
-"""The codecs that `auto` may choose from, stream by stream, for an error budget.
+"""The codecs that `auto` may choose from, for each stream and for an error budget.
 
-The budget is a share by which perplexity may be worse. A calibration translates it to the quantiser's steps
-(benchmarks/README.md, compression): at a budget of 0.5 % each stream bears the step of _STEPS, in RMS, and the harm
-goes with the square of the step. Gradients have to be rounded without bias.
+The budget is the share by which perplexity may become worse. A calibration translates it to the quantiser's steps
+(benchmarks/README.md, compression): at a budget of 0.5 % each stream bears the step in _STEPS, in units of the RMS, and
+the harm grows with the square of the step. Gradients have to be rounded without bias.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _CALIBRATED_AT, _LARGEST_STEP = 0.005, 2.0
 
 
 def kind_of(stream: str) -> str:
-    """`hidden` or `gradients`, of a training stream."""
+    """Kind of a training stream's tensors: `hidden` or `gradients`."""
     return stream.partition("_")[0]
 
 
 def ladder(stream: str, budget: float) -> list[str]:
-    """Codecs of a training stream that keep within the budget, from the quickest to the one with the fewest bytes."""
+    """Codecs of a training stream within the budget, from the quickest to the one that makes the fewest bytes."""
     step = min(_STEPS[stream] * math.sqrt(budget / _CALIBRATED_AT), _LARGEST_STEP)
     rounding = ":stochastic" if kind_of(stream) == "gradients" else ""
     uniform = f"uniform:step={step:.3g}:per=tensor{rounding}"
@@ -41,7 +41,7 @@ def ladder(stream: str, budget: float) -> list[str]:
 
 
 def candidates(config: TrainingConfig) -> list[str]:
-    """All codecs that may be chosen in a job, those that the user has fixed included."""
+    """All codecs that a job may use, with those that its configuration fixes."""
     names: list[str] = []
     for stream, name in choices(config.link.codec).items():
         if stream in TRAINING:
@@ -50,7 +50,7 @@ def candidates(config: TrainingConfig) -> list[str]:
 
 
 def check_agreed(plan: Plan, config: TrainingConfig) -> None:
-    """Raises CodecError for a plan with a codec that a job of this configuration cannot have."""
+    """Checks that a job of this configuration may have the plan's codecs; raises CodecError if it may not."""
     for stream, chosen in choices(config.link.codec).items():
         name = plan.codec_of(stream)
         allowed = ladder(stream, config.link.error_budget) if chosen == AUTO else [chosen]

@@ -10,10 +10,13 @@ from isthmus.split.link.frames import Frame, Phase
 
 
 class Order:
-    """Every part of a step comes once and in order: its micro-batches forward, backward (with labels on the device),
-    STEP, and AGGREGATE where one is due. A device may be ahead by as many micro-batches as its plan says.
+    """Which frames of a device are due: every part of a step comes once and in order.
 
-    step: that STEP has not come for. forward, backward: (step, micro-batch) of the next ones.
+    A step is its micro-batches forward and backward (unless the server has the labels), then STEP, and AGGREGATE where
+    one is due. A device may be ahead by as many micro-batches as its plan says.
+
+    step: the step whose STEP has not come yet.
+    forward, backward: (step, micro-batch) of the next FORWARD and the next BACKWARD.
     """
 
     def __init__(self, config: TrainingConfig, device: str) -> None:
@@ -22,13 +25,13 @@ class Order:
         self.admit(0)
 
     def admit(self, step: int) -> None:
-        """The device begins with this step."""
+        """Begins the order anew: the device goes on with this step."""
         self.step, self.forward, self.backward = step, (step, 0), (step, 0)
-        self.aggregates = False  # AGGREGATE of the step before `step` is due
-        self.averaging = False  # it has come and was not answered: nothing else may come, for the plan may change
+        self.aggregates = False  # whether AGGREGATE of the step before `step` is due
+        self.averaging = False  # it waits for its answer: nothing else may come, for the plan may change
 
     def take(self, frame: Frame) -> None:
-        """Checks that a frame is the one that is due, and moves on. Raises BadFrame."""
+        """Moves on past a frame that is due; raises BadFrame for one that is not."""
         at = frame.step, frame.micro_batch
         if frame.phase == Phase.AGGREGATE and self.aggregates and at == (self.step - 1, 0):
             self.aggregates, self.averaging = False, True
@@ -36,7 +39,7 @@ class Order:
             raise self._not_due(frame)
         elif frame.phase == Phase.FORWARD and at == self.forward and self._may_go_ahead():
             self.forward = self._next(self.forward)
-            if self._config.devices.labels == "server":  # FORWARD brings the gradient, there is no BACKWARD
+            if self._config.devices.labels == "server":  # the answer to FORWARD brings the gradient: no BACKWARD
                 self.backward = self.forward
         elif frame.phase == Phase.BACKWARD and at == self.backward and at < self.forward:
             self.backward = self._next(self.backward)
@@ -47,37 +50,40 @@ class Order:
             raise self._not_due(frame)
 
     def passed(self) -> None:
-        """DLoRA: a micro-batch is through, forward and backward; its frames in between the pass itself has checked."""
+        """Moves on past one whole micro-batch of DLoRA, whose frames in between the pass itself has checked."""
         self.backward = self._next(self.backward)
 
     def repeat_step(self, step: int) -> None:
-        """The device has done this step, and its STEP was lost with a link: it comes again, and nothing before it."""
+        """Makes only STEP of this step due again: the device has done it, and its STEP was lost with a link."""
         self.admit(step)
         self.forward = self.backward = (step + 1, 0)
 
     def end(self) -> None:
-        """The device has told that no step of it follows."""
+        """Notes that the device does no further step."""
         self.admit(self._config.steps)
 
     def answered(self, frame: Frame) -> None:
-        """The stage answers with this frame."""
+        """Notes a frame with which the stage answers: from there on its plan counts."""
         if frame.plan is not None:
             self.plan = frame.plan
         if frame.phase == Phase.AGGREGATE:
             self.averaging = False
 
     def check_evaluation(self, frame: Frame) -> None:
-        """An evaluation is of the model after `step` steps, before the next one. Raises BadFrame elsewhere."""
+        """Checks that a frame evaluates the model after `step` steps, before the next one begins.
+
+        Raises BadFrame where no evaluation is due.
+        """
         if not self.between_steps or frame.step != self.step or not self._config.evaluates_after(frame.step):
             raise BadFrame(f"{Phase.Name(frame.phase)} after step {frame.step}, where no evaluation is due")
 
     @property
     def between_steps(self) -> bool:
-        """Whether nothing of a step is under way."""
+        """Whether no part of a step is under way."""
         return self.forward == (self.step, 0) and not self.aggregates and not self.averaging
 
     def _may_go_ahead(self) -> bool:
-        """Whether the next forward may come: not deeper than planned, and not before a step that it has to wait for."""
+        """Whether the next FORWARD may come: not deeper than planned, and not before a step that it has to wait for."""
         step, number = self.forward
         under_way = number - (self.backward[1] if self.backward[0] == step else 0)
         if step == self.step:

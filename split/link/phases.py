@@ -1,4 +1,4 @@
-"""What a frame of each phase may hold, and when it is due: one row for each phase and direction (docs/protocol.md).
+"""Rows of what a frame of each phase may hold and when it is due, one for each direction (docs/protocol.md).
 
 A job has one of three tables: the U-shaped split (labels on the device), the split with labels at the server, and
 DLoRA, where frames for sites of the server's blocks come in between. checks.py evaluates a row.
@@ -27,28 +27,31 @@ class Size(Enum):
     ADAPTER = auto()  # (values of the device's adapter,)
     MODULES = auto()  # (values of the modules in `trained`,)
     QUESTION = auto()  # as in the question that the frame answers
-    SITE = auto()  # (rows of use, inputs or outputs of the site)
+    SITE = auto()  # (rows that are used, inputs or outputs of the site)
 
 
 class Due(Enum):
-    """When a frame may come."""
+    """The times at which a frame may come."""
 
     FIRST = auto()  # it opens the session, and comes once
     ALWAYS = auto()  # before the session is open, too
     OPENED = auto()  # at any time of an open session
-    IN_ORDER = auto()  # where the order of a training step has it (order.py)
-    BETWEEN_STEPS = auto()  # where no part of a step is under way
-    ANSWER = auto()  # when its question was asked, and earlier ones have been answered (questions.py)
+    IN_ORDER = auto()  # where it is due in the order of a training step (order.py)
+    BETWEEN_STEPS = auto()  # while no part of a step is under way
+    ANSWER = auto()  # after its question, once all earlier questions are answered (questions.py)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One phase in one direction. Fields have their names in protos/v1/stage.proto.
+    """What one phase may hold in one direction. Fields have their names in protos/v1/stage.proto.
 
-    must, may: fields that a frame has to have, and can have, beside its place and its values. size, stream: of its
-    tensor; without a stream it crosses as it is. values: that it has to have, none below 0; other_values: that it can
-    have (None: any). parts: how many numbers micro_batch can have (None: as many as the plan cuts a step into).
-    answered: whether the other side answers. where_trained: the tensor is there if the device trains anything.
+    must, may: fields that a frame has to have, and may have, beside its place and its values.
+    size, stream: what determines the tensor's shape, and its stream; a tensor without a stream is not encoded.
+    values: names of the scalars that a frame has to have, none of them below 0.
+    other_values: names of the scalars that it may have; None for any.
+    parts: how many numbers micro_batch can have; None for as many as the plan cuts a step into.
+    answered: whether the other side answers.
+    where_trained: whether the tensor is there exactly if the device trains anything.
     """
 
     due: Due
@@ -64,7 +67,7 @@ class Rule:
 
 
 def rule_for(config: TrainingConfig, upward: bool, message: stage_pb2.Frame) -> Rule | None:
-    """The row of a message; None if nobody sends such a one in this job."""
+    """The row of a message; None if nobody sends such a message in this job."""
     table = _dlora() if config.devices_train_all else _split(config.devices.labels)
     return table.get((upward, message.phase, message.site != 0))
 
@@ -135,7 +138,7 @@ def _labels_at_server() -> dict[Key, Rule]:
 
 
 def _gradient(stream: str, *values: str) -> Rule:
-    """The gradient at the cut, from the stage."""
+    """Row of the gradient at the cut, from the stage."""
     return Rule(
         Due.ANSWER,
         may=_has("tensor"),
@@ -161,7 +164,7 @@ def _dlora() -> dict[Key, Rule]:
     change(UP, Phase.FORWARD, "trained", "applied", parts=None)
     change(UP, Phase.EVALUATE, "applied", parts=ahead)
     change(DOWN, Phase.EVALUATE, parts=ahead)
-    # The server trains nothing: it has no norm to tell, and no gradient where nothing in front of the cut trains.
+    # The server trains nothing: it tells no norm, and sends no gradient where nothing before the cut trains.
     table[DOWN, Phase.BACKWARD, False] = replace(_gradient(down[Phase.BACKWARD]), where_trained=False)
     table[UP, Phase.MERGE, False] = Rule(
         Due.BETWEEN_STEPS, _has("tensor", "trained"), size=Size.MODULES, answered=False
@@ -176,7 +179,7 @@ def _dlora() -> dict[Key, Rule]:
 
 
 def _streams(labels: str) -> tuple[dict[stage_pb2.Phase, str], dict[stage_pb2.Phase, str]]:
-    """By phase: of the tensors that go up, and down."""
+    """Streams of the tensors that go up, and of those that go down, by phase."""
     phases = (Phase.FORWARD, Phase.BACKWARD, Phase.EVALUATE)
     up, down = ({phase: stream_of(phase, upward, labels) for phase in phases} for upward in (UP, DOWN))
     return up, down

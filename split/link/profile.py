@@ -1,4 +1,4 @@
-"""What a link and a machine can do, measured."""
+"""Measurements of what a link and a machine can do."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from isthmus.split.codecs import CodecState, parse
 MAX_PROBE_BYTES = 2**18
 _PINGS = 3
 _FIRST_PROBE_BYTES = 2**14
-_LONG_ENOUGH = 0.02  # seconds that a probe's bytes have to take beside the round trip, to be believed
-_SLOWEST, _FARTHEST = 100.0, 60.0  # bytes a second and seconds: what is told to be worse counts as this
-_FAST = 5e7  # bytes a second: how much faster a link is does not matter
-_SOON = 0.005  # seconds: how much shorter a round trip is does not matter
-_SAMPLE_ROWS = 256  # of the tensor with which codecs are timed
+_LONG_ENOUGH = 0.02  # seconds beyond the round trip that a probe has to take for its rate to be believed
+_SLOWEST, _FARTHEST = 100.0, 60.0  # bytes a second, and seconds: a measurement that claims worse counts as this
+_FAST = 5e7  # bytes a second: all faster links count as equal
+_SOON = 0.005  # seconds: added to round trips before they are compared, so that tiny ones count as equal
+_SAMPLE_ROWS = 256  # rows of the tensor with which codecs are timed
 
 
 @dataclass(frozen=True)
 class LinkProfile:
-    """A link as a device sees it: seconds there and back, bytes a second up and down (of messages, inside TLS)."""
+    """A link as a device measures it.
+
+    round_trip: seconds there and back.
+    up, down: bytes a second of messages, inside TLS.
+    """
 
     round_trip: float = 0.0
     up: float = math.inf
@@ -38,14 +42,14 @@ class LinkProfile:
 
     @classmethod
     def from_proto(cls, message: stage_pb2.Measured) -> LinkProfile:
-        """What makes no sense counts as not measured, or as the worst that makes sense."""
+        """Reads a measurement; an impossible value counts as not measured, or as the worst that is possible."""
         times = message.round_trip_seconds
         rates = (message.up_bytes_per_second, message.down_bytes_per_second)
         up, down = (max(rate, _SLOWEST) if rate > 0 else math.inf for rate in rates)
         return cls(min(times, _FARTHEST) if times >= 0 else 0.0, up, down)
 
     def differs(self, other: LinkProfile) -> bool:
-        """By more than measuring twice does."""
+        """Whether two profiles differ by more than two measurements of one link do."""
         pairs = [(min(self.up, _FAST), min(other.up, _FAST)), (min(self.down, _FAST), min(other.down, _FAST))]
         pairs.append((self.round_trip + _SOON, other.round_trip + _SOON))
         return any(not 0.7 < one / two < 1.4 for one, two in pairs)
@@ -60,9 +64,9 @@ class LinkProfile:
 
 
 def probe(exchange: Callable[[int, int], float]) -> LinkProfile:
-    """exchange(up, down): sends `up` bytes, waits for `down` bytes, returns the seconds that it took.
+    """Measures a link, which takes some round trips and, each way, up to four times _LONG_ENOUGH seconds.
 
-    Takes some round trips and, each way, up to four times _LONG_ENOUGH seconds.
+    exchange: function of (up, down) that sends `up` bytes, waits for `down` bytes and returns the seconds that took.
     """
     round_trip = min(exchange(0, 0) for _ in range(_PINGS))
     rates = []
@@ -78,15 +82,15 @@ def probe(exchange: Callable[[int, int], float]) -> LinkProfile:
 
 
 def codec_seconds(names: Iterable[str], width: int) -> dict[str, float]:
-    """Seconds to encode and decode a million values of tensors of this width on this machine, by codec."""
+    """Seconds to encode and decode a million values on this machine, by codec; width is the tensors' last size."""
     return {name: _timed(name, width) for name in names}
 
 
 @lru_cache(maxsize=128)
 def _timed(name: str, width: int) -> float:
-    """By the clock of this thread, which stands still while other programs have the processor."""
+    """Measures by the clock of this thread, which stands still while other programs have the processor."""
     codec, shape = parse(name), (_SAMPLE_ROWS, width)
-    scales = torch.logspace(0, -3, width)  # unlike white noise, as hidden states are
+    scales = torch.logspace(0, -3, width)  # columns of unequal scale, as hidden states have, unlike white noise
     sample = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scales
     near, far = CodecState(0), CodecState(0)
     best = math.inf

@@ -1,4 +1,4 @@
-"""Matches answers to questions: which are due, since when, and of which shape their tensors have to be."""
+"""Matching of answers to questions: which are due, since when, and of which shape their tensors have to be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from isthmus.split.lora.sites import Layout
 
 
 class _FramePlace(NamedTuple):
-    """Of a frame in a session."""
+    """The place of a frame in a session."""
 
     step: int
     micro_batch: int
@@ -28,8 +28,13 @@ _NOWHERE = _FramePlace(0, 0)
 
 @dataclass(frozen=True)
 class Question:
-    """A frame from the device that is to be answered. at: when it was asked, by time.perf_counter. shape: of its
-    tensor. rows, applied: positions of use in it, and the modules that the device is to be asked for (DLoRA)."""
+    """A frame from the device that the stage has to answer.
+
+    at: when it was asked, in seconds of time.perf_counter.
+    shape: shape of its tensor.
+    rows: number of positions in it that are used (DLoRA).
+    applied: modules that the stage asks the device for (DLoRA).
+    """
 
     at: float
     shape: tuple[int, ...] = ()
@@ -40,20 +45,24 @@ class Question:
 class Questions:
     """One session's questions, as either end keeps them.
 
-    The answers of a phase come in the order of its questions. In DLoRA micro-batches go their ways independently: there
-    the order is that of one micro-batch, and what is said of a site between a question and its answer answers, and asks
-    anew.
+    The answers of a phase come in the order of its questions. In DLoRA micro-batches proceed independently, and the
+    order holds within each one. There a frame for a site, between a question and its answer, answers one frame and asks
+    for another.
     """
 
     def __init__(self, layout: Layout | None = None) -> None:
-        """layout: of the modules, in a job with method dlora."""
+        """layout: where the modules are, in a job of the method dlora."""
         self._layout = layout
         self._due: dict[tuple[int, _FramePlace], Turns[_FramePlace, Question]] = {}
         self._passes: dict[tuple[bool, int], Question] = {}  # DLoRA: evaluating, micro-batch
         self._lock = threading.Lock()  # one thread asks, another hears the answers
 
     def asked(self, message: stage_pb2.Frame, at: float, rows: int = 0) -> None:
-        """A frame that is answered went to the stage. rows: positions of use, of FORWARD and EVALUATE in DLoRA."""
+        """Notes a frame that went to the stage and that will be answered.
+
+        at: when it was asked, in seconds of time.perf_counter.
+        rows: number of positions that are used, for FORWARD and EVALUATE in DLoRA.
+        """
         with self._lock:
             if message.site or (self._layout and message.phase == Phase.BACKWARD):
                 question = replace(self._pass_of(message), at=at)
@@ -65,11 +74,11 @@ class Questions:
             self._due.setdefault(self._key(message.phase, place), Turns()).ask(place, question)
 
     def answered(self, frame: stage_pb2.Frame | Frame) -> Question:
-        """The question that a frame answers. Raises BadFrame where another answer, or none, is due."""
+        """Removes and returns the question that a frame answers. Raises BadFrame unless this answer is due."""
         place = _place(frame)
         key = self._key(frame.phase, place)
         with self._lock:
-            if frame.phase == Phase.CLOSE and key not in self._due:  # which also answers an OPEN that has come too late
+            if frame.phase == Phase.CLOSE and key not in self._due:  # CLOSE also answers an OPEN that has come too late
                 place = _NOWHERE
                 key = self._key(Phase.OPEN, place)
             due = self._due.get(key) or Turns[_FramePlace, Question]()
@@ -83,7 +92,7 @@ class Questions:
         return question
 
     def of_pass(self, message: stage_pb2.Frame) -> Question:
-        """What began the pass that a frame for a site is of. Raises BadFrame where none has."""
+        """The question that began the pass of a frame for a site. Raises BadFrame where none has."""
         with self._lock:
             return self._pass_of(message)
 

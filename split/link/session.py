@@ -1,4 +1,4 @@
-"""One end of a training session: what turns frames into messages and back, checks them and keeps both ends in step.
+"""One end of a training session: it turns frames into messages and back, checks them, and counts their bytes.
 
 A session is one stream between a device and its job's stage. Both ends are this class, whatever carries the messages.
 """
@@ -28,20 +28,22 @@ log = logging.getLogger(__name__)
 
 
 class SessionEnd:
-    """One end: its codecs, the questions under way, and the count of what crossed.
+    """One end of a session: its codecs, the questions under way, and the count of what crossed.
 
     One thread may encode while another decodes.
     """
 
     def __init__(self, job: str, name: str, terms: Terms, ledger: Ledger, traffic: Traffic, *, device: bool) -> None:
-        """name: drawn by the device; empty at the stage until a frame has come. device: this end is the device's."""
+        """name: the session's id, drawn by the device; empty at the stage until a frame has come.
+        traffic: counts the bytes that cross.
+        device: whether this is the device's end."""
         self.job, self.name, self.opened = job, name, device
         self.coder = Coder(terms, ledger)
         self._ledger, self._traffic, self._device = ledger, traffic, device
         self._questions = Questions(terms.layout)
 
     def encode(self, frame: Frame) -> stage_pb2.Frame:
-        """The message of a frame that this end sends. A new plan, or a new adapter's shape, counts after it.
+        """Turns a frame into the message to send; a new plan or a new adapter's shape counts for the frames after it.
 
         Raises CodecError for a tensor that its codec cannot take.
         """
@@ -54,7 +56,7 @@ class SessionEnd:
         return message
 
     def decode(self, message: stage_pb2.Frame) -> Frame:
-        """The frame of a message that has come. Raises BadFrame, BadTensor or CodecError for what was not agreed."""
+        """Checks and decodes a received message. Raises BadFrame, BadTensor or CodecError for one not agreed."""
         at = time.perf_counter()
         self.count("received", message)
         envelope = Envelope(self.job, self.name, self.opened, upward=not self._device)
@@ -62,20 +64,23 @@ class SessionEnd:
         return self._answer(message, rule, at) if self._device else self._question(message, rule, at)
 
     def answering(self, frame: Frame) -> Frame:
-        """At the stage, when an answer is ready: with how long the device's question was here."""
+        """Adds to an answer, at the stage, the seconds for which the stage had its question."""
         if not is_answer(frame):
             return frame
         held = time.perf_counter() - self._questions.answered(frame).at
         return replace(frame, values={**frame.values, HELD: held})
 
     def count(self, way: str, message: stage_pb2.Frame) -> None:
-        """Notes the bytes of a message under its codec, if that is one of the plan's: a stranger's words are many."""
+        """Counts the bytes of a message under its codec, or as unknown if the plan lacks it: a stranger may name any.
+
+        way: "sent" or "received".
+        """
         kind, codec, payload, total = kind_and_sizes(message)
         known = {"", "none", *self.coder.plan.codecs.values()}
         self._traffic.crossed(way, kind, codec if codec in known else "unknown", payload, total)
 
     def _question(self, message: stage_pb2.Frame, rule: Rule, at: float) -> Frame:
-        """At the stage."""
+        """Decodes a device's message, at the stage."""
         begun = self._questions.of_pass(message) if message.site else None
         frame = decode(message, rule, self.coder, upward=True, question=begun)
         self.name = message.session
@@ -87,7 +92,7 @@ class SessionEnd:
         return frame
 
     def _answer(self, message: stage_pb2.Frame, rule: Rule, at: float) -> Frame:
-        """At the device."""
+        """Decodes the stage's message, at the device."""
         question = self._questions.of_pass(message) if message.site else None
         under_way = 0.0
         if is_answer(message):
@@ -139,7 +144,7 @@ class SessionEnd:
 
 
 def _rows_of_use(frame: Frame) -> int:
-    """Positions of a batch that a site's modules have to see: up to the last wanted one of each row."""
+    """Number of positions that a site's modules have to see: in each row, those up to the last wanted one."""
     if frame.phase not in (Phase.FORWARD, Phase.EVALUATE) or frame.site or frame.tensor is None:
         return 0
     if frame.wanted is None:

@@ -1,4 +1,4 @@
-"""The stage's end of a session: between the messages of one device and the host that serves a job's devices."""
+"""The stage's end of a session: it stands between one device's messages and the host of the job."""
 
 from __future__ import annotations
 
@@ -21,30 +21,32 @@ Deliver = Callable[[Frame | IsthmusError], None]  # also names the stream: a dev
 
 
 class Host(Protocol):
-    """What serves the devices of a job; all of it may be called from any thread."""
+    """What serves the devices of a job. Any thread may call its methods."""
 
     ledger: Ledger
 
     def join(self, device: str, frame: Frame, deliver: Deliver) -> Future[None]:
-        """A device's OPEN."""
+        """Takes a device's OPEN; the future is done when the frame has been taken."""
 
     def submit(self, device: str, frame: Frame, deliver: Deliver) -> Future[None]:
-        """A later frame. The future is done when it has been taken: who reads a network waits for it."""
+        """Takes a later frame. Whoever reads a network waits for the future, which is done once it is taken."""
 
     def leave(self, device: str, deliver: Deliver) -> None: ...
     def adapter_shapes(self, device: str) -> tuple[tuple[int, ...], ...] | None:
-        """Of the matrices of a device's adapter; None where they are the same for all."""
+        """Shapes of the matrices of a device's adapter; None where they are the same for all devices."""
 
     def layout_for(self, device: str) -> Layout | None:
-        """Where a device's modules are in the server's blocks (DLoRA)."""
+        """The layout of a device's modules in the server's blocks; None unless the method is DLoRA."""
 
     def start_without(self, missing: set[str]) -> None: ...
     def close(self) -> None: ...
 
 
 class StageSession:
-    """One device's stream at the stage. `put` gets what is to be answered, in any thread; whoever moves messages then
-    calls `encode`, in order."""
+    """One device's stream at the stage.
+
+    Answers are given to `put`, in any thread. Whoever moves messages then calls `encode` on each, in order.
+    """
 
     def __init__(
         self,
@@ -55,19 +57,22 @@ class StageSession:
         traffic: Traffic,
         put: Callable[[Frame | IsthmusError], None],
     ) -> None:
-        """terms: of the job's devices; what differs between them the host knows."""
+        """terms: what the job's devices have in common; the host knows what differs between them."""
         adapter, layout = host.adapter_shapes(device), host.layout_for(device)
-        terms = terms if adapter is None else replace(terms, adapter=adapter)  # () is that of a device of rank 0
+        terms = terms if adapter is None else replace(terms, adapter=adapter)  # () is the adapter of a device of rank 0
         terms = terms if layout is None else replace(terms, layout=layout)
         self._host, self._device, self._put = host, device, put
         self._session = SessionEnd(job, "", terms, host.ledger, traffic, device=False)
-        self._deliver = self._answer  # one object: it names this stream to the host
+        self._deliver = self._answer  # one object for the whole stream, which it names to the host
 
     def take(self, message: stage_pb2.Frame) -> Future[None] | None:
-        """A message from the device, decoded and handed to the host. The future, if any, is done when the host has
-        taken it. Raises BadFrame, BadTensor or CodecError for what was not agreed."""
+        """Decodes a message from the device and hands it to the host; a PROBE is answered here.
+
+        Returns a future that is done when the host has taken the frame, or None. Raises BadFrame, BadTensor or
+        CodecError for what was not agreed.
+        """
         frame = self._session.decode(message)
-        if frame.probe is not None:  # as many bytes as were asked for, which nobody on the way can shrink
+        if frame.probe is not None:  # random bytes, so that nobody on the way can compress them
             filling = os.urandom(frame.probe.answer_bytes)
             self._answer(Frame(Phase.PROBE, frame.step, probe=stage_pb2.Probe(filling=filling)))
             return None
@@ -75,14 +80,14 @@ class StageSession:
         return hand(self._device, frame, self._deliver)
 
     def encode(self, answer: Frame) -> stage_pb2.Frame:
-        """The message of what `put` got. Raises CodecError."""
+        """Encodes an answer that `put` was given. Raises CodecError."""
         message = self._session.encode(answer)
         if answer.shape is not None:
             self._session.coder.reshape(self._host.adapter_shapes(self._device) or ())
         return message
 
     def close(self) -> None:
-        """The stream has ended."""
+        """Tells the host that the stream has ended."""
         self._host.leave(self._device, self._deliver)
 
     def _answer(self, answer: Frame | IsthmusError) -> None:  # called in the host's thread

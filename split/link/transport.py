@@ -1,4 +1,7 @@
-"""What moves the messages of a stream, serialised, both ways and in order: gRPC, or this process's memory."""
+"""Transports: they move the messages of a stream, serialised, both ways and in order.
+
+One uses gRPC, the other this process's memory.
+"""
 
 from __future__ import annotations
 
@@ -25,23 +28,25 @@ In_co = TypeVar("In_co", bound=Message, covariant=True)
 
 
 class Transport(Protocol[Out_contra, In_co]):
-    """One stream, from the side that opens it."""
+    """One stream, seen from the side that opens it."""
 
     def exchange(self, outgoing: Iterator[Out_contra]) -> Iterator[In_co]:
-        """Sends what `outgoing` gives, as fast as the other side takes it, in another thread, and gives what comes.
+        """Sends what `outgoing` gives, in another thread and as fast as the other side takes it, and yields what comes.
 
-        Ends when the other side closes the stream; raises the IsthmusError with which that refused it. Called once.
+        Ends when the other side closes the stream. It is called once. Raises the IsthmusError with which the other side
+        refused.
         """
 
     def close(self) -> None:
-        """Ends the stream from here; `exchange` then ends soon. May be called from any thread, and again."""
+        """Ends the stream from here, and `exchange` soon after. Any thread may call it, more than once."""
 
 
 class GrpcTransport(Generic[Out, In]):
-    """One call of a method with streams both ways."""
+    """A stream that is one call of a gRPC method with streams both ways."""
 
     def __init__(self, method: Callable[[Iterator[Out]], Any], peer: str) -> None:
-        """method: of a stub. peer: what it is called in errors."""
+        """method: the method of a stub.
+        peer: the other side's name in errors."""
         self._method, self._peer = method, peer
         self._call: Any = None
         self._closed = threading.Event()
@@ -70,7 +75,7 @@ class MemoryTransport:
         self._answers: queue.SimpleQueue[Frame | IsthmusError | None] = queue.SimpleQueue()
         self._stage = StageSession(host, device, job, terms, Traffic(), self._answers.put)
         self._device = device
-        self._lock = threading.Lock()  # so that the host hears of nothing after the end
+        self._lock = threading.Lock()  # so that the host gets no frame after the end
         self._closed = False
 
     def exchange(self, outgoing: Iterator[stage_pb2.Frame]) -> Iterator[stage_pb2.Frame]:
@@ -96,13 +101,13 @@ class MemoryTransport:
                     taken = None if self._closed else self._stage.take(crossed)
                 if taken is not None:
                     taken.result()
-        except Exception as error:  # noqa: BLE001  # it has to reach the device, which waits for an answer
+        except Exception as error:  # noqa: BLE001  # the error has to reach the device, which waits for an answer
             self._answers.put(as_known(error, "decoding"))
             self._stage.close()
 
 
 def _crossed(message: stage_pb2.Frame) -> stage_pb2.Frame:
-    """As the other side gets it."""
+    """Serialises and parses a message, as a network would. Raises BadFrame for one that is too large."""
     data = message.SerializeToString()
     if len(data) > MAX_MESSAGE_BYTES:
         raise BadFrame(f"a message of {len(data)} bytes; {MAX_MESSAGE_BYTES} can be")

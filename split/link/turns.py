@@ -12,7 +12,11 @@ Asked = TypeVar("Asked")
 
 
 class Turns(Generic[Place, Asked]):
-    """place: what an answer names its question by. asked: what is known of the question."""
+    """A queue of the questions that are due.
+
+    Place: what an answer names its question by.
+    Asked: what is known of the question.
+    """
 
     def __init__(self) -> None:
         self._due: deque[tuple[Place, Asked]] = deque()
@@ -24,7 +28,7 @@ class Turns(Generic[Place, Asked]):
         self._due.append((place, asked))
 
     def next(self, place: Place) -> Asked:
-        """The question that an answer with this place is for; it stays due. Raises BadFrame unless it is the first."""
+        """The first question, if it has this place; it stays due. Raises BadFrame if it has not, or there is none."""
         if not self._due:
             raise BadFrame("answers nothing")
         if self._due[0][0] != place:
@@ -32,5 +36,5 @@ class Turns(Generic[Place, Asked]):
         return self._due[0][1]
 
     def done(self) -> Asked:
-        """The first question has been answered."""
+        """Removes and returns the first question, which has been answered."""
         return self._due.popleft()[1]

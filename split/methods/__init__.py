@@ -1,4 +1,4 @@
-"""All methods by name: the one place that knows which there are. A new one is a line here."""
+"""All methods by name: the one place that knows which exist. A new method is one line here."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ METHODS: Mapping[str, Method] = {SPLITLORA: SplitLora(), DLORA: Dlora()}
 
 
 def method_of(config: TrainingConfig) -> Method:
-    """A job's method. Its name was checked when the configuration was made."""
+    """A job's method, whose name was checked when the configuration was made."""
     return METHODS[config.method]

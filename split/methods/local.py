@@ -1,6 +1,6 @@
-"""Training in one process, whatever the method: devices are threads, and LocalLinks join them to the job's stage.
+"""Training in one process, whatever the method: devices are threads, which LocalLinks join to the job's stage.
 
-No network and no processes, the same algorithm: what tests compare with and benchmarks measure.
+It is the same algorithm, without a network and without processes. Tests compare with it, and benchmarks measure it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,18 @@ from isthmus.split.training.host import JobHost
 from isthmus.split.training.hosted_job import HostContext, Outcome
 from isthmus.split.training.method import DeviceResources, Method, StageResources
 
-Text = tuple[Sequences, Sequences | None]  # to train on, and held out
+Text = tuple[Sequences, Sequences | None]  # text to train on, and held-out text
 
 
 @dataclass(frozen=True)
 class LocalRun:
-    """What a run in this process left. adapter: the job's, by names in the whole model; empty where devices keep their
-    own. adapters: the devices' own. ledgers: of the devices; server: of the stage."""
+    """What a run in this process left.
+
+    adapter: the job's adapter, by names in the whole model; empty where devices keep their own.
+    adapters: each device's own adapter.
+    ledgers: each device's ledger.
+    server: the stage's ledger.
+    """
 
     outcome: Outcome
     adapter: dict[str, Tensor]
@@ -48,7 +53,7 @@ class LocalRun:
 
 
 class LocalJob:
-    """Devices as threads. `told` is what the host is to tell; it passes everything on to `tell`."""
+    """A job whose devices are threads. Give `told` to its host, for it passes each event on to `tell`."""
 
     def __init__(self, tell: Tell) -> None:
         self._tell = tell
@@ -63,7 +68,7 @@ class LocalJob:
             self._ended.set()
 
     def run(self, host: JobHost, trainers: Mapping[str, DeviceTrainer], profile: LinkProfile) -> None:
-        """To the job's end; closes the host. Raises the first error of a device or of the stage."""
+        """Runs the job to its end and closes the host. Raises the first error of a device or of the stage."""
         pairs = [(host, name, trainer, profile) for name, trainer in trainers.items()]
         threads = [threading.Thread(target=self._work, args=pair, name=pair[1], daemon=True) for pair in pairs]
         for thread in threads:
@@ -83,7 +88,7 @@ class LocalJob:
         except BaseException as error:  # noqa: BLE001  # raised again in the caller's thread
             self._errors.append(error)
         finally:
-            link.close()  # after an error the others go on without it
+            link.close()  # after an error the others go on without this device
 
 
 def local_trainer(
@@ -97,7 +102,13 @@ def local_trainer(
     moves: bool = False,
     method: Method | None = None,
 ) -> DeviceTrainer:
-    """A device of this shape. source: the whole model. moves: its cut may move. method: None: the job's."""
+    """Makes the trainer of a device of this shape.
+
+    source: the whole model.
+    text: the device's text.
+    moves: whether its cut may move.
+    method: None for the job's method.
+    """
     where = pick_device(device)
     dtype = pick_precision(config.optimizer.precision, where)
     context = DeviceContext(config, *text, Ledger(), dtype)
@@ -121,9 +132,13 @@ def train_locally(
 ) -> LocalRun:
     """Trains the devices d0, d1, ... on their texts, each in a thread with stages of its own, by the job's method.
 
-    device: torch device of all stages. profile: of the network that the links stand for, for `auto`. checkpoints: a
-    folder for the server's and the devices' records; `resume` goes on from the last. shapes: of the devices by name;
-    None: as the configuration says. mover: says when cuts move. tell(event): in the host's thread.
+    device: torch device of all stages.
+    profile: the network that the links stand for, which `auto` plans for.
+    checkpoints: folder for the server's checkpoints and the devices' records; `resume` goes on from the last ones.
+    shapes: the devices' shapes, by name; None for those of the configuration.
+    mover: decides when cuts move; None to keep them.
+    tell: is called with each event, in the host's thread.
+
     Raises the first error of a device or of the stage.
     """
     names = [f"d{index}" for index in range(len(texts))]

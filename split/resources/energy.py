@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-WATTS_OF_A_BUSY_CORE = 8.0  # the estimate's one assumption; a meter, where there is one, replaces it
+WATTS_OF_A_BUSY_CORE = 8.0  # the estimate's one assumption, where there is no meter
 _RAPL = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 RAPL, NVML, ESTIMATED, UNKNOWN, NONE = "rapl", "nvml", "estimated", "unknown", "none"
@@ -18,14 +18,21 @@ RAPL, NVML, ESTIMATED, UNKNOWN, NONE = "rapl", "nvml", "estimated", "unknown", "
 
 @dataclass(frozen=True)
 class Energy:
-    """joules: None where they are unknown. source: one of the names above; NONE: there is nothing to measure."""
+    """Energy, and where its figure is from.
+
+    joules: None where they are unknown.
+    source: one of the names above; NONE means that there is nothing to measure.
+    """
 
     joules: float | None
     source: str
 
 
 class EnergyMeter:
-    """Measures from its making on. Meters count a whole chip, other programs included; an estimate, this process."""
+    """Measures from its making on.
+
+    Meters count a whole chip, other programs included; an estimate counts this process.
+    """
 
     def __init__(self) -> None:
         self._package = _package_joules()
@@ -33,14 +40,14 @@ class EnergyMeter:
         self._accelerators = _accelerator_joules()
 
     def processor(self) -> Energy:
-        """By RAPL, or else estimated from this process's processor time."""
+        """The processor's energy by RAPL, else estimated from this process's processor time."""
         now = _package_joules()
         if now is not None and self._package is not None and now >= self._package:
             return Energy(now - self._package, RAPL)
         return Energy((time.process_time() - self._processor_seconds) * WATTS_OF_A_BUSY_CORE, ESTIMATED)
 
     def accelerator(self) -> Energy:
-        """Of the accelerators that torch sees, by NVML. There is no estimate: without NVML it is unknown."""
+        """The energy of the accelerators that torch sees, by NVML; unknown without NVML, for there is no estimate."""
         if not torch.cuda.is_available():
             return Energy(0.0, NONE)
         now = _accelerator_joules()
@@ -57,7 +64,7 @@ def _package_joules() -> float | None:
 
 
 def _accelerator_joules() -> float | None:
-    """Since the driver was loaded, of all accelerators that torch sees; None where NVML does not tell."""
+    """Joules of all accelerators that torch sees, since the driver was loaded; None where NVML does not tell."""
     library = _nvml()
     if library is None or not torch.cuda.is_available():
         return None
@@ -68,7 +75,7 @@ def _accelerator_joules() -> float | None:
         if library.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle)):
             return None
         if library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)):
-            return None  # a card before Volta
+            return None  # a card older than Volta
         total += millijoules.value / 1000
     return total
 

@@ -1,4 +1,4 @@
-"""Floating-point operations, counted on the operators that ran: matrix products and attention."""
+"""Counts of floating-point operations, made on the operators that ran: matrix products and attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 
 class FlopMeter:
-    """Adds up the operations of work that is done again and again: each kind is counted once, then multiplied."""
+    """Sums the operations of work that is done again and again: each kind is counted once, then multiplied."""
 
     def __init__(self) -> None:
         self.total = 0.0
@@ -21,7 +21,10 @@ class FlopMeter:
 
     @contextmanager
     def counting(self, work: Hashable) -> Iterator[None]:
-        """work: its name and the shapes that its number of operations depends on."""
+        """Counts the operations of some work.
+
+        work: its name, and the shapes that its number of operations depends on.
+        """
         known = self._of_work.get(work)
         counter = _FlopCounter() if known is None else None
         with counter or nullcontext():
@@ -40,7 +43,7 @@ def _cpu_attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value:
 
 
 _aten = torch.ops.aten
-_FORMULAS = {  # torch's own, and attention on a processor, which it lacks
+_FORMULAS = {  # torch's own, and attention on a processor, which torch lacks
     **flop_registry,
     _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
@@ -48,8 +51,10 @@ _FORMULAS = {  # torch's own, and attention on a processor, which it lacks
 
 
 class _FlopCounter(TorchDispatchMode):
-    """Counts the operations that this thread runs. torch's own FlopCounterMode hooks every module of the process, which
-    several trainers in one process do not survive."""
+    """Counts the operations that this thread runs.
+
+    torch's own FlopCounterMode hooks every module of the process, which several trainers in one process do not survive.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

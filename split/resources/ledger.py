@@ -1,8 +1,8 @@
 """The five resources of one participant in a job: computation, memory, energy, money, network communication.
 
-The ledger adds up what the meters beside it measure. Nothing here is made up: FLOPs are counted on the operators that
-ran, memory is the operating system's peak, bytes are of messages really sent, energy is measured where the machine has
-a meter and otherwise estimated and labelled so. What could not be measured is None.
+The ledger sums what the meters beside it measure, and nothing is made up. FLOPs are counted on the operators that ran,
+memory is the operating system's peak, bytes are those of messages really sent. Energy is measured where the machine has
+a meter, else estimated and labelled so. What could not be measured is None.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Coding:
 
 @dataclass
 class Ledger:
-    """Counts while a task runs; `summary` gives what a report shows.
+    """Counts while a task runs; `summary` returns what a report shows.
 
-    slow_down: emulates a machine that is so many times slower: after each piece of computing it waits until so many
-    times the processor's time for it have passed, and counts that as computing. The processor's time, of this thread,
-    and not the clock's: so what else the machine does is not multiplied.
+    slow_down: emulates a machine that is this many times slower. After each piece of computing it waits until this many
+    times the processor's time for it have passed, and counts the wait as computing. It multiplies the time of this
+    thread on the processor, not the clock's, so that the machine's other work is not multiplied.
     """
 
     slow_down: float = 1.0
@@ -60,9 +60,11 @@ class Ledger:
 
     @contextmanager
     def computing(self, work: Hashable, idle: Callable[[], float] = lambda: 0.0) -> Iterator[None]:
-        """Times the work; counts its FLOPs the first time that this `work` (a name and shapes) is done.
+        """Times the work, and counts its FLOPs the first time that this `work` is done.
 
-        idle: seconds of it, at its end, in which nothing was computed."""
+        work: a name and shapes.
+        idle: asked at the end for the seconds in which nothing was computed.
+        """
         start, own = time.perf_counter(), time.thread_time()
         try:
             with self._flops.counting(work):
@@ -73,8 +75,11 @@ class Ledger:
             self.compute_by_work[str(work[0] if isinstance(work, tuple) else work)] += seconds
 
     def slowed(self, seconds: float, own: float) -> float:
-        """Computing took so long by the clock, and so long of the processor (an accelerator's time is the clock's):
-        waits as `slow_down` says; returns what it took in all."""
+        """Waits as `slow_down` says after some computing, and returns the seconds that it took in all.
+
+        seconds: seconds by the clock, which `slow_down` multiplies where there is an accelerator.
+        own: seconds of this thread on the processor, which it multiplies elsewhere.
+        """
         if self.slow_down <= 1:
             return seconds
         rest = self.slow_down * (seconds if torch.cuda.is_initialized() else own) - seconds
@@ -83,12 +88,17 @@ class Ledger:
         return seconds + max(0.0, rest)
 
     def waited(self, seconds: float, link_seconds: float) -> None:
-        """This side had nothing to do for `seconds`, `link_seconds` of them because of the link."""
+        """Notes that this side had nothing to do for `seconds`, for `link_seconds` of them because of the link."""
         self.wait_seconds += seconds
         self.link_seconds += min(seconds, max(0.0, link_seconds))
 
     def coded(self, codec: str, what: str, values: int, seconds: float, memory_bytes: int) -> None:
-        """A codec has encoded or decoded (`what`) a tensor; memory_bytes: what the session's codecs remember now."""
+        """Notes that a codec has encoded or decoded a tensor.
+
+        what: "encode" or "decode".
+        values: number of the tensor's values.
+        memory_bytes: what the session's codecs remember now.
+        """
         mine = self.coding.setdefault(codec, Coding())
         if what == "encode":
             mine.encode_values += values
@@ -99,9 +109,10 @@ class Ledger:
         self.codec_memory_bytes = max(self.codec_memory_bytes, memory_bytes)
 
     def summary(self) -> dict[str, object]:
-        """JSON-ready. What is not known is None; `energy_source` says where the energy is from.
+        """All sums, as JSON has them; what is not known is None.
 
-        Money is for hours of the device, its known energy and the bytes of its messages.
+        `energy_source` says where the energy's figure is from. Money is for the device's hours, its known energy and
+        the bytes of the messages that it sent.
         """
         processor, accelerator = self._energy.processor(), self._energy.accelerator()
         joules = (processor.joules or 0.0) + (accelerator.joules or 0.0)

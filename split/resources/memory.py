@@ -10,7 +10,7 @@ import torch
 def peak_bytes() -> int:
     """The largest resident memory that this process has had, in bytes.
 
-    From /proc and not from getrusage, whose maximum a process inherits from the one that started it.
+    It is read from /proc, because getrusage's maximum is inherited from the process that started this one.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):

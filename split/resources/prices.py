@@ -1,4 +1,4 @@
-"""What resources cost in money."""
+"""Prices of the resources, in money."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Prices:
-    """The price table: what an hour of a device, a kilowatt-hour and a gigabyte out of it cost. Placeholders."""
+    """The price table: placeholders for an hour of a device, a kilowatt-hour and a gigabyte sent."""
 
     device_hour: float = 0.05
     kilowatt_hour: float = 0.30
@@ -15,5 +15,5 @@ class Prices:
     currency: str = "USD"
 
     def cost(self, hours: float, joules: float, bytes_sent: int) -> float:
-        """Of so many hours of one device, with the energy that it took and the bytes that it sent."""
+        """The cost of hours of one device, with the energy that it took and the bytes that it sent."""
         return hours * self.device_hour + joules / 3.6e6 * self.kilowatt_hour + bytes_sent / 1e9 * self.gigabyte_sent

@@ -1,8 +1,8 @@
-"""What the kernel has counted on this process's TCP connections: bytes as the network interface sees them.
+"""The kernel's counts of this process's TCP connections: bytes as the network interface sees them.
 
 Linux keeps for every connection the bytes and segments that it sent and received (tcp_info, include/uapi/linux/tcp.h).
 With the headers of each segment that is what crosses the interface: HTTP/2, TLS, retransmissions and acknowledgements
-are all in it, but for what has arrived a second time. gRPC does not give out its sockets, so they are found among this
+are in it, but not what has arrived a second time. gRPC does not give out its sockets, so they are found among this
 process's open files by their peer.
 """
 
@@ -24,9 +24,9 @@ _SEGMENTS = struct.Struct("<II")  # segs_out, segs_in
 _AT_BYTES_RECEIVED, _AT_SEGMENTS, _AT_DATA_IN, _AT_DATA_OUT, _AT_BYTES_SENT = 128, 136, 152, 156, 200
 _ENOUGH = 208  # bytes of tcp_info that reach to bytes_sent: Linux 4.19 and later
 _ETHERNET, _TCP = 14, 32  # bytes of headers: Ethernet; TCP with its time stamps
-_LOOK_EVERY = 1.0  # seconds: a look goes through all open files
+_LOOK_EVERY = 1.0  # seconds between looks, because each one goes through all open files
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
-_OFFLOADED = 65_000  # bytes: what a virtual interface counts as one packet, since nobody has cut it into segments yet
+_OFFLOADED = 65_000  # bytes that a virtual interface counts as one packet, since nobody has cut it into segments yet
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,11 @@ class Counted:
 
 
 def counted(port: int, peer: str = "") -> dict[int, Counted]:
-    """This process's connections to `port` of another host (or, with `peer`, from HOST:PORT), by the number of the
-    socket. Empty where the kernel does not tell."""
+    """Counts of some connections of this process, by the number of the socket; empty where the kernel does not tell.
+
+    port: connections to this port of another host count.
+    peer: HOST:PORT; connections with this peer count instead.
+    """
     found: dict[int, Counted] = {}
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError, ValueError):  # closed meanwhile, or no TCP socket
@@ -56,20 +59,24 @@ def counted(port: int, peer: str = "") -> dict[int, Counted]:
                     if counts is not None:
                         found[inode] = counts
             finally:
-                known.detach()  # it is gRPC's to close
+                known.detach()  # gRPC has to close it
     return found
 
 
 class Watch:
-    """Keeps the counts of some connections up to date in `into`: of those to `port`, or from `peer` (as in `counted`);
-    of none where neither is named. A connection that is closed keeps its last count."""
+    """Keeps the counts of some connections up to date in `into`.
+
+    port, peer: which connections, as in `counted`; none if neither is named.
+
+    A connection that is closed keeps its last count.
+    """
 
     def __init__(self, into: dict[int, Counted], *, port: int = 0, peer: str = "") -> None:
         self._into, self._port, self._peer = into, port, peer
         self._looked_at = -math.inf
 
     def look(self, *, now: bool = False) -> None:
-        """Not more often than once a second, unless it has to be `now`."""
+        """Updates the counts, at most once a second unless it has to be `now`."""
         if not (self._port or self._peer) or (not now and time.monotonic() - self._looked_at < _LOOK_EVERY):
             return
         self._looked_at = time.monotonic()
@@ -109,5 +116,5 @@ def _virtual(address: str) -> bool:
 
 
 def _plain(host: str) -> str:
-    """An address without zone, and IPv4 not as a part of IPv6."""
+    """An address without its zone, and an IPv4 address without its IPv6 prefix."""
     return host.partition("%")[0].removeprefix("::ffff:")

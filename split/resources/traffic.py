@@ -1,4 +1,4 @@
-"""Bytes and messages that really crossed the wire."""
+"""Counts of the bytes and messages that really crossed the wire."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 
 from isthmus.split.resources.tcp import Counted
 
-_Key = tuple[str, str, str]  # direction (sent, received), kind of message, codec of its tensor (empty: it has none)
+_Key = tuple[str, str, str]  # direction (sent, received), kind of message, codec of its tensor (empty if it has none)
 
 
 @dataclass
 class Traffic:
-    """Bytes and messages by direction, kind of message and codec; tensor values and the rest of a message apart.
+    """Bytes and messages by direction, kind of message and codec; tensor values apart from the rest of a message.
 
-    These are bytes of the messages as serialised. What HTTP/2, TLS, TCP and IP add below them shows in `connections`:
-    all bytes of each, by the number of its socket, as the kernel counted them.
+    These are bytes of serialised messages. What HTTP/2, TLS, TCP and IP add shows in `connections`: all bytes of each
+    connection as the kernel counted them, by the number of its socket.
     """
 
     payload_bytes: Counter[_Key] = field(default_factory=Counter)
@@ -24,7 +24,7 @@ class Traffic:
     connections: dict[int, Counted] = field(default_factory=dict)
 
     def crossed(self, direction: str, kind: str, codec: str, payload: int, total: int) -> None:
-        """A message of `total` bytes, `payload` of them an encoded tensor, went over the wire."""
+        """Notes a message of `total` bytes that went over the wire, `payload` of them an encoded tensor."""
         key = (direction, kind, codec)
         self.payload_bytes[key] += payload
         self.overhead_bytes[key] += total - payload
@@ -40,21 +40,21 @@ class Traffic:
         self.connections.update(other.connections)
 
     def on_the_wire(self, direction: str) -> int:
-        """All bytes of the connections; 0 where they were not counted."""
+        """All bytes of the connections in a direction; 0 where they were not counted."""
         counts = list(self.connections.values())
         return sum(one.sent if direction == "sent" else one.received for one in counts)
 
     def total_bytes(self, direction: str) -> int:
-        """Of messages, without what the protocols below them add."""
+        """Bytes of all messages in a direction, without what the protocols below them add."""
         counters = (self.payload_bytes, self.overhead_bytes)
         return sum(size for counter in counters for key, size in counter.items() if key[0] == direction)
 
     def received(self, kind: str) -> int:
-        """Messages of a kind that have come."""
+        """Number of messages of a kind that have come."""
         return sum(count for (way, which, _), count in self.messages.items() if (way, which) == ("received", kind))
 
     def rows(self) -> list[dict[str, str | int]]:
-        """JSON-ready: a row for each direction, kind and codec, and what the protocols below took, if known."""
+        """Rows as JSON has them: one for each direction, kind and codec, and what the protocols below took."""
         rows: list[dict[str, str | int]] = [
             {
                 "direction": key[0],

@@ -1,4 +1,4 @@
-"""What an aggregation does with the devices' adapters, and the plain one: A and B averaged, the same bytes for all."""
+"""The result of an aggregation, and the plain way to aggregate: A and B averaged, the same bytes for all devices."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from isthmus.split.lora.lora import flatten, shapes_of, unflatten
 
 @dataclass(frozen=True)
 class AggregationResult:
-    """What an aggregation gives. average: the adapter of all devices, flat; None where they differ. answers: to the
-    devices' AGGREGATE frames. method, error: its name, and how far it is from the exact one, for watchers."""
+    """What an aggregation gives.
+
+    average: the adapter that all devices now have, flat; None where their adapters differ.
+    answers: the answer to each device's AGGREGATE, by device.
+    method, error: the method's name and its distance from the exact aggregation, for watchers.
+    """
 
     average: Tensor | None
     answers: Mapping[str, Frame]
@@ -26,7 +30,10 @@ class AggregationResult:
 
 
 class Averages:
-    """Of devices whose adapters have the same matrices. initial: the adapter that each begins with, by name."""
+    """Averaging for devices whose adapters have the same matrices.
+
+    initial: the adapter that each device begins with, by name.
+    """
 
     def __init__(self, config: TrainingConfig, initial: Mapping[str, Tensor]) -> None:
         self._averager = Averager(config, initial)
@@ -35,11 +42,17 @@ class Averages:
         self.shapes = shapes_of(initial)
 
     def unfit(self, shares: Mapping[str, Share], last: Tensor | None) -> set[str]:
-        """The devices whose adapters nobody could compute with. last: the average before, flat; None: none was."""
+        """The devices whose adapters have values that nobody could compute with.
+
+        last: the average before, flat; None if there was none.
+        """
         return self._averager.unfit({device: share.values for device, share in shares.items()}, last)
 
     def aggregate(self, step: int, shares: Mapping[str, Share], last: Tensor | None) -> AggregationResult:
-        """Weighted by the devices' numbers of training sequences."""
+        """Averages the adapters, weighted by the devices' numbers of training sequences.
+
+        last: the average before, flat; None if there was none.
+        """
         total = sum(share.samples for share in shares.values())
         weighted = [(share.values, share.samples / total) for share in shares.values()]
         error = self._averager.error(weighted, last)
@@ -48,5 +61,5 @@ class Averages:
         return AggregationResult(average, answers, AVERAGE, error)
 
     def named(self, average: Tensor | None) -> dict[str, Tensor]:
-        """A flat average by names in the whole model. None: what the devices began with."""
+        """A flat average, by names in the whole model; for None, the adapter that the devices began with."""
         return unflatten(self._like, self.initial if average is None else average)

@@ -11,7 +11,7 @@ from isthmus.split.link.frames import Frame
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where in a job a frame belongs."""
+    """The place of a frame in a job."""
 
     step: int
     phase: stage_pb2.Phase
@@ -20,7 +20,7 @@ class Place:
 
 @dataclass
 class Barrier:
-    """Frames by place and device."""
+    """The waiting frames, by place and device."""
 
     _groups: dict[Place, dict[str, Frame]] = field(default_factory=dict)
 
@@ -28,7 +28,7 @@ class Barrier:
         self._groups.setdefault(Place(frame.step, frame.phase, frame.micro_batch), {})[device] = frame
 
     def take_complete(self, devices: Collection[str]) -> tuple[Place, dict[str, Frame]] | None:
-        """The first group that none of these devices is missing from, which is then gone; None where there is none."""
+        """Removes and returns the first group that has a frame of each of these devices; None if there is none."""
         for place in sorted(self._groups):
             if devices and set(devices) <= self._groups[place].keys():
                 group = self._groups.pop(place)
@@ -36,7 +36,7 @@ class Barrier:
         return None
 
     def missing(self, devices: Iterable[str]) -> set[str]:
-        """Those of these devices that the others wait for: they are not in the earliest group."""
+        """Those of these devices that the others wait for: the earliest group lacks their frames."""
         if not self._groups:
             return set()
         return set(devices) - self._groups[min(self._groups)].keys()
@@ -46,7 +46,7 @@ class Barrier:
         return any(device in group for group in self._groups.values())
 
     def drop(self, device: str) -> None:
-        """The device has gone."""
+        """Removes the frames of a device that has gone."""
         for group in self._groups.values():
             group.pop(device, None)
         self._groups = {place: group for place, group in self._groups.items() if group}

@@ -1,4 +1,4 @@
-"""The yardstick: the same adapter trained unsplit, with plain transformers and peft, on all the text in one place."""
+"""The yardstick: the same adapter trained unsplit, with plain transformers and peft, on all text in one place."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from isthmus.split.training.loss import nll
 from isthmus.split.training.optim import Stepper
 from isthmus.split.training.perplexity import perplexity
 
-_PREFIX = "base_model.model."  # that peft puts before the names of the model it wraps
+_PREFIX = "base_model.model."  # what peft puts before the names of the model that it wraps
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,15 @@ def train_centralised(
     tell: Callable[[int, float], None] = lambda step, loss: None,
     device: str = "auto",
 ) -> Centralised:
-    """Each file stands for a device's text; a step's batch is the batches of all of them, joined.
+    """Trains unsplit: each file stands for one device's text, and a step's batch is the batches of all of them joined.
 
-    With as many devices, plain SGD and an aggregation at every step, a split job has these very losses.
+    A split job with as many devices, plain SGD and an aggregation at every step has exactly these losses.
+
+    out: the folder to write the PEFT adapter to.
+    tell: is called with (steps done, mean loss of the step in nats).
+
+    Raises BadRequest, BadData or BadModelFolder for options, files or models that cannot be used, and WrongState where
+    the training diverges.
     """
     where = pick_device(device)
     source = open_model(model)
@@ -56,7 +62,7 @@ def train_centralised(
     lora = lora_config(config, source.config)
     wrapped = (
         get_peft_model(load_model(str(source.path), model), lora).to(where).eval()
-    )  # eval: no dropout, as in a split
+    )  # in eval mode there is no dropout, as in a split
     named = [(name.removeprefix(_PREFIX), module) for name, module in wrapped.named_modules()]
     draw_initial_values(named, config.seed)
     trainable = {
@@ -88,7 +94,7 @@ def train_centralised(
 
 
 def _joined(texts: Sequence[Sequences], config: TrainingConfig, step: int) -> tuple[Tensor, Tensor]:
-    """The batches of all devices for a step, one after the other: (devices * batch, sequence) twice."""
+    """The batches of all devices for a step, one after the other: inputs and labels, (devices * batch, sequence)."""
     rows = [batch_indices(len(text), config.batch_size, step, config.seed) for text in texts]
     pairs = list(zip(texts, rows, strict=True))
     return torch.cat([text.input_ids[r] for text, r in pairs]), torch.cat([text.labels[r] for text, r in pairs])

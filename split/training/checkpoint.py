@@ -1,4 +1,4 @@
-"""What a job has made, on disk: whole or not at all, safetensors and JSON only."""
+"""Checkpoints of what a job has made: on disk whole or not at all, as safetensors and JSON only."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     device_adapter: Tensor | None  # flat, (values,); None before the first aggregation
     losses: list[float]
-    stage_digest: str = ""  # of the model files that the devices hold
+    stage_digest: str = ""  # digest of the model files that the devices hold
     merged: dict[str, Tensor] = field(default_factory=dict)  # of devices that differ: see split/aggregation/merger.py
-    shapes: dict[str, list[int]] = field(default_factory=dict)  # of the devices: cut and rank, where they differ
+    shapes: dict[str, list[int]] = field(default_factory=dict)  # each device's cut and rank, where they differ
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them, by their names on the disk."""
+        """All tensors, by their names on the disk."""
         tensors = {
             **{f"server/{name}": value for name, value in self.server.items()},
             **{f"optimizer/{name}": value for name, value in self.optimizer.items()},
@@ -45,18 +45,21 @@ class Checkpoint:
         return tensors if self.device_adapter is None else {**tensors, "device_adapter": self.device_adapter}
 
     def check_finite(self) -> None:
-        """Raises WrongState for NaN or infinity: a job cannot go on from that."""
+        """Raises WrongState for NaN or infinity, from which a job cannot go on."""
         _check_finite(self.step, {**self.tensors(), "losses": torch.tensor(self.losses, dtype=torch.float64)})
 
 
 class CheckpointFolder:
-    """Checkpoints of one job: FOLDER/step-00000100/{state.safetensors, state.json}."""
+    """The checkpoints of one job: FOLDER/step-00000100/{state.safetensors, state.json}."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Raises WrongState where something in it is not finite; the checkpoints before stay as they are."""
+        """Writes a checkpoint and returns its folder.
+
+        Raises WrongState for NaN or infinity in it; the earlier checkpoints then stay as they are.
+        """
         checkpoint.check_finite()
         described = {
             "step": checkpoint.step,
@@ -67,7 +70,7 @@ class CheckpointFolder:
         return _save(self.folder, checkpoint.step, checkpoint.tensors(), described)
 
     def last(self) -> Checkpoint | None:
-        """The newest checkpoint, or None before the first. Raises WrongState when it cannot be read."""
+        """The newest checkpoint, or None before the first. Raises WrongState if it cannot be read."""
         steps = _steps(self.folder)
         if not steps:
             return None
@@ -86,8 +89,13 @@ class CheckpointFolder:
 
 @dataclass(frozen=True)
 class DeviceState:
-    """A device's side after `step` steps. adapter: flat. optimizer: its tensors, by name. method: what its method has
-    to know besides, JSON-able. told: the values of the last STEP."""
+    """A device's side after `step` steps.
+
+    adapter: the adapter's values, flat.
+    optimizer: the optimiser's tensors, by name.
+    method: what the method has to know besides, as JSON has it.
+    told: the values of the last STEP.
+    """
 
     step: int
     adapter: Tensor
@@ -97,24 +105,27 @@ class DeviceState:
 
 
 class DeviceRecord:
-    """What a device has of a job, on its own disk, at the steps at which the job has checkpoints."""
+    """What a device keeps of a job on its own disk, at the steps at which the job has checkpoints."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def save(self, state: DeviceState) -> None:
-        """Raises WrongState for NaN or infinity; what was saved before stays as it is."""
+        """Writes a state. Raises WrongState for NaN or infinity; what was saved before then stays as it is."""
         tensors = {"adapter": state.adapter, **{f"optimizer/{name}": value for name, value in state.optimizer.items()}}
         _check_finite(state.step, tensors)
         _save(self.folder, state.step, tensors, {"step": state.step, "method": state.method, "told": state.told})
 
     def last(self) -> DeviceState | None:
-        """The newest one; None before the first. Raises WrongState when it cannot be read."""
+        """The newest state, or None before the first. Raises WrongState if it cannot be read."""
         steps = _steps(self.folder)
         return self.at(steps[-1]) if steps else None
 
     def at(self, step: int) -> DeviceState | None:
-        """After `step` steps; None where there is no record of it. Later ones are forgotten: the job goes on here."""
+        """The state after `step` steps, or None if none was kept; deletes later ones, for the job goes on from here.
+
+        Raises WrongState if it cannot be read.
+        """
         for later in (known for known in _steps(self.folder) if known > step):
             shutil.rmtree(self.folder / f"step-{later:08d}")
         if step not in _steps(self.folder):
@@ -163,7 +174,7 @@ def _save(folder: Path, step: int, tensors: dict[str, Tensor], described: Mappin
 
 
 def _check_finite(step: int, tensors: Mapping[str, Tensor]) -> None:
-    """Raises WrongState for NaN or infinity: whoever goes on from what is kept could not train."""
+    """Raises WrongState for NaN or infinity: whoever goes on from a state with that could not train."""
     broken = next((name for name, value in tensors.items() if not is_finite(value)), None)
     if broken is not None:
         raise WrongState(

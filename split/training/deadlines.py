@@ -1,4 +1,4 @@
-"""How long the others, or the job's end, wait for a device that is connected and silent."""
+"""The time for which a job's end, or its other devices, wait for a device that is connected and silent."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from isthmus.split.training.patience import Patience
 
 
 class Deadlines:
-    """Judges one device at a time."""
+    """Judges, one device at a time, whether it is still waited for."""
 
     def __init__(self, patience: Patience) -> None:
         self.patience = patience
-        self._over_since: dict[str, float] = {}  # when each device was first seen to have no step left
+        self._over_since: dict[str, float] = {}  # when each device was seen to have no step left
 
     def late(self, device: JoinedDevice, seconds: float | None, *, waits: bool, waited_for: bool, over: bool) -> str:
-        """Why a device is waited for no longer; empty: it is.
+        """The reason why a device is waited for no longer; empty while it is waited for.
 
-        seconds: that it has owed the frame that a step at the stage waits for; None: no step waits. waits: a frame of
-        its own waits for others. waited_for: others wait for it. over: it has no step left, and is to close the job.
+        seconds: for how long the device has owed the frame that a step at the stage waits for; None if no step waits.
+        waits: whether a frame of the device waits for those of others.
+        waited_for: whether others wait for the device.
+        over: whether the device has no step left and only has to close the job.
         """
         now, patience = time.monotonic(), self.patience.of(device.name)
         silent = (0.0 if waits else now - device.heard) if seconds is None else seconds

@@ -1,6 +1,7 @@
-"""A device's part in a job, whatever its method: a session from OPEN to CLOSE, step by step. Knows of no network.
+"""A device's part in a job, whatever its method: a session from OPEN to CLOSE, step by step.
 
-Text and labels stay here. What a step, an evaluation and the state consist of is the method's (device_steps.py).
+It knows of no network. Text and labels stay on the device. The method (device_steps.py) says what a step, an evaluation
+and the state consist of.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ Keep = Callable[[Mapping[str, Tensor]], None]
 
 
 class Cancelled(WrongState):
-    """The task was told to stop."""
+    """Ends a trainer whose task was told to stop."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a device's trainer tells as it goes."""
+    """What a device's trainer tells as it goes: steps done, steps in all, and the mean loss of the last one in nats."""
 
     step: int
     steps: int
@@ -47,10 +48,14 @@ class Progress:
 
 
 class DeviceTrainer:
-    """steps: the method's. record: this device's own, on its disk. stage_digest: of its model files.
+    """Trains one device's part of a job.
 
-    step: how many are done. Where adapters are averaged, the coordinator says at which step a session begins, and the
-    optimiser goes on from what it was there; else the device knows that itself.
+    steps: the method's steps on this device.
+    record: what this device keeps on its disk; None to keep nothing.
+    stage_digest: digest of the device's model files.
+
+    The attribute `step` counts the steps done. Where adapters are averaged, the coordinator says at which step a
+    session begins, and the optimiser goes on from its state at that step. Elsewhere the device itself knows.
     """
 
     def __init__(
@@ -61,9 +66,9 @@ class DeviceTrainer:
         self._measurements = Measurements(context.config, context.ledger, int(steps.model.hidden_size))
         self._record, self._stage_digest = record, stage_digest
         self.stepper = Stepper(steps.parameters, self.config)
-        self._initial = self._average = flatten(steps.parameters)  # _average: what all devices had last
-        self._points = {0: DeviceState(0, self._initial)}  # at the last two aggregations
-        self._told: dict[str, float] = {}  # by the last STEP, which a broken link may have lost
+        self._initial = self._average = flatten(steps.parameters)  # `_average` is what all devices had last
+        self._points = {0: DeviceState(0, self._initial)}  # the states at the last two aggregations
+        self._told: dict[str, float] = {}  # values of the last STEP, which a broken link may have lost
         self.step = 0
         kept = record.last() if record else None
         if kept is not None and self.config.averages:
@@ -73,12 +78,12 @@ class DeviceTrainer:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All that trains here, by names in the whole model."""
+        """All parameters that train on this device, by names in the whole model."""
         return self.steps.parameters
 
     @property
     def terms(self) -> Terms:
-        """Of a link for this trainer."""
+        """The terms of a link for this trainer."""
         return self.steps.terms
 
     def adapter(self) -> dict[str, Tensor]:
@@ -93,9 +98,14 @@ class DeviceTrainer:
         tell: Tell = lambda progress: None,
         keep: Keep = lambda adapter: None,
     ) -> None:
-        """To the job's end. After LinkLost it may be called again: what was cut off is done anew, and counts once.
+        """Trains to the job's end. May be called again after LinkLost: what was cut off is done anew, and counts once.
 
+        cancelled: once set, ends the training with Cancelled before the next step.
+        tell: is called after each step.
         keep: gets the device's own adapter before the coordinator hears of the end.
+
+        Raises LinkLost for a broken link, BadTensor or BadFrame for answers that do not fit, and WrongState where the
+        device cannot go on.
         """
         if not self._open(link):
             return
@@ -122,7 +132,7 @@ class DeviceTrainer:
     # ---- a session ----
 
     def _open(self, link: Link) -> bool:
-        """Whether there is something to do."""
+        """Opens the session. Returns whether anything is left to do."""
         shape = self.steps.shape
         opened = stage_pb2.Open(
             codecs=sorted(FAMILIES),
@@ -136,7 +146,7 @@ class DeviceTrainer:
         answer = link.receive()
         if answer.phase == Phase.CLOSE:
             return False
-        if answer.phase == Phase.OPEN and answer.shape is not None:  # it moved, and this device does not know yet
+        if answer.phase == Phase.OPEN and answer.shape is not None:  # the cut moved, and this device does not know yet
             self._move(link, answer.shape)
         agreed = answer.agreement if answer.phase == Phase.OPEN else None
         if agreed is None or agreed.adapter_values != self._initial.numel():
@@ -150,12 +160,14 @@ class DeviceTrainer:
         elif agreed.start_step != self.step:
             raise BadTensor("the coordinator's answer to OPEN does not fit what this device has done")
         self.steps.begin()
-        self.stepper.drop_gradients()  # of a step that a broken link ended
+        self.stepper.drop_gradients()  # those of a step that a broken link ended
         return True
 
     def _move(self, link: Link, shape: Shape) -> None:
-        """Holds other blocks from here on. What the optimiser knows of those that stay goes on; that of others is
-        gone. Raises WrongState where this device cannot."""
+        """Holds other blocks from here on, and keeps the optimiser's state of the blocks that stay.
+
+        Raises WrongState where this device cannot.
+        """
         log.info("this device's cut moves to %d", shape.cut)
         state = self.stepper.state()
         self.stepper.drop_gradients()
@@ -166,13 +178,13 @@ class DeviceTrainer:
         link.coder.reshape(shapes_of(self.parameters))
 
     def _of_mine(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of an optimiser's state, what is of this device's parameters: its cut may have moved since."""
+        """The part of an optimiser's state that is of this device's parameters, for its cut may have moved since."""
         return {key: value for key, value in state.items() if key.rpartition("|")[0] in self.parameters}
 
     # ---- a step ----
 
     def _apply(self, link: Link, made: Gradients) -> None:
-        """The optimiser's step, kept before anyone hears of it."""
+        """Does the optimiser's step, and keeps the result before anyone hears of it."""
         norm_squared = self.stepper.gradient_norm_squared()
         self.stepper.step(self.step, norm_squared + made.elsewhere)
         self._told = {"norm_squared": norm_squared, "tokens": float(made.tokens), "nll": made.nll}
@@ -182,7 +194,7 @@ class DeviceTrainer:
         link.send(Frame(Phase.STEP, self.step - 1, values=self._told))
 
     def _end_early(self, link: Link) -> None:
-        """Nothing is left that trains: the job is over for this device. Over another link that is told again."""
+        """Ends training for this device because nothing is left that trains. Over another link this is told again."""
         log.warning("after step %d nothing is left that trains: training ends here", self.step)
         last = self.config.steps
         self._keep(last)
@@ -218,10 +230,11 @@ class DeviceTrainer:
     # ---- what lasts ----
 
     def _keep(self, done: int) -> None:
-        """Keeps what a later session may have to go on from: at aggregations here, at checkpoints on the disk.
+        """Keeps what a later session may have to go on from: in memory at aggregations, on disk at checkpoints.
 
-        done: steps; all of the job's where it ends early. On the disk before the coordinator can have a checkpoint of
-        this step, so that the two always meet.
+        It is on the disk before the coordinator can have a checkpoint of this step, so that the two always match.
+
+        done: the number of steps done, or all of the job's where training ends early.
         """
         aggregates, keeps = self.config.aggregates_after(done), self.config.checkpoints_after(done)
         if not aggregates and not (keeps and self._record):
@@ -234,7 +247,7 @@ class DeviceTrainer:
             self._record.save(state)
 
     def _go_to(self, step: int, average: Tensor | None) -> None:
-        """To the last aggregation, whose average the coordinator has sent (None: to the start)."""
+        """Goes to the last aggregation, whose average the coordinator has sent; None stands for the start."""
         self._average = self._initial if average is None else average
         kept = self._points.get(step) or (self._record.at(step) if self._record and step else None)
         optimizer = self._of_mine(kept.optimizer) if kept else {}

@@ -1,4 +1,4 @@
-"""What a method gives to a device's trainer: the steps that are its own. All the rest is in device.py."""
+"""A method's own steps on a device, which its trainer calls. All else is in device.py."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from isthmus.split.resources.ledger import Ledger
 
 @dataclass(frozen=True)
 class DeviceContext:
-    """A job as a device's trainer is given it: its options, the device's text, what counts its resources. dtype: that
-    training computes in."""
+    """A job as a device's trainer gets it: configuration, the device's text, and what counts its resources.
+
+    dtype: the dtype in which training computes.
+    """
 
     config: TrainingConfig
     train: Sequences
@@ -36,8 +38,13 @@ class DeviceContext:
 
 @dataclass(frozen=True)
 class Batch:
-    """A step's sequences on a device. input_ids, labels: (rows, sequence). tokens: predicted ones. slices: the rows of
-    each micro-batch. depth: micro-batches that may be under way."""
+    """A step's sequences on a device.
+
+    input_ids, labels: (rows, sequence).
+    tokens: the number of predicted tokens.
+    slices: the rows of each micro-batch.
+    depth: the most micro-batches that may be under way.
+    """
 
     step: int
     input_ids: Tensor
@@ -48,7 +55,11 @@ class Batch:
 
     @classmethod
     def of(cls, context: DeviceContext, step: int, plan: Plan, device: torch.device) -> Batch:
-        """plan: of the session. device: where the tensors are to be."""
+        """Takes a step's sequences from the device's text.
+
+        plan: the session's plan, which cuts the step into micro-batches.
+        device: where the tensors are to be.
+        """
         train, config = context.train, context.config
         rows = batch_indices(len(train.input_ids), config.batch_size, step, config.seed)
         input_ids, labels = train.input_ids[rows].to(device), train.labels[rows].to(device)
@@ -59,8 +70,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Gradients:
-    """A step whose gradients are there. nll: the batch's summed loss. tokens: its predicted ones. elsewhere: the
-    squared norm of the gradients that are not on this device."""
+    """What a step gave beside the gradients, which are at the parameters.
+
+    nll: the batch's summed loss, in nats.
+    tokens: the number of its predicted tokens.
+    elsewhere: the squared norm of the gradients that are not on this device.
+    """
 
     nll: float
     tokens: int
@@ -68,8 +83,11 @@ class Gradients:
 
 
 class DeviceSteps(ABC):
-    """A method's side of a job on a device. parameters: all that trains here, by their names in the whole model. model:
-    its configuration."""
+    """A method's side of a job on a device.
+
+    parameters: all parameters that train on this device, by names in the whole model.
+    model: the model's configuration.
+    """
 
     parameters: dict[str, nn.Parameter]
     model: PreTrainedConfig
@@ -81,43 +99,45 @@ class DeviceSteps(ABC):
 
     @abstractmethod
     def train(self, link: Link, step: int) -> Gradients | None:
-        """Makes the gradients of a step, at the parameters; None where nothing is left to train."""
+        """Computes the gradients of a step, at the parameters; returns None where nothing is left to train."""
 
     @abstractmethod
     def evaluate(self, link: Link, step: int, held_out: Sequences) -> tuple[float, int]:
-        """The summed loss of held-out text after `step` steps, and the number of its predicted tokens."""
+        """The summed loss of held-out text after `step` steps, in nats, and the number of its predicted tokens."""
 
     # ---- what some have ----
 
     @property
     def terms(self) -> Terms:
-        """Of a link for this device."""
+        """The terms of a link for this device."""
         model, shapes = self.model, shapes_of(self.parameters)
         return Terms(self.config, len(self.context.train), shapes, model.hidden_size, model.vocab_size)
 
     @property
     def shape(self) -> Shape | None:
-        """What the device holds now, to be said where its cut may move; None: it stays."""
+        """The shape to tell in OPEN, where the device's cut may move; None where it stays."""
         return None
 
-    def begin(self) -> None:  # noqa: B027  # most have none
-        """A session begins: what an earlier one had under way is dropped."""
+    def begin(self) -> None:  # noqa: B027  # most methods have nothing to do
+        """Drops what an earlier session had under way, as a new one begins."""
 
     def take(self, answer: Frame) -> bool:
-        """What an answer to OPEN or AGGREGATE brings beside the adapter. Returns whether training begins anew."""
+        """Takes what an answer to OPEN or AGGREGATE brings beside the adapter. Returns whether training begins anew."""
         return False
 
     def move(self, shape: Shape) -> str:
-        """The device holds other blocks from here on. Returns the digest of their files. Raises WrongState where it
-        cannot."""
+        """Holds other blocks from here on, and returns the digest of their files.
+
+        Raises WrongState where the device cannot.
+        """
         raise WrongState(f"the coordinator moves this device's cut to {shape.cut}, which it cannot follow")
 
     def state(self) -> dict[str, Any]:
-        """What has to be known beside adapter and optimiser to go on, JSON-able."""
+        """What has to be known beside adapter and optimiser to go on, as JSON has it."""
         return {}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027  # most have none
-        """What `state` gave; nothing, for a device that comes without its record."""
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027  # most methods have nothing to do
+        """Takes over what `state` returned, or nothing on a device that comes without its record."""
 
     def own_adapter(self) -> dict[str, Tensor]:
         """What this device has learnt and keeps, by names in the whole model; empty where it keeps nothing."""

@@ -1,4 +1,4 @@
-"""Whether a device holds what it is to hold: an adapter of the right length, and the coordinator's model files."""
+"""Checks of what a device holds: an adapter of the right length, and the coordinator's model files."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from isthmus.split.errors import BadFrame
 
 
 def digest_of(digests: Mapping[int, str], cut: int) -> str:
-    """Of the files of a device with this cut. digests: by cut, one where all are alike; empty: not known."""
+    """The digest of the files of a device with this cut; empty if not known.
+
+    digests: digests by cut; a single one holds for all cuts.
+    """
     if len(digests) < 2:
         return next(iter(digests.values()), "")
     return digests.get(cut, "of no cut of this job")
 
 
 def digest_of_all(digests: Mapping[int, str]) -> str:
-    """Of what devices hold with any of these cuts, for a checkpoint."""
+    """One digest of the files for all cuts, for a checkpoint; empty if not known."""
     if len(digests) < 2:
         return next(iter(digests.values()), "")
     return hashlib.sha256("".join(digest for _, digest in sorted(digests.items())).encode()).hexdigest()
@@ -26,8 +29,9 @@ def digest_of_all(digests: Mapping[int, str]) -> str:
 def check_holds(opened: stage_pb2.Open, values: int, whose: str, digest: str) -> None:
     """Raises BadFrame for a device that opens a job with another adapter or with other files.
 
-    values: length of the flattened adapter that it is to have; whose: the subject of the sentence on that. digest: of
-    its files; empty: not known.
+    values: length of the flattened adapter that it has to have.
+    whose: subject of the error's sentence about that length.
+    digest: digest of its files; empty if not known.
     """
     if opened.adapter_values != values:
         raise BadFrame(f"an adapter of {opened.adapter_values} values; {whose} {values}")

@@ -1,5 +1,7 @@
-"""Perplexity of an unsplit model on files, by the loss that training uses, with plain transformers and peft: so that
-anyone can repeat a reported figure."""
+"""Perplexity of an unsplit model on files, with plain transformers and peft and the loss that training uses.
+
+Anyone can repeat a reported figure with it.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,17 @@ from isthmus.split.models.default_model import DEFAULT_MODEL_FOLDER
 from isthmus.split.training.loss import nll
 from isthmus.split.training.perplexity import perplexity
 
-if TYPE_CHECKING:  # loaded with the first model
+if TYPE_CHECKING:  # transformers is loaded with the first model
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What evaluate_files found. nll: summed over `tokens` predicted tokens, in nats; perplexity: exp(nll / tokens)."""
+    """What evaluate_files found.
+
+    nll: negative log likelihood in nats, summed over `tokens` predicted tokens.
+    perplexity: exp(nll / tokens).
+    """
 
     perplexity: float
     nll: float
@@ -49,7 +55,9 @@ def evaluate_files(
 ) -> Evaluation:
     """Evaluates a model, with a PEFT adapter if one is given, on files that are held out as a whole (see PERPLEXITY).
 
-    model: a folder in hub format, a hub id, or "default". progress is called with (windows done, windows in all).
+    model: a folder in hub format, a hub id, or "default".
+    progress: is called with (windows done, windows in all).
+
     Raises BadModelFolder for a model or adapter that cannot be loaded or does not fit, BadData for a file that cannot
     be used, BadRequest for options that do not go together.
     """
@@ -59,7 +67,7 @@ def evaluate_files(
     if batch_size < 1:
         raise BadRequest(f"batch_size is {batch_size}: choose 1 or more")
     name = str(DEFAULT_MODEL_FOLDER) if model == "default" else model
-    documents = [read_documents(path, config) for path in files]  # before the model: what is wrong here shows at once
+    documents = [read_documents(path, config) for path in files]  # before the model: an error here shows at once
     tokenizer = _load_tokenizer(name, model)
     rows = []
     for path, held_out in zip(files, documents, strict=True):
@@ -72,7 +80,7 @@ def evaluate_files(
     network: torch.nn.Module = whole if adapter is None else _load_adapter(whole, adapter)
     try:
         network = network.to(device)
-    except (RuntimeError, AssertionError) as error:  # no such device; torch built without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # no such device; torch built without CUDA raises AssertionError
         raise BadRequest(f"device {device!r} cannot be used ({_line(error)}): choose cpu, or cuda with a GPU") from None
 
     windows, done, total, tokens = sum(map(len, rows)), 0, 0.0, 0
@@ -97,7 +105,10 @@ def evaluate_files(
 
 
 def load_model(folder: str, model: str) -> PreTrainedModel:
-    """The unsplit model in float32, in evaluation mode. folder: a folder or hub id; model: what errors call it.
+    """Loads the unsplit model in float32 and evaluation mode.
+
+    folder: a folder or a hub id.
+    model: the model's name in errors.
 
     Raises BadModelFolder if it cannot be loaded as it is: no remote code, no pickles, no tensor left at random.
     """
@@ -134,7 +145,7 @@ def _load_tokenizer(folder: str, model: str) -> PreTrainedTokenizerBase:
 
 
 def _load_adapter(whole: PreTrainedModel, adapter: Path) -> torch.nn.Module:
-    """Raises BadModelFolder unless every tensor of the adapter's folder found its place, and every place its tensor."""
+    """Loads an adapter. Raises BadModelFolder unless each tensor of its folder has a place and each place a tensor."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
@@ -144,7 +155,7 @@ def _load_adapter(whole: PreTrainedModel, adapter: Path) -> torch.nn.Module:
             f"{adapter} is not a PEFT adapter: name a folder with adapter_config.json and adapter_model.safetensors"
         )
     try:
-        with warnings.catch_warnings(action="ignore"):  # what it warns of is refused below
+        with warnings.catch_warnings(action="ignore"):  # what peft warns of is refused below
             adapted: torch.nn.Module = PeftModel.from_pretrained(whole, str(adapter), is_trainable=False).eval()
         with safe_open(weights, framework="pt") as file:
             given = set(file.keys())
@@ -152,7 +163,7 @@ def _load_adapter(whole: PreTrainedModel, adapter: Path) -> torch.nn.Module:
         raise BadModelFolder(
             f"adapter {adapter} does not fit the model ({_line(error)}): was it made for it?"
         ) from None
-    # peft only warns of tensors that are missing, and drops those for which the model has no place
+    # peft only warns of missing tensors, and drops those for which the model has no place
     places = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     misfits = sorted({key for key in given - places if "lora_" in key} | places - given)
     if misfits:
@@ -169,7 +180,7 @@ def _check_folder(folder: str, model: str) -> None:
 
 
 def _check_fit(whole: PreTrainedModel, rows: list[Sequences], config: TextSettings, model: str) -> None:
-    """What would otherwise end in an IndexError in the middle of the model."""
+    """Raises BadRequest or BadModelFolder for what would otherwise end in an IndexError in the midst of the model."""
     limit = getattr(whole.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and config.sequence_length > limit:
         raise BadRequest(
@@ -185,6 +196,6 @@ def _check_fit(whole: PreTrainedModel, rows: list[Sequences], config: TextSettin
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error of a library, which may fill a page."""
+    """The first line of a library's error, which may fill a page."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200].rstrip(' .:')}" if text else type(error).__name__

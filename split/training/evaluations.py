@@ -1,4 +1,4 @@
-"""The losses on held-out text that devices report, added up into the job's perplexity."""
+"""The losses on held-out text that devices report, summed to the job's perplexity."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from isthmus.split.training.perplexity import perplexity
 
 
 class Evaluations:
-    """perplexities: by step, of those that are complete and were told."""
+    """Collects the devices' evaluations.
+
+    perplexities: by step, those that are complete and were told.
+    """
 
     def __init__(self, tell: Tell) -> None:
         self._tell = tell
@@ -18,11 +21,14 @@ class Evaluations:
         self.perplexities: dict[int, float] = {}
 
     def add(self, step: int, device: str, nll: float, tokens: int) -> None:
-        """nll: summed over the predicted tokens of the device's held-out text."""
+        """Adds what a device has reported.
+
+        nll: in nats, summed over the predicted tokens of the device's held-out text.
+        """
         self._sums.setdefault(step, {})[device] = (nll, tokens)
 
     def complete(self, awaited: Collection[str]) -> None:
-        """Tells of the evaluations that no awaited device lacks."""
+        """Tells of each evaluation to which all awaited devices have contributed."""
         for step, sums in sorted(self._sums.items()):
             total, tokens = sum(loss for loss, _ in sums.values()), sum(count for _, count in sums.values())
             if step in self.perplexities or not set(awaited) <= sums.keys() or not tokens:

@@ -1,4 +1,4 @@
-"""Hosts a job's stage for its devices: one thread owns the job, and everybody else only puts work into its inbox."""
+"""A job's host: one thread owns the job, and all others only put work into its inbox."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from isthmus.split.training.steps import HostSteps
 
 
 class JobHost:
-    """What may be called from any thread. steps: the method's."""
+    """The host of a job. Any thread may call its methods.
+
+    steps: the method's steps at the coordinator.
+    """
 
     def __init__(self, steps: HostSteps, context: HostContext) -> None:
         self.steps, self.ledger = steps, steps.ledger
@@ -25,18 +28,22 @@ class JobHost:
         self._inbox.start()
 
     def join(self, device: str, frame: Frame, deliver: Deliver) -> Future[None]:
-        """A device's OPEN. Its answer comes when it is admitted. A device that joins again replaces itself."""
+        """Takes a device's OPEN, which is answered when the device is admitted.
+
+        A device that joins again takes the place of its earlier stream.
+        """
         return self._post(device, deliver, lambda: self.job.join(device, frame, deliver))
 
     def submit(self, device: str, frame: Frame, deliver: Deliver) -> Future[None]:
-        """The next frame of a device's stream. One that is not due is refused with BadFrame, to that device alone.
+        """Takes the next frame of a device's stream.
 
-        The future is done when the frame has been taken: who reads a network waits for it before reading on.
+        A frame that is not due is refused with BadFrame, which only this device gets. The future is done when the frame
+        has been taken; whoever reads a network waits for it before reading on.
         """
         return self._post(device, deliver, lambda: self.job.submit(device, frame, deliver))
 
     def leave(self, device: str, deliver: Deliver) -> None:
-        """A device's stream has ended. Nothing happens if the device has joined again by another one since."""
+        """Notes that a device's stream has ended. Does nothing if the device has joined again by another stream."""
         self._inbox.put(lambda: self.job.leave(device, deliver))
 
     def start_without(self, missing: set[str]) -> None:
@@ -44,13 +51,13 @@ class JobHost:
         self._inbox.put(lambda: self.job.start_without(missing))
 
     def close(self) -> None:
-        """Ends the thread once what was submitted is done."""
+        """Ends the thread once all submitted work is done."""
         self._inbox.close()
         for device in self.job.members.joined.values():
             self.steps.left(device)
 
     def outcome(self) -> Outcome:
-        """After `finished`."""
+        """What the job leaves; call it after the event `finished`."""
         job, point = self.job, self.job.point
         return Outcome(
             adapter=self.steps.adapter(point),

@@ -1,10 +1,12 @@
 """A job at its stage, whatever its method: who takes part in which step, and when something is complete.
 
-A joint phase runs when the frame of every device at work is there. A device that goes away is no longer waited for.
-One that comes (again) takes part from the next aggregation on, when all devices have the same adapter; where devices
-have steps of their own, it goes on from the last aggregation at once. When nobody is left of devices that step
-together, the job goes back to the last aggregation: their part of the steps since then has gone. What a step, an
-aggregation and a checkpoint consist of is the method's (steps.py). All of this is called in one thread (host.py).
+A joint phase runs when the frames of all devices at work are there. A device that goes away is no longer waited for.
+One that comes, or comes again, takes part from the next aggregation on, when all devices have the same adapter; where
+devices have steps of their own, it goes on from the last aggregation at once. When none is left of devices that step
+together, the job goes back to the last aggregation, because their part of the steps since then has gone with them.
+
+The method (steps.py) says what a step, an aggregation and a checkpoint consist of. All of this is called in one thread
+(host.py).
 """
 
 from __future__ import annotations
@@ -48,8 +50,13 @@ from isthmus.split.training.steps import HostSteps
 
 @dataclass(frozen=True)
 class HostContext:
-    """A job as its host is given it. devices: that may take part. resume: the checkpoint to go on from. tell: is called
-    in the host's thread."""
+    """A job as its host gets it.
+
+    devices: the devices that may take part.
+    checkpoints: where to keep checkpoints; None to keep none.
+    resume: the checkpoint to go on from; None to start anew.
+    tell: is called in the host's thread, with each event.
+    """
 
     config: TrainingConfig
     devices: Collection[str]
@@ -61,10 +68,14 @@ class HostContext:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished job leaves. adapter: by names in the whole model; None where each device keeps its own.
+    """What a finished job leaves.
 
-    server: the stage's part of it. device_adapter: the devices' average, flat; None where there is none. resources: of
-    each device, as it reported them.
+    adapter: by names in the whole model; None where each device keeps its own.
+    server: the stage's part of the adapter, by name.
+    device_adapter: the devices' average, flat; None where there is none.
+    losses: mean loss of each step, in nats.
+    perplexities: by step.
+    resources: what each device reported of its resources.
     """
 
     adapter: dict[str, Tensor] | None
@@ -76,7 +87,7 @@ class Outcome:
 
 
 class HostedJob:
-    """The steps answer devices through `answer` and `refuse`, and watchers through `tell`."""
+    """A job and its devices. The steps answer devices through `answer` and `refuse`, and watchers through `tell`."""
 
     def __init__(self, steps: HostSteps, context: HostContext) -> None:
         self.steps, self.config, self.tell = steps, context.config, context.tell
@@ -101,7 +112,7 @@ class HostedJob:
     # ---- what devices do ----
 
     def join(self, name: str, frame: Frame, deliver: Deliver) -> None:
-        """A device's OPEN. Raises BadFrame for one that cannot take part."""
+        """Takes a device's OPEN. Raises BadFrame for a device that cannot take part."""
         opened = check_open(name, frame.open, self.members.devices, self.config)
         self.steps.check_open(name, opened)
         if self._finished or (opened.last_step == self.config.steps and name in self.members.done):
@@ -119,10 +130,10 @@ class HostedJob:
             self._admit()
 
     def submit(self, name: str, frame: Frame, deliver: Deliver) -> None:
-        """A later frame. Raises BadFrame for one that is not due."""
+        """Takes a later frame. Raises BadFrame for one that is not due."""
         device = self.members.of_stream(name, deliver)
         if device is None:
-            return  # what a stream that was replaced or refused had sent before it ended
+            return  # a stream that was replaced or refused had sent this before it ended
         if not device.admitted:
             raise BadFrame(f"{Phase.Name(frame.phase)} before the session was agreed")
         device.heard = time.monotonic()
@@ -151,7 +162,10 @@ class HostedJob:
             self.steps.take(device, frame)
 
     def leave(self, name: str, deliver: Deliver, *, done: bool = False) -> None:
-        """A device's stream has ended. done: it has closed the job, or was given up after its last step."""
+        """Notes that a device's stream has ended.
+
+        done: whether the device has closed the job, or was given up after its last step.
+        """
         device = self.members.of_stream(name, deliver)
         if device is None:
             return
@@ -187,8 +201,15 @@ class HostedJob:
         self.steps.answered(device, frame)
 
     def refuse(self, devices: Collection[str], of: Collection[str], what: str) -> None:
-        """Goes on without the devices whose share gives no finite numbers, as if they had left. Where that is so of
-        several and of all, it is the stage that has diverged: raises WrongState, which ends the job."""
+        """Goes on without the devices whose share gives no finite numbers, as if they had left.
+
+        devices: the devices to refuse.
+        of: all devices that had a share.
+        what: the subject of the error's sentence.
+
+        Raises WrongState, which ends the job, if there are several devices and all are to be refused: then the stage
+        has diverged.
+        """
         if len(of) > 1 and len(devices) == len(of):
             raise WrongState(f"{what} are not finite for any device: {DIVERGED}; --resume goes on from a checkpoint")
         for name in sorted(devices):
@@ -206,10 +227,10 @@ class HostedJob:
         return self.config.aggregates_after(device.step) and device.step > self.point.step
 
     def look(self) -> None:
-        """Goes on without devices that have owed a frame for too long. Called every second or so."""
+        """Goes on without devices that have owed a frame for too long. It is called about once a second."""
         for device in list(self.members.joined.values()):
             if self.members.joined.get(device.name) is not device or not device.admitted:
-                continue  # gone meanwhile, or its turn has not come
+                continue  # gone meanwhile, or not yet admitted
             seconds, waits = self.steps.owed_by(device), self._barrier.has(device.name)
             over = device.step == self.config.steps and not self.owes_adapter(device)
             last = self.steps.keeps_own and self.members.others_are_done(device.name)
@@ -237,7 +258,7 @@ class HostedJob:
     # ---- parts of it ----
 
     def _admit(self) -> None:
-        """Lets devices in: where adapters are averaged, all together at the start."""
+        """Admits devices; where adapters are averaged, the first ones all together."""
         if not self.members.started:
             if self.config.averages and not self.members.all_here:
                 return
@@ -264,7 +285,7 @@ class HostedJob:
         return self.plans.make(devices, others, self.steps.stage_seconds()) if devices else {}
 
     def _stepped(self, device: JoinedDevice, frame: Frame) -> None:
-        """A device has done a step of its own, or says that none follows."""
+        """Notes that a device has done a step of its own, or that it does no further one."""
         ends = bool(frame.values.get(ENDS))
         first = self.progress.by_device[device.name] < self.config.steps  # else it is told again, over another link
         device.step = self.config.steps if ends else frame.step + 1
@@ -277,7 +298,7 @@ class HostedJob:
             self.progress.alone(device.name, frame)
 
     def _run_complete(self) -> None:
-        """Runs what every device at work has sent."""
+        """Runs each phase for which all devices at work have sent their frames."""
         while (complete := self._barrier.take_complete(self.members.at_work)) is not None:
             place, frames = complete
             if place.phase == Phase.AGGREGATE:
@@ -290,7 +311,7 @@ class HostedJob:
                 self.progress.together(place.step, frames)
 
     def _aggregate(self, step: int, frames: Mapping[str, Frame]) -> None:
-        """The devices' adapters become one, which is on disk before anyone has it."""
+        """Makes one adapter of the devices' adapters, which is on disk before anyone has it."""
         shares = {name: Share(tensor_of(frame), self.members.joined[name].samples) for name, frame in frames.items()}
         unfit = self.steps.unfit(shares, self.point.device_adapter)
         self.refuse(unfit, frames, f"the adapter's values after step {step + 1}")
@@ -301,7 +322,7 @@ class HostedJob:
             device.measured = frames[name].measured or device.measured
         try:
             made = self.steps.aggregate(step, {name: shares[name] for name in devices}, self.point.device_adapter)
-        except BadTensor as error:  # of no device alone
+        except BadTensor as error:  # no single device has caused it
             raise WrongState(f"the average of the adapters after step {step + 1} cannot be sent: {error}") from None
         told = Aggregated(step=step + 1, method=made.method, aggregation_error=made.error)
         self.tell(Event(aggregation=told))
@@ -332,7 +353,10 @@ class HostedJob:
             self._admit()
 
     def _finish_if_done(self, *, done: bool) -> bool:
-        """done: the device that was the last at work had come to its end."""
+        """Ends the job if nothing is left to do. Returns whether it ended.
+
+        done: whether the device that was the last at work had come to its end.
+        """
         if self._finished or self.members.at_work:
             return False
         steps = self.config.steps
@@ -341,7 +365,7 @@ class HostedJob:
         else:
             over = self.point.step == steps
             if over:
-                self.evaluations.complete(())  # of the devices that could still report theirs
+                self.evaluations.complete(())  # no device that could still report an evaluation is left
             evaluated = steps in self.evaluations.perplexities or not self.config.evaluates_after(steps)
             over = over and (done or evaluated)
         if over:

@@ -1,4 +1,4 @@
-"""One thread that does, in order, what others put into it: what it alone touches needs no lock."""
+"""One thread that does, in order, what others put into it. What only this thread touches needs no lock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ _LOOK_EVERY = 1.0  # seconds
 
 
 class Inbox:
-    """look: called every second or so; fail: with what went wrong in a piece of work. Both are called in the thread."""
+    """A thread and its queue of work.
+
+    look: is called about once a second.
+    fail: is called with the error of a piece of work.
+
+    Both are called in the thread.
+    """
 
     def __init__(self, name: str, *, look: Callable[[], None], fail: Callable[[IsthmusError], None]) -> None:
         self._look, self._fail = look, fail
@@ -30,7 +36,10 @@ class Inbox:
         self._queue.put(work)
 
     def post(self, work: Callable[[], None], refused: Callable[[BadRequest], None]) -> Future[None]:
-        """Work that may refuse what it was given. The future is done when the work is."""
+        """Puts work in that may refuse what it was given; `refused` then gets the error.
+
+        The future is done when the work is.
+        """
         taken: Future[None] = Future()
 
         def guarded() -> None:
@@ -39,19 +48,19 @@ class Inbox:
             except BadRequest as error:
                 refused(error)
             finally:
-                if taken.set_running_or_notify_cancel():  # not, if whoever waited has gone meanwhile
+                if taken.set_running_or_notify_cancel():  # false if whoever waited has cancelled meanwhile
                     taken.set_result(None)
 
         self._queue.put(guarded)
         return taken
 
     def close(self) -> None:
-        """Ends the thread once what was put is done."""
+        """Ends the thread once all work put in is done."""
         self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        torch.get_num_threads()  # takes up the process's setting: a Ray worker's new threads compute with one
+        torch.get_num_threads()  # takes up the process's setting, for new threads of a Ray worker compute with one
         looked = time.monotonic()
         while True:
             try:
@@ -67,6 +76,6 @@ class Inbox:
                     self._look()
             except IsthmusError as error:
                 self._fail(error)
-            except Exception as error:  # a bug or no memory: every device is told, nobody waits for ever
+            except Exception as error:  # a bug, or no memory left: every device is told, so that none waits for ever
                 self._fail(IsthmusError(f"the stage failed: {type(error).__name__}: {error}"))
                 raise

@@ -1,7 +1,8 @@
 """The adapters of a job at its stage: what each device has, how they become one, and who holds which blocks.
 
-Where all devices are alike there is one average, the same bytes for all (averages.py). Where they differ each one gets
-its own part of what was merged (aggregation/merging.py), and cuts may move (plan/moving.py). All in the host's thread.
+Where all devices are alike there is one average, the same bytes for all (averages.py). Where they differ each device
+gets its own part of what was merged (aggregation/merger.py), and cuts may move (plan/cut_mover.py). All of it is called
+in the host's thread.
 """
 
 from __future__ import annotations
@@ -36,15 +37,25 @@ Segments = Callable[[Mapping[str, Shape]], list[Stage]]
 
 @dataclass(frozen=True)
 class Moving:
-    """What moves cuts in the midst of a job. mover: says when; segments: makes the stage's blocks for other shapes."""
+    """What moves cuts in the midst of a job.
+
+    mover: decides when cuts move.
+    segments: makes the stage's segments for other shapes.
+    """
 
     mover: CutMover
     segments: Segments
 
 
 class JobAdapters:
-    """initial: the adapter that every device begins with, where all are alike; merging: merges those of devices that
-    differ. moving: None where cuts stay. digests: of the model files that a device holds, by cut; empty: not known."""
+    """The adapters of a job's devices.
+
+    trainer: the stage's blocks.
+    initial: the adapter that every device begins with, where all are alike.
+    merging: merges the adapters of devices that differ; None where all are alike.
+    moving: None where cuts stay.
+    digests: digests of the model files that a device holds, by cut; empty if not known.
+    """
 
     def __init__(
         self,
@@ -59,16 +70,16 @@ class JobAdapters:
         self._trainer, self._config = trainer, config
         self._averages = Averages(config, initial)
         self._merging, self._moving, self._digests = merging, moving, dict(digests)
-        self._recently = (0, 0.0)  # steps, and seconds of computing at the stage, at the last aggregation
+        self._recently = (0, 0.0)  # steps, and the stage's seconds of computing, at the last aggregation
 
     # ---- what a device has ----
 
     def values_of(self, device: str) -> int:
-        """Length of its flattened adapter."""
+        """Length of a device's flattened adapter."""
         return self._merging.values_of(device) if self._merging else self._averages.initial.numel()
 
     def shapes_for(self, device: str) -> tuple[tuple[int, ...], ...] | None:
-        """Of the matrices of a device's adapter; None for a device that has no part in the job."""
+        """Shapes of the matrices of a device's adapter; None for a device that has no part in the job."""
         if self._merging is None:
             return self._averages.shapes
         if device not in self._merging.shapes:
@@ -76,7 +87,7 @@ class JobAdapters:
         return shapes_of(self._merging.layout.like_of(self._merging.shapes[device]))
 
     def check_open(self, device: str, opened: stage_pb2.Open) -> None:
-        """Raises BadFrame for a device with another adapter, or other files, than it is to have."""
+        """Raises BadFrame for a device with another adapter, or other files, than it has to have."""
         shape = self._claimed(device, opened)
         if shape is not None and self._merging is not None:
             values = sum(value.numel() for value in self._merging.layout.like_of(shape).values())
@@ -87,7 +98,7 @@ class JobAdapters:
         check_holds(opened, values, whose, digest_of(self._digests, cut))
 
     def start(self, device: str, opened: stage_pb2.Open, point: Checkpoint) -> Frame:
-        """What the answer to OPEN says of its adapter, and of a cut that has moved and that it does not know yet."""
+        """The answer to OPEN: the device's adapter, and its shape if its cut has moved without its knowledge."""
         if self._merging is None:
             return Frame(Phase.OPEN, tensor=point.device_adapter)
         shape = self._merging.shapes[device]
@@ -97,11 +108,17 @@ class JobAdapters:
     # ---- aggregation ----
 
     def unfit(self, shares: Mapping[str, Share], last: Tensor | None) -> set[str]:
-        """The devices whose adapters nobody could compute with: NaN, infinity, or so large that they lead there."""
+        """The devices whose adapters nobody could compute with: NaN, infinity, or values so large that they lead there.
+
+        last: the average before, flat; None if there was none.
+        """
         return self._merging.unfit(shares) if self._merging else self._averages.unfit(shares, last)
 
     def merge(self, step: int, shares: Mapping[str, Share], last: Tensor | None) -> AggregationResult:
-        """last: the average of the last aggregation, where all have one and the same."""
+        """Makes one adapter of the devices' adapters, and the answers to their AGGREGATE frames.
+
+        last: the average of the last aggregation, flat, where all devices have the same.
+        """
         if self._merging is None:
             return self._averages.aggregate(step, shares, last)
         merged = self._merging.merge(shares, self._trainer.stepper.parameters)
@@ -117,8 +134,13 @@ class JobAdapters:
     def move(
         self, step: int, measured: Mapping[str, stage_pb2.Measured], steps_timed: int
     ) -> tuple[dict[str, ShapeChoice], dict[str, Frame]]:
-        """Right after `merge`: other cuts for those of these devices that have clearly too much or too little to do,
-        and the answers that tell them. steps_timed: steps that this stage has computed in all."""
+        """Moves the cuts of devices that have clearly too much or too little to do. It is called right after `merge`.
+
+        measured: what each device has measured, by device.
+        steps_timed: number of steps that this stage has computed in all.
+
+        Returns the new shapes and the answers that tell them, both by device.
+        """
         work, (before, computed) = self._trainer.ledger.compute_by_work, self._recently
         computing = work["forward"] + work["backward"]
         self._recently = steps_timed, computing
@@ -145,17 +167,17 @@ class JobAdapters:
 
     @property
     def digest(self) -> str:
-        """Of the model files, for a checkpoint: of what devices hold with any of the cuts that they may have."""
+        """One digest of the model files with all cuts that devices may have, for a checkpoint."""
         return digest_of_all(self._digests)
 
     def into(self, point: Checkpoint) -> Checkpoint:
-        """A checkpoint with what has to be known of devices that differ."""
+        """Adds to a checkpoint what has to be known of devices that differ."""
         if self._merging is None:
             return point
         return replace(point, merged=self._merging.state(), shapes=as_plain(self._merging.shapes))
 
     def restore(self, point: Checkpoint) -> None:
-        """Raises WrongState for a checkpoint of another model, of other options or of other devices."""
+        """Takes over a checkpoint. Raises WrongState for one of another model, of other options or of other devices."""
         if bool(point.merged) != (self._merging is not None):
             before, now = ("differed", "are alike") if point.merged else ("were alike", "differ")
             raise WrongState(
@@ -180,7 +202,7 @@ class JobAdapters:
     # ---- parts of it ----
 
     def _claimed(self, device: str, opened: stage_pb2.Open) -> Shape | None:
-        """What a device holds as it opens the job: of one whose cut moves, maybe not yet what it is to hold."""
+        """The shape that a device holds as it opens the job, which may lag behind the one to hold after a move."""
         if self._merging is None:
             return None
         current = self._merging.shapes[device]
@@ -190,13 +212,13 @@ class JobAdapters:
         return claimed if claimed.rank == current.rank else current
 
     def _with_adapter(self, answer: Frame, device: str) -> Frame:
-        """The adapter that a device is to have, and all of its frozen part."""
+        """Adds to an answer the adapter that a device is to have, and its whole frozen part."""
         assert self._merging is not None
         tensor, frozen = self._merging.start(device)
         return replace(answer, tensor=tensor, frozen=None if frozen is None else frozen.to_proto())
 
     def _rebuild(self, merging: Merger) -> None:
-        """The server's segments for the shapes that there are now."""
+        """Makes the server's segments for the devices' current shapes."""
         cuts = {device: shape.cut for device, shape in merging.shapes.items()}
         if set(cuts.values()) == set(self._trainer.cuts.values()) or self._moving is None:
             self._trainer.cuts = cuts

@@ -1,4 +1,4 @@
-"""What a device measures of its link and its computing, for the stage's plans."""
+"""A device's measurements of its link and its computing, for the stage's plans."""
 
 from __future__ import annotations
 
@@ -15,27 +15,33 @@ from isthmus.split.link.profile import LinkProfile, codec_seconds
 from isthmus.split.plan.choose import DEVICE_WORK, RECENT
 from isthmus.split.resources.ledger import Ledger
 
-_PROBE_EVERY = 60.0  # seconds between looks at the link, unless it seems to have changed
-_NOISE = 0.05  # seconds of waiting a step that tell nothing
+_PROBE_EVERY = 60.0  # seconds between probes of the link, unless it seems to have changed
+_NOISE = 0.05  # seconds of waiting in a step that tell nothing
 
 
 class Measurements:
-    """hidden_size: of the model."""
+    """What one device measures.
+
+    hidden_size: the model's hidden size.
+    """
 
     def __init__(self, config: TrainingConfig, ledger: Ledger, hidden_size: int) -> None:
         self._config, self._ledger, self._hidden_size = config, ledger, hidden_size
         self._profile, self._probed_at = LinkProfile(), -math.inf
         self._steps_done = 0
         self._looked_at = (0, 0.0)  # steps, and seconds of waiting for the link, at the last aggregation
-        self._usual_wait: float | None = None  # for the link, a step, after the last probe
+        self._usual_wait: float | None = None  # seconds of waiting for the link in a step, after the last probe
         self._recently = (0, 0.0)  # steps, and seconds of computing, at the last aggregation
 
     def stepped(self) -> None:
-        """A step is done."""
+        """Notes that a step is done."""
         self._steps_done += 1
 
     def take(self, link: Link) -> stage_pb2.Measured:
-        """With nothing under way. The link is looked at again after some time only: it takes some round trips."""
+        """Takes the measurements; call it when nothing is under way.
+
+        The link is probed only after some time, or if it seems to have changed, because that takes some round trips.
+        """
         if time.monotonic() - self._probed_at > _PROBE_EVERY or self._link_has_changed():
             self._profile, self._probed_at = link.measure(), time.monotonic()
             self._usual_wait = None
@@ -55,14 +61,14 @@ class Measurements:
 
     @contextmanager
     def not_of_steps(self) -> Iterator[None]:
-        """What is waited for the link meanwhile says nothing of the steps."""
+        """Context in which waiting for the link does not count as a step's."""
         waited = self._ledger.link_seconds
         yield
         self._looked_at = self._looked_at[0], self._looked_at[1] + self._ledger.link_seconds - waited
 
     @property
     def _computed(self) -> float:
-        """Seconds of training."""
+        """Seconds of computing in training."""
         return sum(self._ledger.compute_by_work.get(name, 0.0) for name in DEVICE_WORK)
 
     def _link_has_changed(self) -> bool:

@@ -22,9 +22,12 @@ _MOST_KEYS = 2**24  # samples of a device that codecs with a memory tell apart: 
 class JoinedDevice:
     """A device whose stream is open, from its OPEN on.
 
-    deliver: brings it an answer, and names its stream. step: the one that STEP has not come for. averaging: its
-    AGGREGATE waits for those of others; nothing else may come, for the plan may change. heard: when a frame last came
-    from it, or an answer went to it (seconds of time.monotonic).
+    deliver: takes an answer to the device, and names its stream.
+    link: the link that the device's plan was made for.
+    step: the step whose STEP has not come yet.
+    averaging: whether its AGGREGATE waits for those of others; until then nothing else may come, for the plan may
+    change.
+    heard: when a frame last came from it or an answer went to it, in seconds of time.monotonic.
     """
 
     name: str
@@ -32,7 +35,7 @@ class JoinedDevice:
     opened: stage_pb2.Open
     measured: stage_pb2.Measured
     plan: Plan = field(default_factory=Plan)
-    link: LinkProfile = field(default_factory=LinkProfile)  # that the plan was made for
+    link: LinkProfile = field(default_factory=LinkProfile)
     admitted: bool = False
     step: int = 0
     averaging: bool = False
@@ -40,16 +43,16 @@ class JoinedDevice:
 
     @property
     def samples(self) -> int:
-        """Training sequences that it has."""
+        """The number of training sequences that the device has."""
         return int(self.opened.samples)
 
     @property
     def families(self) -> frozenset[str]:
-        """Of codecs that it knows."""
+        """The families of codecs that the device knows."""
         return frozenset(self.opened.codecs)
 
     def answer(self, frame: Frame) -> None:
-        """A plan in it counts from here on."""
+        """Sends an answer to the device. A plan in it counts from here on."""
         self.heard = time.monotonic()
         if frame.plan is not None:
             self.plan = frame.plan
@@ -58,8 +61,13 @@ class JoinedDevice:
 
 
 class Membership:
-    """devices: all that may take part. awaited: those that the job's start waits for; where each device goes on to its
-    own end, its end as well. done: those that have closed the job, or were given up after its last step."""
+    """Who may take part in a job, and who does.
+
+    devices: all that may take part.
+    awaited: those that the job's start waits for and, where each device goes on to its own end, the job's end as well.
+    done: those that have closed the job, or were given up after its last step.
+    joined: those whose stream is open, by name.
+    """
 
     def __init__(self, devices: Iterable[str]) -> None:
         self.devices = frozenset(devices)
@@ -70,12 +78,12 @@ class Membership:
 
     @property
     def at_work(self) -> list[str]:
-        """Those whose OPEN has been answered."""
+        """Names of the devices whose OPEN has been answered."""
         return sorted(name for name, device in self.joined.items() if device.admitted)
 
     @property
     def waiting(self) -> dict[str, JoinedDevice]:
-        """Those whose OPEN has not been answered yet."""
+        """Devices whose OPEN has not been answered yet, by name."""
         return {name: device for name, device in sorted(self.joined.items()) if not device.admitted}
 
     @property
@@ -83,19 +91,19 @@ class Membership:
         return self.awaited <= self.joined.keys()
 
     def of_stream(self, name: str, deliver: Deliver) -> JoinedDevice | None:
-        """None for a stream that was replaced by another one, was refused, or has ended."""
+        """The device of a stream; None for a stream that was replaced by another, was refused, or has ended."""
         device = self.joined.get(name)
         return None if device is None or device.deliver is not deliver else device
 
     def others_are_done(self, name: str) -> bool:
-        """Whether all that is still awaited is this device."""
+        """Whether this device is all that is still awaited."""
         return bool(self.done) and self.awaited - {name} <= self.done
 
 
 def check_open(
     device: str, opened: stage_pb2.Open | None, devices: Collection[str], config: TrainingConfig
 ) -> stage_pb2.Open:
-    """Raises BadFrame for a device that cannot take part, whatever the method."""
+    """Returns the contents of an OPEN. Raises BadFrame for a device that cannot take part, whatever the method."""
     if device not in devices:
         raise BadFrame(f"device {device} has no part in this job")
     if opened is None:

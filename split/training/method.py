@@ -1,4 +1,4 @@
-"""What a method is to the coordinator and to devices: what makes its two sides. split/methods has them by name."""
+"""What a method is to the coordinator and to devices: a maker of its two sides. split/methods has them by name."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from isthmus.split.training.device_steps import DeviceContext, DeviceSteps
 from isthmus.split.training.steps import HostSteps
 
 Reload = Callable[[int], tuple[TensorSource, str]]
-"""A cut -> what a device with this cut holds of the model, and the digest of it."""
+"""Function from a cut to what a device with this cut holds of the model, and its digest."""
 
 
 @dataclass(frozen=True)
 class StageResources:
-    """What a job's stage is made of. source: the whole model. shapes: of the devices, by name. device: to compute on.
+    """What a job's stage is made of.
 
-    digests: of the model files that a device holds, by cut; empty: not known. mover: says when cuts move; None: never.
+    source: the whole model.
+    shapes: the devices' shapes, by name.
+    device: the torch device to compute on.
+    digests: digests of the model files that a device holds, by cut; empty if not known.
+    mover: decides when cuts move; None if they never do.
     """
 
     source: TensorSource
@@ -38,14 +42,18 @@ class StageResources:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What training computes in."""
+        """The dtype in which training computes."""
         return pick_precision(self.config.optimizer.precision, self.device)
 
 
 @dataclass(frozen=True)
 class DeviceResources:
-    """What a device's part is made of. source: its part of the model. device: to compute on. reload: of a device
-    whose cut may move."""
+    """What a device's part of a job is made of.
+
+    source: the device's part of the model.
+    device: the torch device to compute on.
+    reload: loads the part for another cut; None where the cut stays.
+    """
 
     source: TensorSource
     shape: Shape
@@ -58,17 +66,22 @@ class Method(ABC):
 
     @abstractmethod
     def host_steps(self, resources: StageResources) -> HostSteps:
-        """What it does at the coordinator. Raises BadRequest for shapes that it cannot have."""
+        """Makes the method's steps at the coordinator. Raises BadRequest for shapes that it cannot have."""
 
     @abstractmethod
     def device_steps(self, context: DeviceContext, resources: DeviceResources) -> DeviceSteps:
-        """What it does on a device."""
+        """Makes the method's steps on a device."""
 
     @abstractmethod
     def check_shapes(self, config: TrainingConfig, shapes: Mapping[str, Shape]) -> None:
-        """Raises BadRequest for devices that cannot take part in one job. shapes: by device."""
+        """Raises BadRequest for devices that cannot take part in one job.
+
+        shapes: the devices' shapes, by name.
+        """
 
     def lets_out(self, config: TrainingConfig) -> str:
-        """Options of a job by which more leaves devices than the method says, and its owner has to allow; empty: none
-        of them is chosen."""
+        """Options of a job by which more leaves devices than by the method itself, and which owners have to allow.
+
+        Empty if none of them is chosen.
+        """
         return ""

@@ -1,4 +1,4 @@
-"""The optimiser step of one side of a split: clipped alike on both sides, and kept on disk without pickle."""
+"""The optimiser of one side of a split: it clips alike on both sides, and is kept on disk without pickle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from isthmus.split.job.config import TrainingConfig
 
 
 class Stepper:
-    """An optimiser over named parameters. With no parameters (a device that holds no block) it does nothing."""
+    """An optimiser over named parameters. Without parameters (a device that holds no block) it does nothing."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> None:
         self.parameters = dict(parameters)
@@ -32,14 +32,16 @@ class Stepper:
                 )
 
     def gradient_norm_squared(self, names: Iterable[str] | None = None) -> float:
-        """The sum of squares of this side's gradients, or of those of these parameters."""
+        """Sum of squares of this side's gradients; with names, only of those of these parameters."""
         chosen = self.parameters.values() if names is None else [self.parameters[name] for name in names]
         return sum_of_squares(p.grad for p in chosen if p.grad is not None)
 
     def step(self, step: int, whole_norm_squared: float) -> None:
-        """Clips by the norm of the whole model's gradient (this side's and the other's), then applies `step`.
+        """Clips by the norm of the whole model's gradient, this side's and the other's, then applies `step`.
 
-        Raises WrongState, and changes nothing, where that norm is not finite.
+        whole_norm_squared: the square of that norm.
+
+        Raises WrongState, and changes nothing, where it is not finite.
         """
         if not math.isfinite(whole_norm_squared):
             raise WrongState(f"the gradient of step {step} is not finite, and was not applied: {DIVERGED}")
@@ -62,7 +64,7 @@ class Stepper:
             self._optimizer.zero_grad(set_to_none=True)
 
     def forget(self, names: Iterable[str]) -> None:
-        """What the optimiser remembers of these parameters: they begin anew."""
+        """Drops what the optimiser remembers of these parameters, which begin anew."""
         for name in names:
             if self._optimizer is not None:
                 self._optimizer.state.pop(self.parameters[name], None)
@@ -79,7 +81,7 @@ class Stepper:
         }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes up what `state` gave. Raises BadTensor for names or shapes that are not this side's."""
+        """Takes over what `state` returned. Raises BadTensor for names or shapes that are not this side's."""
         for key, value in tensors.items():
             name, _, part = key.rpartition("|")
             parameter = self.parameters.get(name)

@@ -15,7 +15,7 @@ PERPLEXITY = (
 
 
 def perplexity(nll: float, tokens: int) -> float:
-    """exp(nll / tokens); infinite where that is more than a float can hold."""
+    """Returns exp(nll / tokens), or infinity where that is more than a float can hold."""
     try:
         return math.exp(nll / tokens)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""When a job's plans are made anew, and from what: how each device's tensors are to cross."""
+"""Decides when a job's plans are made anew, and from what: how each device's tensors are to cross."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from isthmus.split.link.profile import LinkProfile
 from isthmus.split.plan.choose import DeviceView, Planner
 from isthmus.split.training.membership import JoinedDevice
 
-_FIRST, _EVERY = 2, 8  # aggregations: the first ones after which a plan is made anew, then every so many
+_FIRST, _EVERY = 2, 8  # aggregations: the first ones after which plans are made anew, and then every so many
 
 
 class Plans:
-    """hidden_size: of the model. together: devices do each step together, and so cut their batches alike."""
+    """Makes the plans of a job's devices.
+
+    hidden_size: the model's hidden size.
+    together: whether devices do each step together, and so cut their batches alike.
+    """
 
     def __init__(self, config: TrainingConfig, hidden_size: int, tell: Tell, *, together: bool) -> None:
         self._config, self._tell, self._together = config, tell, together
@@ -30,10 +34,11 @@ class Plans:
         others: Sequence[JoinedDevice],
         stage_seconds: Mapping[str, float],
     ) -> dict[str, Plan]:
-        """By device; watchers are told what changes and why.
+        """Makes plans, by device, and tells watchers what changes and why.
 
-        others: at work, and not among these: they keep their plans. stage_seconds: `forward` and `backward` of a step
-        at the stage; empty: not measured.
+        devices: the devices to make plans for.
+        others: further devices at work, which keep their plans.
+        stage_seconds: seconds of `forward` and `backward` of a step at the stage; empty if not measured.
         """
         if self._together:
             return self._make(devices, stage_seconds, others[0].plan.micro_batches if others else None)
@@ -42,7 +47,10 @@ class Plans:
     def _make(
         self, devices: Mapping[str, JoinedDevice], stage_seconds: Mapping[str, float], micro_batches: int | None
     ) -> dict[str, Plan]:
-        """micro_batches: None: they are to be chosen."""
+        """Makes plans for devices that cut their batches alike.
+
+        micro_batches: number of micro-batches of a step; None to choose it.
+        """
         views = {name: DeviceView.of(one.families, one.measured, one.plan) for name, one in devices.items()}
         for name, device in devices.items():
             device.link = views[name].link
@@ -52,14 +60,14 @@ class Plans:
         return plans
 
     def is_due(self, devices: Iterable[JoinedDevice]) -> bool:
-        """Whether plans are to be made after the aggregation that comes next: now and then, or as links change."""
+        """Whether plans are to be made after the next aggregation: now and then, or because a link has changed."""
         return self._comes or any(LinkProfile.from_proto(one.measured).differs(one.link) for one in devices)
 
     def aggregated(self) -> None:
         self._aggregations += 1
 
     def look_at(self, frame: Frame, *, upward: bool) -> None:
-        """Shows the planner a tensor of the last step before it is asked."""
+        """Shows the planner a tensor of the last step before plans are due."""
         done = frame.step + 1
         due = self._config.aggregates_after(done) and done < self._config.steps and self._comes
         if due and self._planner.automatic and frame.micro_batch == 0 and frame.tensor is not None:

@@ -10,8 +10,12 @@ from isthmus.split.link.frames import Frame
 
 
 class JobProgress:
-    """step: that devices have done together. losses: of those steps. by_device: where each device has steps of its own,
-    how many it has told of."""
+    """Counts a job's steps.
+
+    step: the number of steps that the devices have done together.
+    losses: mean losses of those steps, in nats.
+    by_device: the number of steps that each device has told of, where devices have steps of their own.
+    """
 
     def __init__(self, devices: Iterable[str], tell: Tell) -> None:
         self._tell = tell
@@ -20,11 +24,11 @@ class JobProgress:
         self.by_device = dict.fromkeys(devices, 0)
 
     def go_to(self, step: int, losses: Iterable[float]) -> None:
-        """The job is after this step."""
+        """Goes to the state after this step, as it was then."""
         self.step, self.losses = step, list(losses)
 
     def together(self, step: int, frames: Mapping[str, Frame]) -> None:
-        """All devices at work have done a step: their STEP frames."""
+        """Notes a step that all devices at work have done, from their STEP frames."""
         self.step = step + 1
         tokens = sum(int(frame.values["tokens"]) for frame in frames.values())
         loss = sum(frame.values["nll"] for frame in frames.values()) / max(tokens, 1)
@@ -32,7 +36,7 @@ class JobProgress:
         self._tell(Event(step=StepDone(step=self.step, loss=loss, tokens=tokens, devices=sorted(frames))))
 
     def alone(self, device: str, frame: Frame) -> None:
-        """A device has done a step of its own: its STEP frame."""
+        """Notes a step that one device has done by itself, from its STEP frame."""
         self.by_device[device] = frame.step + 1
         tokens = int(frame.values["tokens"])
         done = StepDone(

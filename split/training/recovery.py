@@ -1,4 +1,4 @@
-"""The last aggregation: what a job goes on from when nobody is left, or when it is resumed."""
+"""Recovery from the last aggregation, for a job that nobody is left in or that is resumed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from isthmus.split.training.steps import HostSteps
 
 
 class Recovery:
-    """point: the last aggregation; before the first, what the job began with. folder: None keeps nothing on disk."""
+    """The state that a job can go back to.
+
+    point: the last aggregation or, before the first, what the job began with.
+    folder: where checkpoints are written; None to write none.
+    """
 
     def __init__(
         self,
@@ -29,7 +33,10 @@ class Recovery:
         self.point = Checkpoint(0, {}, {}, None, [])
 
     def begin(self, kept: Checkpoint | None) -> None:
-        """With a checkpoint to go on from; None: from the start. Raises WrongState for one of another model."""
+        """Begins with a checkpoint to go on from, or with None at the start.
+
+        Raises WrongState for a checkpoint of another model.
+        """
         if kept is None:
             self.point = self._snapshot(0, None)
             return
@@ -39,13 +46,17 @@ class Recovery:
         self.go_back()
 
     def go_back(self) -> None:
-        """To the last aggregation. Raises WrongState for a checkpoint of another model or of other options."""
+        """Goes back to the last aggregation. Raises WrongState for a checkpoint of another model or other options."""
         self._steps.restore(self.point)
         self._progress.go_to(self.point.step, self.point.losses)
 
     def keep(self, step: int, average: Tensor | None) -> None:
-        """The job after `step` steps: on disk, where a checkpoint is due, before anyone has heard of it. average: the
-        devices' adapter, flat. Raises WrongState for NaN or infinity."""
+        """Keeps the job's state after `step` steps; a due checkpoint is on disk before anyone has heard of the step.
+
+        average: the devices' adapter, flat; None where there is none.
+
+        Raises WrongState for NaN or infinity.
+        """
         point = self._snapshot(step, average)
         point.check_finite()
         self.point = point

@@ -1,10 +1,12 @@
-"""The server's half of a split training step: all devices' micro-batches of one number run through its blocks as one.
+"""The server's half of a split training step: the same micro-batch of all devices runs through its blocks as one.
 
-Devices may have different cuts. The server has the blocks from the smallest one on, as consecutive segments between the
-cuts; a device's rows enter at its own cut, where they join those that came through the segments before (one autograd
-graph; its leaves are what the devices sent). A segment that some devices hold themselves is a copy for the others: it
-trains on the mean over the tokens of those who use it, as a device does on the mean over its own, so that an
-aggregation weights it like the devices that it stands for.
+Devices may have different cuts. The server has the blocks from the smallest cut on, as consecutive segments between the
+cuts. A device's rows enter at its own cut, where they join those that came through the segments before. All is one
+autograd graph, whose leaves are what the devices sent.
+
+A segment that some devices hold themselves is a copy for the others. It trains on the mean over the tokens of those who
+use it, as a device trains on the mean over its own, so that an aggregation weights it like the devices that it stands
+for.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ from isthmus.split.training.optim import Stepper
 class _Graph:
     """What a micro-batch under way holds until its backward pass.
 
-    leaves: by cut, what entered there, (sum of rows, sequence, hidden). entered: where a device's rows are in its leaf.
-    rows: where they are in the outputs.
+    leaves: by cut, what entered there, (sum of rows, sequence, hidden).
+    entered: by device, the cut of its leaf and its rows in that leaf.
+    rows: by device, its rows in the outputs.
     """
 
     leaves: dict[int, Tensor]
@@ -42,21 +45,23 @@ class _Graph:
     rows: dict[str, slice]
 
     def entries(self) -> tuple[tuple[int, int], ...]:
-        """What makes two graphs of one output's shape differ in work: how many rows enter where."""
+        """What makes two graphs with outputs of one shape differ in work: how many rows enter at which cut."""
         return tuple((cut, len(leaf)) for cut, leaf in sorted(self.leaves.items()))
 
     def batches_without(self, devices: Collection[str]) -> dict[str, Tensor]:
-        """What the other devices sent."""
+        """What the other devices sent, by device."""
         others = {device: place for device, place in self.entered.items() if device not in devices}
         return {device: self.leaves[cut].detach()[rows] for device, (cut, rows) in others.items()}
 
 
 _Objective = Callable[[_Graph, Mapping[str, float]], tuple[Tensor, Tensor | None]]
-"""(graph, each device's share of the step's tokens) -> what is differentiated, and the gradient by it."""
+"""Function from a graph and each device's share of the step's tokens to what is differentiated and its gradient."""
 
 
 class ServerTrainer:
-    """The coordinator's blocks and their LoRA. cuts: of devices that do not enter at the first segment.
+    """The coordinator's blocks and their LoRA.
+
+    cuts: cuts of the devices that do not enter at the first segment.
 
     What a device sends can be finite and still make its rows overflow. Such a device is left out of what `forward`,
     `backward` and `forward_backward` return, and of the step's gradient from there on.
@@ -75,22 +80,27 @@ class ServerTrainer:
         self._dtype = dtype
         self._graphs: dict[int, _Graph] = {}  # by micro-batch
         self._total = 0  # predicted tokens of the step, of all devices that take part in its first backward pass
-        self._below: dict[int, int] = {}  # by segment's first block: the tokens of those who use it
+        self._below: dict[int, int] = {}  # by segment's first block: the tokens of the devices that use it
         self.use(stages, cuts or {})
         self.stepper = Stepper(lora_parameters(self.stages), config)
 
     def use(self, stages: Stage | Sequence[Stage], cuts: Mapping[str, int]) -> None:
-        """The segments, and where devices enter. Not while a step is under way."""
+        """Uses these segments and these devices' cuts from now on. Not while a step is under way."""
         self.stages = [stages] if isinstance(stages, Stage) else list(stages)
         self.stage = self.stages[-1]
         self.cuts = dict(cuts)
         self._device = next(self.stage.parameters()).device
         self._names = {stage.spec.first: list(lora_parameters([stage])) for stage in self.stages}
         self.frozen = FrozenPart(self.stages, self.config)
-        self._norms: dict[int, float] = {}  # by segment: of the gradient of the mean over those who use it
+        self._norms: dict[int, float] = {}  # by segment: squared norm of the gradient of the mean over those who use it
 
     def forward(self, batches: Mapping[str, Tensor], *, micro_batch: int = 0) -> dict[str, Tensor]:
-        """Each device's hidden states at the cut (rows, sequence, hidden) -> its last hidden states, same shape."""
+        """Runs a micro-batch forward.
+
+        batches: by device, hidden states at the cut (rows, sequence, hidden).
+
+        Returns the last hidden states, by device and of the same shapes.
+        """
         graph = self._graphs[micro_batch] = self._forward(batches)
         outputs = {device: graph.outputs[rows].detach() for device, rows in graph.rows.items()}
         return {device: values for device, values in outputs.items() if is_finite(values)}
@@ -98,10 +108,13 @@ class ServerTrainer:
     def backward(
         self, gradients: Mapping[str, tuple[Tensor, int]], *, micro_batch: int = 0, last: bool = True
     ) -> dict[str, Tensor]:
-        """Each device's gradient of its own mean loss by its last hidden states, and the predicted tokens of its whole
-        batch -> the gradient by its hidden states at the cut. A device that has gone since the forward has no part.
+        """Runs a micro-batch backward, and returns each device's gradient by its hidden states at the cut.
 
-        last: it is the step's last micro-batch, after which `norm_squared` is that of the whole step.
+        gradients: by device, the gradient of its own mean loss by its last hidden states, and the number of predicted
+        tokens of its whole batch. A device that has gone since the forward pass is left out.
+        last: whether it is the step's last micro-batch, after which `norm_squared` is that of the whole step.
+
+        Raises WrongState where the gradient of all devices together is not finite.
         """
 
         def objective(graph: _Graph, weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
@@ -123,8 +136,16 @@ class ServerTrainer:
         micro_batch: int = 0,
         last: bool = True,
     ) -> tuple[dict[str, Tensor], dict[str, tuple[float, int]]]:
-        """With labels at the server: hidden states and labels (rows, sequence), and the predicted tokens of each
-        device's whole batch -> gradients at the cut, and each device's summed loss and predicted tokens in it."""
+        """Runs a micro-batch forward and backward, with the labels at the server.
+
+        batches: by device, hidden states at the cut (rows, sequence, hidden).
+        labels: by device, (rows, sequence).
+        tokens: by device, the number of predicted tokens of its whole batch.
+        last: whether it is the step's last micro-batch.
+
+        Returns, by device, the gradients at the cut, and the micro-batch's summed loss in nats with its number of
+        predicted tokens. Raises WrongState where the gradient of all devices together is not finite.
+        """
         sums: dict[str, tuple[float, int]] = {}
 
         def objective(graph: _Graph, weights: Mapping[str, float]) -> tuple[Tensor, None]:
@@ -141,7 +162,13 @@ class ServerTrainer:
         return {device: gradients[device] for device in fit}, fit
 
     def step(self, step: int, device_norms_squared: Mapping[str, tuple[float, int]]) -> None:
-        """Applies optimiser step `step`. The whole gradient's norm is this side's and the devices' mean, by tokens."""
+        """Applies optimiser step `step`.
+
+        device_norms_squared: by device, the squared norm of its gradient and its number of predicted tokens; the whole
+        gradient's norm is this side's and the devices' mean, weighted by tokens.
+
+        Raises WrongState where that norm is not finite.
+        """
         total = max(1, sum(tokens for _, tokens in device_norms_squared.values()))
         of_devices = sum(norm * tokens / total for norm, tokens in device_norms_squared.values())
         mine = sum(norm * self._share(first) for first, norm in self._norms.items())
@@ -150,10 +177,15 @@ class ServerTrainer:
 
     @torch.no_grad()
     def evaluate(self, hidden_states: Tensor, device: str = "") -> Tensor:
-        """(batch, sequence, hidden), at this device's cut -> last hidden states, or logits where the head is here."""
+        """Runs held-out text forward without a gradient.
+
+        hidden_states: (batch, sequence, hidden), at this device's cut.
+
+        Returns the last hidden states, or logits where the head is here.
+        """
         cut = self._cut_of(device)
         work = ("evaluate", hidden_states.shape, cut)
-        with self.ledger.computing(work):  # in float32 whatever training computes in: what is reported is exact
+        with self.ledger.computing(work):  # always in float32, so that what is reported is exact
             outputs = hidden_states.to(self._device)
             for stage in self.stages:
                 if stage.spec.first >= cut:
@@ -161,7 +193,10 @@ class ServerTrainer:
             return outputs
 
     def restore(self, adapter: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
-        """Puts back what `stepper` had. Raises WrongState when it is not of this stage."""
+        """Takes over what `stepper` once had: its parameters' values, by name, and its optimiser's state.
+
+        Raises WrongState if they are not of this stage.
+        """
         parameters = self.stepper.parameters
         shapes = {name: value.shape for name, value in parameters.items()}
         if {name: value.shape for name, value in adapter.items()} != shapes:
@@ -173,15 +208,21 @@ class ServerTrainer:
 
     @torch.no_grad()
     def take(self, values: Mapping[str, Tensor], *, anew: bool = False) -> None:
-        """Values for some of its LoRA parameters, by name. anew: the optimiser forgets what it knows of them."""
+        """Sets some of its LoRA parameters, by name.
+
+        anew: whether the optimiser forgets what it knows of them.
+        """
         for name, value in values.items():
             self.stepper.parameters[name].copy_(value)
         if anew:
             self.stepper.forget(values)
 
     def rebuild(self, stages: Sequence[Stage], cuts: Mapping[str, int], values: Mapping[str, Tensor]) -> None:
-        """Other segments, where cuts have moved. values: for LoRA of blocks that were not here; what the optimiser
-        knows of the others goes on. Not while a step is under way."""
+        """Uses other segments, where cuts have moved. Not while a step is under way.
+
+        values: LoRA values, by name, for blocks that were not here; all other blocks keep their values and optimiser
+        state.
+        """
         own = {name: value.detach() for name, value in self.stepper.parameters.items()}
         state = self.stepper.state()
         self.use(stages, cuts)
@@ -191,13 +232,15 @@ class ServerTrainer:
         self.stepper.load_state({key: value for key, value in state.items() if key.rpartition("|")[0] in names})
 
     def norm_squared(self, device: str = "") -> float:
-        """Of this side's gradient in the step under way, once its last micro-batch is through: of the blocks from this
-        device's cut on."""
+        """Squared norm of this side's gradient, of the blocks from this device's cut on.
+
+        It is known after the step's last micro-batch.
+        """
         cut = self._cut_of(device)
         return sum(norm for first, norm in self._norms.items() if first >= cut)
 
     def drop(self) -> None:
-        """Forgets a step under way: its graphs and its gradients."""
+        """Forgets a step under way, its graphs and its gradients."""
         self._graphs.clear()
         self._norms.clear()
         self.stepper.drop_gradients()
@@ -221,7 +264,7 @@ class ServerTrainer:
                 leaf = torch.cat([batches[device].to(self._device) for device in entering]).requires_grad_()
                 graph.leaves[stage.spec.first] = leaf
                 hidden = leaf if hidden is None else torch.cat([hidden, leaf])
-            if hidden is None:  # nobody who is here uses this segment
+            if hidden is None:  # no device at work uses this segment
                 continue
             work = ("forward", hidden.shape, stage.spec.first)
             with self.ledger.computing(work), autocast(self._dtype, self._device):
@@ -231,7 +274,7 @@ class ServerTrainer:
         return graph
 
     def _weights(self, tokens: Mapping[str, int], micro_batch: int) -> dict[str, float]:
-        """Each device's share of the step's tokens: the same through all micro-batches, whoever goes meanwhile."""
+        """Each device's share of the step's tokens, which is the same in all micro-batches, whoever goes meanwhile."""
         if micro_batch == 0:
             self._total = sum(tokens.values())
             self._below = {
@@ -243,8 +286,10 @@ class ServerTrainer:
     def _backward(
         self, graph: _Graph, objective: _Objective, tokens: Mapping[str, int], *, micro_batch: int, last: bool
     ) -> dict[str, Tensor]:
-        """Adds a micro-batch to the step's gradient, without the devices that would make it something else than
-        numbers: it is then computed anew of the others. Returns the gradients at the cut, by device."""
+        """Adds a micro-batch to the step's gradient, and returns the gradients at the cut by device.
+
+        Devices that would make the gradient unusable are left out, and it is then computed anew from the others.
+        """
         while True:
             present = {device: count for device, count in tokens.items() if device in graph.rows}
             weights = self._weights(present, micro_batch)
@@ -268,7 +313,7 @@ class ServerTrainer:
     def _differentiate(
         self, graph: _Graph, objective: _Objective, weights: Mapping[str, float]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The gradients by what each device sent, of its own mean loss, and those of the LoRA parameters, by name."""
+        """The gradients of each device's own mean loss by what it sent, and those of the LoRA parameters, by name."""
         parameters = {name: one for name, one in self.stepper.parameters.items() if one.requires_grad}
         leaves = list(graph.leaves)
         inputs = [*graph.leaves.values(), *parameters.values()]
@@ -280,7 +325,7 @@ class ServerTrainer:
         for device, (cut, rows) in graph.entered.items():
             gradient = by_cut[cut]
             assert gradient is not None
-            # A batch without a predicted token has weight 0 and no gradient; there is nothing to free it of.
+            # A batch without a predicted token has weight 0 and no gradient, so there is nothing to divide.
             at_cut[device] = gradient[rows] / (weights.get(device) or 1.0)
         of_parameters = zip(parameters, found[len(leaves) :], strict=True)
         return at_cut, {name: one.contiguous() for name, one in of_parameters if one is not None}
@@ -296,11 +341,11 @@ class ServerTrainer:
         return unfit
 
     def _share(self, first: int) -> float:
-        """Of the step's tokens: those that ran through a segment."""
+        """The share of the step's tokens that ran through a segment."""
         return self._below[first] / max(1, self._total)
 
     def _finish_gradients(self) -> None:
-        """Each segment's gradient becomes that of the mean over the tokens of those who use it."""
+        """Turns each segment's gradient into that of the mean over the tokens of those who use it."""
         for first, names in self._names.items():
             share = self._share(first)
             if 0 < share < 1:

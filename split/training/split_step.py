@@ -1,4 +1,4 @@
-"""A SplitLoRA step at the stage: what is computed of all devices' frames, and what each of them is answered."""
+"""A SplitLoRA step at the stage: what is computed from all devices' frames, and what each device is answered."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ if TYPE_CHECKING:
 
 
 class SplitStep:
-    """timed: steps that this stage has computed in all."""
+    """Runs the steps of a job's stage.
+
+    timed: number of steps that this stage has computed in all.
+    """
 
     def __init__(self, trainer: ServerTrainer, adapters: JobAdapters) -> None:
         self._trainer, self._adapters, self._config = trainer, adapters, trainer.config
-        self._norms: dict[str, tuple[float, int]] = {}  # of the last step's gradients on the devices
-        self._stepped_ahead = False  # with overlap stale: this side has done a step whose STEP frames have not all come
+        self._norms: dict[str, tuple[float, int]] = {}  # of the devices' gradients in the last step
+        self._stepped_ahead = False  # with overlap stale: this side has done a step before all its STEP frames
         self.timed = 0
 
     def left(self, device: str) -> None:
-        """A device has gone."""
+        """Forgets a device that has gone."""
         self._norms.pop(device, None)
 
     def drop(self) -> bool:
@@ -40,7 +43,7 @@ class SplitStep:
         return applied
 
     def evaluate(self, job: HostedJob, device: JoinedDevice, frame: Frame) -> None:
-        """A held-out batch, which waits for nobody. Raises BadTensor where its numbers overflow."""
+        """Evaluates a held-out batch, which waits for no other device. Raises BadTensor where its numbers overflow."""
         outputs = self._trainer.evaluate(tensor_of(frame), device.name)
         if not is_finite(outputs):
             raise BadTensor(f"{device.name}: held-out text gives values that float32 does not hold: {DIVERGED}")
@@ -53,7 +56,7 @@ class SplitStep:
         job.answer(device.name, answer)
 
     def run(self, job: HostedJob, place: Place, frames: Mapping[str, Frame]) -> None:
-        """All devices' frames of one phase and micro-batch."""
+        """Runs all devices' frames of one phase and micro-batch."""
         if place.phase == Phase.STEP:
             self._apply(place.step, frames)
         elif place.phase == Phase.BACKWARD:
@@ -72,7 +75,7 @@ class SplitStep:
         job.refuse(frames.keys() - outputs.keys(), frames, f"hidden states of step {place.step}")
 
     def _forward_backward(self, job: HostedJob, place: Place, frames: Mapping[str, Frame]) -> None:
-        """With the labels, and so the loss, at the stage."""
+        """Runs forward and backward, with the labels and so the loss at the stage."""
         batches = {device: tensor_of(frame) for device, frame in frames.items()}
         labels = {device: frame.labels for device, frame in frames.items() if frame.labels is not None}
         tokens = {device: int(frame.values["tokens"]) for device, frame in frames.items()}
@@ -99,7 +102,7 @@ class SplitStep:
     def _end_backward(
         self, job: HostedJob, step: int, frames: Collection[str], answered: Collection[str], *, last: bool
     ) -> None:
-        if answered and last and self._config.link.stale:  # the devices' norms are not known: clipped by their last
+        if answered and last and self._config.link.stale:  # the devices' norms are not known: it clips by their last
             self._trainer.step(step, self._norms)
             self._stepped_ahead = True
         job.refuse(set(frames) - set(answered), frames, f"gradients of step {step}")
@@ -117,7 +120,7 @@ class SplitStep:
         return place.micro_batch + 1 == job.members.joined[next(iter(frames))].plan.micro_batches
 
     def _answer_gradient(self, job: HostedJob, device: str, frame: Frame) -> None:
-        trains = self._adapters.values_of(device) > 0  # else the gradient is of no use there
+        trains = self._adapters.values_of(device) > 0  # else the device has no use for the gradient
         tensor = tensor_of(frame).float() if trains else None
         values = {**frame.values, "norm_squared": self._trainer.norm_squared(device)}
         self._answer(job, device, replace(frame, tensor=tensor, values=values))

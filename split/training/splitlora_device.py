@@ -1,11 +1,11 @@
-"""SplitLoRA on a device: the front of the model, with its LoRA, and the tail, where the labels stay here.
+"""SplitLoRA on a device: the front of the model with its LoRA and, where the labels stay on the device, the tail.
 
-A step's batch is cut into micro-batches, which are under way at the same time: while one is on the link, another is
-computed (as GPipe does, Huang et al. 2019, arXiv 1811.06965). Gradients add up, so the step is that of the whole batch.
+Micro-batches of a step's batch are under way at the same time: while one is on the link, another is computed (as in
+GPipe, Huang et al. 2019, arXiv 1811.06965). Their gradients add up, so the step is that of the whole batch.
 
-SplitLoRA (Lin et al. 2024, arXiv 2407.00952). With K devices whose batches have n_1..n_K predicted tokens,
-N in all, the joint loss is the mean over the N tokens. The server trains on that: device i's part is weighted by
-n_i / N. A device trains on the mean over its own tokens, so the gradient that it gets back is freed of the weight.
+SplitLoRA is of Lin et al. 2024, arXiv 2407.00952. With K devices whose batches have n_1 to n_K predicted tokens, N in
+all, the joint loss is the mean over the N tokens. The server trains on that loss, in which device i has the weight n_i
+/ N. A device trains on the mean over its own tokens, so the weight is divided out of the gradient that it gets back.
 """
 
 from __future__ import annotations
@@ -32,29 +32,38 @@ from isthmus.split.training.frames import of_use, tensor_like, value_of
 from isthmus.split.training.loss import nll_where_wanted
 
 Reshape = Callable[[Shape], tuple[Sequence[Stage], str]]
-"""A shape -> the stages of a device of this shape, and the digest of their files."""
+"""Function from a shape to the stages of a device of this shape, and the digest of their files."""
 
 
 @dataclass
 class _OpenStep:
-    """A step under way. Of its micro-batches, `begun` have been sent, `asked` have their loss, `done` their gradient;
-    smashed: their hidden states at the cut. adapter: copies of the front's LoRA that it was sent with (empty: the
-    parameters themselves)."""
+    """A step under way.
+
+    begun: number of micro-batches that have been sent.
+    asked: number of micro-batches whose loss is known.
+    done: number of micro-batches whose gradient has come.
+    loss: the loss summed so far, in nats.
+    norm_squared: squared norm of the stage's gradient.
+    smashed: hidden states at the cut, by micro-batch.
+    adapter: copies of the front's LoRA with which they were computed; empty for the parameters themselves.
+    """
 
     batch: Batch
     begun: int = 0
     asked: int = 0
     done: int = 0
-    loss: float = 0.0  # summed
-    norm_squared: float = 0.0  # of the stage's gradient
+    loss: float = 0.0
+    norm_squared: float = 0.0
     smashed: dict[int, Tensor] = field(default_factory=dict)
     adapter: dict[str, Tensor] = field(default_factory=dict)
 
 
 class SplitLoraDevice(DeviceSteps):
-    """stages: (front,) with labels at the server, (front, tail) with labels on the device.
+    """SplitLoRA's steps on a device.
 
-    shape, reshape: of a device whose cut may move: what it holds, and what makes the stages for another shape.
+    stages: (front,) with labels at the server, (front, tail) with labels on the device.
+    shape: what a device holds whose cut may move; None where it stays.
+    reshape: makes the stages for another shape.
     """
 
     def __init__(
@@ -80,7 +89,7 @@ class SplitLoraDevice(DeviceSteps):
     def take(self, answer: Frame) -> bool:
         if answer.frozen is None:
             return False
-        self.frozen.take(self.frozen.decode(answer.frozen))  # what was trained is in it
+        self.frozen.take(self.frozen.decode(answer.frozen))  # it contains what was trained
         return answer.phase == Phase.AGGREGATE
 
     def move(self, shape: Shape) -> str:
@@ -122,9 +131,9 @@ class SplitLoraDevice(DeviceSteps):
         return Gradients(under_way.loss, batch.tokens, under_way.norm_squared)
 
     def _send_first(self, link: Link, step: int) -> _OpenStep:
-        """Sends the first hidden states of a step, as many micro-batches as may be under way."""
+        """Sends the first hidden states of a step: as many micro-batches as may be under way."""
         under_way = _OpenStep(Batch.of(self.context, step, link.coder.plan, self._device))
-        if self.config.link.stale:  # the values of now: a step may change them before this batch comes back
+        if self.config.link.stale:  # a step may change the values before this batch comes back
             under_way.adapter = {
                 name: value.detach().clone().requires_grad_() for name, value in self._front_lora.items()
             }
@@ -152,7 +161,7 @@ class SplitLoraDevice(DeviceSteps):
         return sent == len(under_way.batch.slices)
 
     def _tail(self, link: Link, under_way: _OpenStep, answer: Frame) -> None:
-        """The last hidden states of a micro-batch have come: its loss, and the gradient by them."""
+        """Computes the loss of a micro-batch whose last hidden states have come, and sends the gradient by them."""
         assert self.tail is not None
         number, batch = under_way.asked, under_way.batch
         last = tensor_like(answer, under_way.smashed[number].shape).to(self._device).requires_grad_()
@@ -168,7 +177,7 @@ class SplitLoraDevice(DeviceSteps):
         link.send(Frame(Phase.BACKWARD, batch.step, number, last.grad, values=values))
 
     def _front_backward(self, under_way: _OpenStep, answer: Frame) -> None:
-        """The gradient at the cut of a micro-batch has come."""
+        """Runs the front backward for a micro-batch whose gradient at the cut has come."""
         number, batch = under_way.done, under_way.batch
         if self.tail is None:
             under_way.loss += value_of(answer, "nll")

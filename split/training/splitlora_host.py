@@ -1,7 +1,7 @@
-"""SplitLoRA at the coordinator: all devices' micro-batches of one number run through the stage's blocks as one.
+"""SplitLoRA at the coordinator: the same micro-batch of all devices runs through the stage's blocks as one.
 
-Devices do every step together. The blocks and their optimiser are server.py's; what becomes of the devices' adapters,
-and of their cuts, is job_adapters.py's.
+Devices do every step together. The blocks and their optimiser are in server.py; what becomes of the devices' adapters
+and cuts is in job_adapters.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ from isthmus.split.training.steps import HostSteps
 
 
 class SplitLoraHost(HostSteps):
-    """trainer: of the stage's blocks. adapters: of the devices."""
+    """SplitLoRA's steps at the coordinator.
+
+    trainer: the stage's blocks.
+    adapters: the devices' adapters.
+    """
 
     joint = frozenset({Phase.FORWARD, Phase.BACKWARD, Phase.STEP, Phase.AGGREGATE})
 
@@ -86,7 +90,7 @@ class SplitLoraHost(HostSteps):
         return self.adapters.merge(step, shares, last)
 
     def after_aggregation(self, step: int, devices: Mapping[str, JoinedDevice]) -> Mapping[str, Frame]:
-        """Cuts that move."""
+        """Moves cuts, and returns the answers that tell devices of it."""
         measured = {name: device.measured for name, device in devices.items()}
         moves, answers = self.adapters.move(step, measured, self._step.timed)
         for name, choice in moves.items():

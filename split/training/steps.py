@@ -1,4 +1,4 @@
-"""What a method gives to a job's host: the steps that are its own. All the rest is in hosted_job.py."""
+"""A method's own steps at the coordinator, which a job's host calls. All else is in hosted_job.py."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ if TYPE_CHECKING:
 class HostSteps(ABC):
     """A method's side of a job at the coordinator. Everything is called in the host's thread.
 
-    joint: phases that run once every device at work has sent its frame. With STEP among them, devices do each step
-    together; else each has steps of its own, and only waits at aggregations. keeps_own: the adapters stay the devices'
-    own, so that the job ends when each device that is awaited has closed it; else, when those at work have. job, put:
-    set before anything else is called.
+    joint: phases that run once every device at work has sent its frame. With STEP among them devices do each step
+    together; without it each has steps of its own, and waits only at aggregations.
+    keeps_own: whether the adapters stay the devices' own. Then the job ends when each awaited device has closed it,
+    else when those at work have.
+    job, put: set before anything else is called.
     """
 
     joint: frozenset[int] = frozenset({Phase.AGGREGATE})
     keeps_own = False
     job: HostedJob
-    put: Callable[[Callable[[], None]], None]  # work for the host's thread, from another one
+    put: Callable[[Callable[[], None]], None]  # takes work for the host's thread from another one
     ledger: Ledger
     hidden_size: int
-    digest: str  # of the model files that devices hold; empty: not known
+    digest: str  # digest of the model files that devices hold; empty if not known
 
     # ---- what each method has ----
 
@@ -47,15 +48,18 @@ class HostSteps(ABC):
 
     @abstractmethod
     def check_open(self, device: str, opened: stage_pb2.Open) -> None:
-        """Raises BadFrame where a device has another adapter, or other model files, than it is to have."""
+        """Raises BadFrame for a device with another adapter, or other model files, than it has to have."""
 
     @abstractmethod
     def unfit(self, shares: Mapping[str, Share], last: Tensor | None) -> set[str]:
-        """The devices whose adapters nobody could compute with. last: the average before, flat."""
+        """The devices whose adapters have values that nobody could compute with.
+
+        last: the average before, flat; None if there was none.
+        """
 
     @abstractmethod
     def aggregate(self, step: int, shares: Mapping[str, Share], last: Tensor | None) -> AggregationResult:
-        """Makes one adapter of those that devices have sent after `step`, or one for each."""
+        """Makes one adapter of those that devices have sent after `step`, or one for each device."""
 
     @abstractmethod
     def adapter(self, point: Checkpoint) -> dict[str, Tensor] | None:
@@ -64,11 +68,11 @@ class HostSteps(ABC):
     # ---- what some have ----
 
     def begin(self, device: JoinedDevice) -> Frame:
-        """A device is let in at `device.step`, which may be changed: what the answer to its OPEN brings."""
+        """The answer to a device's OPEN, as it is let in at `device.step`, which this may change."""
         return Frame(Phase.OPEN, tensor=self.job.point.device_adapter)
 
     def check(self, device: JoinedDevice, frame: Frame) -> None:
-        """Raises BadFrame for a frame that is not due. Here: of a device whose steps only STEP tells of."""
+        """Raises BadFrame for a frame that is not due from a device of whose steps only STEP tells."""
         owes, at = self.job.owes_adapter(device), frame.step
         between = not owes and at == device.step
         due = {
@@ -82,48 +86,48 @@ class HostSteps(ABC):
             raise not_due(device.name, frame)
 
     def take(self, device: JoinedDevice, frame: Frame) -> None:
-        """A frame of the method's own, which was checked."""
+        """Takes a frame of the method's own, which was checked."""
         raise not_due(device.name, frame)
 
-    def run(self, place: Place, frames: Mapping[str, Frame]) -> None:  # noqa: B027  # most have none
-        """All devices' frames of a joint phase other than AGGREGATE."""
+    def run(self, place: Place, frames: Mapping[str, Frame]) -> None:  # noqa: B027  # most methods have nothing to do
+        """Runs all devices' frames of a joint phase other than AGGREGATE."""
 
     def after_aggregation(self, step: int, devices: Mapping[str, JoinedDevice]) -> Mapping[str, Frame]:
-        """Answers that replace those of the aggregation."""
+        """Answers that replace those of the aggregation, by device."""
         return {}
 
-    def answered(self, device: JoinedDevice, frame: Frame) -> None:  # noqa: B027  # most have none
-        """A device has got this answer."""
+    def answered(self, device: JoinedDevice, frame: Frame) -> None:  # noqa: B027  # most methods have nothing to do
+        """Notes an answer that a device has got."""
 
-    def stepped(self, device: JoinedDevice, frame: Frame) -> None:  # noqa: B027  # most have none
-        """A device has done a step of its own."""
+    def stepped(self, device: JoinedDevice, frame: Frame) -> None:  # noqa: B027  # most methods have nothing to do
+        """Notes that a device has done a step of its own."""
 
-    def left(self, device: JoinedDevice) -> None:  # noqa: B027  # most have none
-        """A device has gone: what it had under way is forgotten."""
+    def left(self, device: JoinedDevice) -> None:  # noqa: B027  # most methods have nothing to do
+        """Forgets what a device that has gone had under way."""
 
     def drop(self) -> bool:
-        """Nobody is left: forgets a step under way. Returns whether a part of it has been applied already."""
+        """Forgets a step under way when no device is left. Returns whether a part of it has been applied already."""
         return False
 
     def into(self, point: Checkpoint) -> Checkpoint:
-        """A checkpoint with what this side of the method has to go on from."""
+        """Adds to a checkpoint what this side of the method needs to go on."""
         return point
 
-    def restore(self, point: Checkpoint) -> None:  # noqa: B027  # most have none
-        """Goes back to what `into` gave. Raises WrongState where it does not fit this job."""
+    def restore(self, point: Checkpoint) -> None:  # noqa: B027  # most methods have nothing to do
+        """Goes back to a checkpoint that `into` filled. Raises WrongState where it does not fit this job."""
 
     def owed_by(self, device: JoinedDevice) -> float | None:
-        """Seconds that a device has owed a frame that a step at the stage waits for; None: no step waits."""
+        """Seconds for which a device has owed a frame that a step at the stage waits for; None if no step waits."""
         return None
 
     def stage_seconds(self) -> Mapping[str, float]:
-        """`forward` and `backward` of a step at the stage, for plans; empty: not measured."""
+        """Seconds of `forward` and `backward` of a step at the stage, for plans; empty if not measured."""
         return {}
 
     def adapter_shapes(self, device: str) -> tuple[tuple[int, ...], ...] | None:
-        """Of the matrices of a device's adapter; None where they are the same for all."""
+        """Shapes of the matrices of a device's adapter; None where they are the same for all devices."""
         return None
 
     def layout_for(self, device: str) -> Layout | None:
-        """Where a device's modules are in the stage's blocks, if any are."""
+        """The layout of a device's modules in the stage's blocks; None if none are there."""
         return None
