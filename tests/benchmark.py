@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import harness
 from tests.cluster.house import run_cli
 
 RUNS_APART = pytest.mark.parametrize(
@@ -31,5 +32,5 @@ def run_benchmark_of_runs(name: str, *arguments: str, apart: bool) -> tuple[int,
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout, done.stderr
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(futures, "ProcessPoolExecutor", lambda workers, mp_context: futures.ThreadPoolExecutor(1))
+        patch.setattr(harness, "ProcessPoolExecutor", lambda *_, **__: futures.ThreadPoolExecutor(1))
         return run_benchmark(name, *arguments)

@@ -57,7 +57,7 @@ def test_a_task_with_no_id_fails_before_anything_is_done_for_it(
     model = ModelFolder(make_model(tmp_path / "model", "llama", layers=2))
     monkeypatch.setattr(runner, "channel", lambda *_: SimpleNamespace(__enter__=None))
     monkeypatch.setattr(Runner, "_weights", lambda *_, **__: (model, [], "digest"))
-    monkeypatch.setattr(runner, "OptimizerRecord", folders.append)  # which reads, writes and deletes there
+    monkeypatch.setattr(runner, "DeviceRecord", folders.append)  # which reads, writes and deletes there
     monkeypatch.setattr(Runner, "_until_done", lambda *_: None)
     told: list[pb.TaskState] = []
     fine = training_task("k3v9x2ab-0011aabb", "k3v9x2ab")

@@ -85,11 +85,11 @@ def test_a_device_fetches_its_own_part_once_and_goes_on_where_it_stopped(house: 
                 assert f"device d1 has no part in job {job}" in error.details()
         assert connection.stub.CancelJob(pb.JobRequest(id=job)).state == pb.CANCELLED
 
-        last = events_of(connection, job)[-1][0].number
+        last = events_of(connection, job)[-1].number
         submit(connection, pb.JobSpec(), resume=job)
         step_reached(connection, job, 1, after=last)
         connection.stub.CancelJob(pb.JobRequest(id=job))
-        said = [data["message"] for _, data in events_of(connection, job, "device")]
+        said = [event.task.message for event in events_of(connection, job, "task")]
     runs = [index for index, line in enumerate(said) if line == "weights"]
     assert len(runs) == 2
     assert not any("%" in line for line in said[runs[1] :])  # the second run fetched nothing

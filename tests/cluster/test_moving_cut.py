@@ -45,13 +45,13 @@ def test_a_device_that_comes_back_slower_gives_blocks_up_and_the_loss_does_not_j
         moved = second.shape
         report = succeeded(connection, job)
         cuts = [event.shape.cut for event in events_of(connection, job, "shape")]
-    assert moved["cut"] < had
-    assert moved["message"].startswith("after step ")
+    assert moved.cut < had
+    assert moved.message.startswith("after step ")
     assert cuts == sorted(cuts, reverse=True)  # it goes down, and stays there
     assert report["devices"][0]["cut"] == cuts[-1]
     losses = report["losses"]
     assert len(losses) == CONFIG.steps
-    step = int(moved["message"].split()[2].rstrip(":"))
+    step = int(moved.message.split()[2].rstrip(":"))
     usual = max(abs(after - before) for before, after in pairwise(losses[:step]))
     assert abs(losses[step] - losses[step - 1]) < 2 * usual
     assert report["perplexity_after"] < report["perplexity_before"]

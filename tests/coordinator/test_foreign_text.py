@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 from isthmus.coordinator import servicer
-from isthmus.coordinator.cli import devices, jobs
+from isthmus.coordinator.cli import common, devices, jobs
 from isthmus.coordinator.control.database import Database
 from isthmus.coordinator.control.sessions import Session, Sessions
 from isthmus.coordinator.servicer import CoordinatorServicer
 from isthmus.protos.v1 import coordinator_pb2 as pb
 from isthmus.protos.v1 import stage_pb2
 from isthmus.protos.v1.events_pb2 import Event, StateChanged
+from isthmus.split import terminal
 from isthmus.split.errors import BadFrame, BadRequest, IsthmusError
 from isthmus.split.job.events import log_line
 from isthmus.split.tls import Peer
@@ -145,7 +146,8 @@ def test_commands_show_what_devices_and_a_coordinator_say_as_it_is(
 
     for module in (devices, jobs):
         monkeypatch.setattr(module, "connected", connected)
-    monkeypatch.setenv("COLUMNS", "400")
+    for console in (terminal.console, common.errors):
+        monkeypatch.setattr(console, "_width", 400)  # wide enough for a column to show it in one piece
     _, out, err = run_cli(*command)
     for written in (out, err):
         assert not {one for one in written if unicodedata.category(one) in ("Cc", "Cf", "Cs")} - {"\n"}
