@@ -24,8 +24,10 @@ JSON_KINDS = {
 }
 """Kinds of event that JSON calls by another name than events.proto does."""
 
-_LEFT_OUT = {"device_step", "step_seconds", "deadline_seconds", "memory_bytes"}
+_LEFT_OUT = {"resumed", "device_step", "step_seconds", "deadline_seconds", "memory_bytes"}
 """Optional fields that JSON leaves out where they are not set; the others are null there."""
+
+_NOT_SHOWN = {"task"}  # a task's number is between the device and the coordinator
 
 _CONSTANT = {"holder_left": {"done": False, "step": 0}}
 """What JSON says beside the message's fields, so that all kinds of `left` read alike."""
@@ -57,10 +59,12 @@ def event_as_json(event: Event) -> dict[str, Any]:
 
 
 def fields_of(message: Message) -> dict[str, Any]:
-    """All fields of a kind's message as JSON has them, by name; enumerations in lower case."""
+    """The fields of a kind's message as JSON has them, by name; enumerations in lower case."""
     found: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
+        if field.name in _NOT_SHOWN:
+            continue
         if field.has_presence and not message.HasField(field.name):
             if field.name not in _LEFT_OUT:
                 found[field.name] = None
