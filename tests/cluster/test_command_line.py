@@ -99,7 +99,10 @@ def test_finetune_prints_events_and_the_report_as_json_and_writes_the_adapter(ho
     kinds = [line["kind"] for line in finished.lines]
     assert kinds.count("step") == 3
     assert {"state", "device", "joined", "evaluation", "checkpoint", "left"} <= set(kinds)
-    assert finished.lines[-1]["data"] == {"state": "succeeded", "message": ""}
+    states = [
+        line["data"] for line in finished.lines if line["kind"] == "state"
+    ]  # a device may say later that it is done
+    assert states[-1] == {"state": "succeeded", "message": ""}
     assert finished.report["adapter"] == str(finished.adapter)
     assert {path.name for path in finished.adapter.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
 

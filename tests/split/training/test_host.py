@@ -397,7 +397,7 @@ def test_numbers_that_overflow_are_in_no_checkpoint_and_the_job_can_be_resumed(l
 def test_a_stage_that_has_diverged_for_all_devices_ends_the_job_with_one_line(llama: Path, tmp_path: Path) -> None:
     config, folder = CONFIG.but(checkpoint_every=2), CheckpointFolder(tmp_path)
     job = Job(llama, config, ["a", "b"], folder)
-    large = {"large": (Phase.FORWARD, 3, 3e38)}
+    large = {"large": (Phase.BACKWARD, 3, 3e38)}
     job.run({"a": large, "b": large})
     [line] = [event.failed.message for event in job.events if event.HasField("failed")]
     assert "not finite for any device: if training has diverged, lower learning_rate" in line
